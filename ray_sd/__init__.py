@@ -1,0 +1,3 @@
+"""Fine-tune, sweep and serve Stable Diffusion and Stable Video Diffusion on Ray."""
+
+__version__ = "0.1.0"

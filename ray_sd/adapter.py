@@ -1,0 +1,117 @@
+"""The artifact between training and serving: a folder with `manifest.json` and safetensors files."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ray_sd import __version__
+from ray_sd.config import ExperimentConfig
+from ray_sd.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray")
+
+
+class Base(BaseModel):
+    """The model that an adapter was made for."""
+
+    name: str
+    """Its name in the configuration."""
+    source: str
+    """Where it came from: hub id, folder, or the components that it was assembled from."""
+    fingerprints: dict[str, str]
+    """Fingerprints of the components that the adapter relies on."""
+
+
+class AdapterManifest(BaseModel):
+    """What an adapter is, what it was made for, and how."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    format_version: int
+    """Changes when older versions of ray_sd can no longer read the folder."""
+    kind: str
+    """Method that made it."""
+    family: str
+    """Model family."""
+    base: Base
+    """What it was made for."""
+    config: dict[str, Any]
+    """Resolved configuration of the run."""
+    data_fingerprint: str | None
+    """Fingerprint of the training rows."""
+    step: int
+    """Optimizer steps taken."""
+    metrics: dict[str, float]
+    """Last measurements."""
+    versions: dict[str, str]
+    """Versions of ray_sd and of the packages that it was made with."""
+    files: dict[str, str]
+    """SHA-256 of every file."""
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    config: ExperimentConfig,
+    step: int,
+    fingerprints: dict[str, str],
+    data_fingerprint: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> AdapterManifest:
+    """Describe an exported folder. `fingerprints` are those of the base's components that it relies on."""
+    model = config.model
+    parts = [f"{name}={part.path}" for name in ("unet", "vae", "text_encoder") if (part := getattr(model, name)) and part.path]
+    manifest = AdapterManifest(
+        format_version=FORMAT_VERSION,
+        kind=config.method.name,
+        family=model.family,
+        base=Base(
+            name=model.name, source=", ".join([model.base] * bool(model.base) + parts) or "random weights", fingerprints=fingerprints
+        ),
+        config=config.model_dump(mode="json"),
+        data_fingerprint=data_fingerprint,
+        step=step,
+        metrics=metrics or {},
+        versions={"ray_sd": __version__} | {package: version(package) for package in PACKAGES},
+        files={
+            path.relative_to(folder).as_posix(): _sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        },
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> AdapterManifest:
+    """Read and check a folder's manifest: raises ArtifactError for a missing, foreign or damaged folder."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no adapter: it has no {MANIFEST}")
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format_version", 0) > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder} has format {content['format_version']}, this version of ray_sd reads {FORMAT_VERSION}; update ray_sd"
+            )
+        manifest = AdapterManifest.model_validate(content)
+    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+        raise ArtifactError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    for name, expected in manifest.files.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder} lacks {name}, which its {MANIFEST} lists")
+        if _sha256(file) != expected:
+            raise ArtifactError(f"{file} is damaged: its content is not what {MANIFEST} lists")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

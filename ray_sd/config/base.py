@@ -1,0 +1,22 @@
+"""What every schema shares: frozen, no unknown keys, and each field described by the docstring below it."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
+    shorthand: ClassVar[str | None] = None
+    """The field that a bare text stands for: `vae: some/folder` is `vae: {path: some/folder}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, value: Any) -> Any:
+        return {cls.shorthand: value} if cls.shorthand is not None and isinstance(value, str) else value

@@ -1,0 +1,150 @@
+"""Where pictures come from and how they become training rows."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ray_sd.config.base import Schema
+
+
+class ImageFolderSource(Schema):
+    """A folder of pictures, searched recursively."""
+
+    name: Literal["image_folder"] = "image_folder"
+    """Kind of source."""
+    path: str
+    """Local folder or URI (`s3://…`, `gs://…`, any pyarrow or fsspec filesystem). Captions come from a
+    `.txt` file beside each picture, or from `metadata.jsonl` (`file_name`, and the caption column)."""
+
+
+class ParquetSource(Schema):
+    """Parquet files with one encoded picture a row."""
+
+    name: Literal["parquet"] = "parquet"
+    """Kind of source."""
+    path: str
+    """File, folder or URI of the Parquet files."""
+    image_column: str = "image"
+    """Column with the encoded bytes (or the `{bytes, path}` struct of Hugging Face files)."""
+    id_column: str | None = None
+    """Column that names a row; without it the name is the hash of the picture's bytes."""
+
+
+class WebDatasetSource(Schema):
+    """WebDataset tar shards: `key.jpg` with `key.txt` or `key.json` beside it."""
+
+    name: Literal["webdataset"] = "webdataset"
+    """Kind of source."""
+    path: str
+    """A tar file, a folder of tar files, or a URI of either."""
+
+
+class HuggingFaceSource(Schema):
+    """A Hugging Face data set, from the hub or from `save_to_disk`."""
+
+    name: Literal["huggingface"] = "huggingface"
+    """Kind of source."""
+    path: str
+    """Hub id (`lambdalabs/naruto-blip-captions`) or local folder."""
+    split: str = "train"
+    """Split to read."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    image_column: str = "image"
+    """Column with the picture."""
+
+
+Source = Annotated[
+    ImageFolderSource | ParquetSource | WebDatasetSource | HuggingFaceSource,
+    Field(discriminator="name"),
+]
+
+
+class CenterCrop(Schema):
+    """The middle of the picture."""
+
+    name: Literal["center"] = "center"
+    """Kind of crop."""
+
+
+class RandomCrop(Schema):
+    """Seeded random windows; each is encoded once and epochs take turns with them."""
+
+    name: Literal["random"] = "random"
+    """Kind of crop."""
+    num_variants: int = Field(4, ge=1)
+    """Windows encoded per picture."""
+
+
+def _name_to_mapping(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Crop = Annotated[CenterCrop | RandomCrop, Field(discriminator="name"), BeforeValidator(_name_to_mapping)]
+
+
+class CaptionConfig(Schema):
+    """Where a row's caption comes from. A row without one falls back to the template; without either it is rejected."""
+
+    column: str = "caption"
+    """Column of Parquet, Hugging Face and `metadata.jsonl` rows, and key of WebDataset `.json` files."""
+    template: str | None = None
+    """Caption of every row that has none, such as `a photo of a sks dog`. An empty string trains without text."""
+
+
+class EncodeConfig(Schema):
+    """How the frozen encoders run, in a pool of Ray Data actors."""
+
+    batch_size: int = Field(16, ge=1)
+    """Pictures encoded at once by an actor."""
+    num_actors: int = Field(1, ge=1)
+    """Largest number of encoder actors."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored latents and embeddings."""
+    rows_per_shard: int = Field(1024, ge=1)
+    """Rows in one Parquet file of the cache."""
+
+
+class DatasetConfig(Schema):
+    """Pictures and captions, and how they are prepared."""
+
+    source: Source
+    """Where the pictures are."""
+    caption: CaptionConfig = CaptionConfig()
+    """Where the captions are."""
+    resolution: int | tuple[int, int] = 512
+    """Size in pixels that training sees: one number for a square, or `[height, width]`. A multiple of 8."""
+    crop: Crop = CenterCrop()
+    """What is cut out after the shorter side was resized: `center` or `random`."""
+    flip: bool = False
+    """Also train on the mirrored picture."""
+    background: str = "#ffffff"
+    """Colour (`#rrggbb`) behind transparent pixels."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """A picture with more pixels than this is rejected unread, as a decompression bomb."""
+    max_rejected_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of unreadable rows past which the run fails; the rows and reasons are in `rejected.jsonl`."""
+    holdout: int = Field(0, ge=0)
+    """Rows kept from training for the validation loss, chosen by the hash of their id."""
+    shuffle_rows: int = Field(4096, ge=1)
+    """Rows shuffled together within an epoch; shards are shuffled whole, and rows within windows of this size."""
+    encode: EncodeConfig = EncodeConfig()
+    """The encode stage."""
+
+    @property
+    def height(self) -> int:
+        return self.resolution if isinstance(self.resolution, int) else self.resolution[0]
+
+    @property
+    def width(self) -> int:
+        return self.resolution if isinstance(self.resolution, int) else self.resolution[1]
+
+    @model_validator(mode="after")
+    def _check(self) -> "DatasetConfig":
+        for side in (self.height, self.width):
+            if side < 8 or side % 8:
+                raise ValueError(f"resolution {side} is not a positive multiple of 8; try {max(8, round(side / 8) * 8)}")
+        digits = self.background.removeprefix("#")
+        if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
+            raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")
+        return self

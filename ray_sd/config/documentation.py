@@ -1,0 +1,175 @@
+"""`docs/configuration.md`, written from the schemas and presets: `python -m ray_sd.config.documentation`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ray_sd.config.base import Schema
+from ray_sd.config.compose import PRESETS, preset_groups
+from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
+from ray_sd.config.load import ROOTS
+from ray_sd.config.settings import describe, options, schemas, variants
+
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `make docs` from the schemas and presets. Change those, not this file. -->
+
+A command is configured by presets, and by settings that win over them:
+
+    python jobs/train.py experiment=lora dataset.source.path=photos trainer.learning_rate=5e-5 method.rank=8
+    python jobs/train.py experiment=lora model=sd21 'tracker=[tensorboard,wandb]' --print-config
+    python jobs/train.py --config-dir my_presets experiment=mine
+
+- `group=preset` takes a file from a group of [presets](#presets); `group=null` takes none. An experiment is a preset that
+  chooses presets of the other groups, which the command line may choose again.
+- `path=value` sets one value. Text is taken as it stands, so prompts need no quotes beyond the shell's: `<cat>`,
+  `a cat, a dog` and `(blue:1.2)` are what they look like. `null` empties a setting that may be null.
+- Lists and mappings are written in YAML: `'trainer.validation.prompts=[a cat, "a dog, asleep"]'`. A list of one needs no
+  brackets: `trainer.validation.prompts=a cat, asleep`.
+- Where a setting has kinds, its bare name is the kind with that kind's defaults: `trainer.schedule=cosine`. Go on with
+  `trainer.schedule.num_cycles=3`.
+- `--config-dir DIR` adds presets of your own, laid out as in `ray_sd/presets` (`DIR/model/mine.yaml`); of two with one name
+  yours is taken. `--print-config` prints the whole configuration and stops, `--help` lists groups and presets.
+- What cannot be right stops the command with exit code 2 and one line a problem, before Ray starts.
+"""
+
+
+def document() -> str:
+    """The page: how to write settings, the presets of each group, then every setting with its default."""
+    blocks = [_INTRODUCTION, _presets()]
+    blocks.append(f"## Settings of `jobs/train.py` and `jobs/encode.py`\n\n{_root(ExperimentConfig)}")
+    blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
+    return "\n".join(blocks)
+
+
+def preset_description(file: Path) -> str:
+    """The comment that a preset begins with, without Hydra's package line."""
+    lines = []
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.removeprefix("#").strip())
+    return " ".join(lines)
+
+
+def _presets() -> str:
+    lines = ["## Presets", ""]
+    groups = preset_groups(ROOTS[ExperimentConfig])
+    for group in sorted(groups, key=lambda group: (group != "experiment", group)):
+        lines += [f"### `{group}`", "", "| Preset | What it is |", "| --- | --- |"]
+        lines += [f"| `{name}` | {_cell(preset_description(PRESETS / group / f'{name}.yaml'))} |" for name in groups[group]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _root(schema: type[Schema], elsewhere: frozenset[str] | set[str] = frozenset()) -> str:
+    """The root's own settings in one table, then a section for each group below it."""
+    own, sections = [], []
+    for name, field in schema.model_fields.items():
+        if name in elsewhere:
+            own.append(f"| `{name}` | group | **required** | As in [the settings above](#{name}). |")
+        elif schemas(field.annotation):
+            sections.append(_section(name, field))
+        else:
+            own.append(_row(name, field))
+    return "\n".join([_table(own), *sections])
+
+
+def _section(path: str, field: FieldInfo) -> str:
+    """Settings of one group: a table, and one more for each kind of what has kinds."""
+    kinds = variants(field.annotation)
+    if kinds:
+        return f"### `{path}`\n\n" + "\n".join(_kind(path, name, kind) for name, kind in kinds.items())
+    schema = schemas(field.annotation)[0]
+    rows, later = [], []
+    for row_or_kind in _flat(path, schema):
+        (rows if row_or_kind.startswith("|") else later).append(row_or_kind)
+    return f"### `{path}`\n\n{_text(schema.__doc__)}\n\n" + "\n".join([_table(rows), *later])
+
+
+def _kind(path: str, name: str, schema: type[Schema]) -> str:
+    rows = [entry for entry in _flat(path, schema) if not entry.startswith(f"| `{path}.name`")]
+    return f"#### `{path}={name}`\n\n{_text(schema.__doc__)}\n\n" + (f"{_table(rows)}" if rows else "")
+
+
+def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
+    """Rows of a schema and of the schemas within it; a whole sub-section for each kind of what has kinds."""
+    for name, field in schema.model_fields.items():
+        here = f"{path}.{name}"
+        kinds = variants(field.annotation)
+        nested = schemas(field.annotation)
+        if kinds:
+            default = field.get_default()
+            shown = "**required**" if field.is_required() else f"`{default.name}`"
+            yield f"| `{here}` | {' · '.join(f'`{kind}`' for kind in kinds)} | {shown} | {_text(field.description)} |"
+            for kind, kind_schema in kinds.items():
+                yield _kind(here, kind, kind_schema)
+        elif nested:
+            yield f"| `{here}` | {_type(field)} | {_default(field)} | {_text(field.description)} |"
+            yield from _flat(here, nested[0])
+        else:
+            yield _row(here, field)
+
+
+def _row(path: str, field: FieldInfo) -> str:
+    return f"| `{path}` | {_type(field)} | {_default(field)} | {_text(field.description)} |"
+
+
+def _table(rows: list[str]) -> str:
+    return "\n".join(["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [
+        f"{words} {getattr(limit, bound)}"
+        for limit in field.metadata
+        for bound, words in bounds.items()
+        if hasattr(limit, bound)
+    ]
+    found = schemas(field.annotation)
+    if found:
+        words = f"text (`{found[0].shorthand}`) or settings below" if found[0].shorthand else "settings below"
+        return f"{words} or null" if type(None) in options(field.annotation) else words
+    choices = [f"`{choice}`" for option in options(field.annotation) for choice in _choices(option)]
+    words = " · ".join(choices) if choices else describe(field.annotation)
+    if choices and type(None) in options(field.annotation):
+        words += " · null"
+    return ", ".join([words, *limits])
+
+
+def _choices(option: Any) -> tuple[Any, ...]:
+    return get_args(option) if get_origin(option) is Literal else ()
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, Schema) or default is PydanticUndefined:
+        return ""
+    words = {None: "null", True: "true", False: "false", "": "empty", (): "empty"}
+    if isinstance(default, (bool, type(None), str, tuple)) and default in words:
+        return words[default]
+    if isinstance(default, tuple):
+        return f"`[{', '.join(map(str, default))}]`"
+    return f"`{default}`"
+
+
+def _text(words: str | None) -> str:
+    return _cell(" ".join((words or "").split()))
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    TARGET.write_text(document())

@@ -1,0 +1,97 @@
+"""The roots: what one command runs."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ray_sd.config.base import Schema
+from ray_sd.config.dataset import DatasetConfig
+from ray_sd.config.method import AutoencoderMethod, Method
+from ray_sd.config.model import ModelConfig
+from ray_sd.config.tracker import TrackerConfig
+from ray_sd.config.trainer import TrainerConfig
+
+
+def _bool_words(value: object) -> object:
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Resume = Annotated[bool | str, BeforeValidator(_bool_words)]
+
+
+class ExperimentConfig(Schema):
+    """A training run (`jobs/train.py`, `jobs/encode.py`)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder below `storage_path`: letters, digits, `.`, `_` and `-`."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    resume: Resume = False
+    """`true` goes on with the run of this name, a path with that checkpoint; a used name without it is refused."""
+    storage_path: str = "runs"
+    """Folder or URI for runs; several machines need one that they share."""
+    cache_path: str = "runs/cache"
+    """Folder or URI for encoded latents and text."""
+    dataset: DatasetConfig
+    """Group `dataset`."""
+    model: ModelConfig
+    """Group `model`."""
+    method: Method
+    """Group `method`."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Group `trainer`."""
+    tracker: TrackerConfig = TrackerConfig()
+    """Group `tracker`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExperimentConfig":
+        if isinstance(self.method, AutoencoderMethod):
+            if self.trainer.compile:
+                raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
+            crop = self.method.crop_size
+            if crop is not None and (crop % 8 or crop > min(self.dataset.height, self.dataset.width)):
+                raise ValueError(
+                    f"method.crop_size {crop} must be a multiple of 8 and at most dataset.resolution"
+                )
+        return self
+
+
+class GenerateConfig(Schema):
+    """Pictures from prompts (`jobs/generate.py`)."""
+
+    model: ModelConfig
+    """Group `model`."""
+    adapter: str | None = None
+    """Adapter folder that training wrote."""
+    adapter_scale: float = 1.0
+    """Strength of a LoRA."""
+    prompt: str = ""
+    """What to draw."""
+    prompts_file: str | None = None
+    """Text file with one prompt a line, run as a batch job over a pool of workers; replaces `prompt`."""
+    negative_prompt: str = ""
+    """What not to draw."""
+    num_images: int = Field(1, ge=1)
+    """Pictures a prompt; seeds count up from `seed`."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first picture."""
+    num_inference_steps: int = Field(30, ge=1)
+    """Denoising steps."""
+    guidance_scale: float = Field(7.5, ge=0)
+    """Classifier-free guidance; 1 or less switches it off."""
+    height: int | None = Field(None, ge=8)
+    """Height in pixels; null takes the model's own."""
+    width: int | None = Field(None, ge=8)
+    """Width in pixels; null takes the model's own."""
+    output: str = "runs/generated"
+    """Folder for the PNG files and the contact sheet."""
+    batch_size: int = Field(4, ge=1)
+    """Pictures denoised at once."""
+    num_workers: int = Field(1, ge=1)
+    """Workers of a batch job."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateConfig":
+        if not self.prompt and self.prompts_file is None:
+            raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")
+        return self

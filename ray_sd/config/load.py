@@ -1,0 +1,136 @@
+"""From a command line to a validated configuration: `experiment=lora model=sd15 trainer.learning_rate=1e-4`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from ray_sd.config.base import Schema
+from ray_sd.config.compose import compose_presets, preset_groups
+from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
+from ray_sd.config.overrides import apply_overrides
+from ray_sd.config.words import no_such, problems
+from ray_sd.errors import ConfigError, RaySdError
+
+ROOTS: dict[type[Schema], str] = {ExperimentConfig: "train", GenerateConfig: "generate"}
+"""The file in `presets/` that each root schema is composed from."""
+
+Root = TypeVar("Root", bound=Schema)
+
+
+def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig) -> Root:  # type: ignore[assignment]
+    """The configuration that a command line asks for.
+
+    `group=preset` chooses a preset (a group is a folder of presets, such as `model` or `model/vae`); any other
+    `path=value` sets one value, over what presets say. `--print-config` and `--help` print and exit with 0.
+    Raises ConfigError with one line a problem.
+    """
+    folders = _config_folders(arguments)
+    groups = preset_groups(ROOTS[schema], folders)
+    options = _parser(schema, groups).parse_intermixed_args(list(arguments))
+    choices, overrides = _split(options.settings, groups)
+    data = compose_presets(ROOTS[schema], choices, folders)
+    apply_overrides(data, overrides, schema)
+    config = validate(data, schema, groups)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def validate(data: dict[str, Any], schema: type[Root], groups: dict[str, list[str]] | None = None) -> Root:
+    """`data` as a schema instance. Raises ConfigError with one line a problem."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problems(error, schema, groups or {}))) from None
+
+
+def to_dict(config: Schema) -> dict[str, Any]:
+    """The resolved configuration in plain lists, mappings and scalars; `validate` reads it back."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Schema) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> int:
+    """Run a job and return its exit code: 0, 2 for wrong input, 1 for other errors in words, 130 when interrupted.
+
+    Errors in words are printed as `error: …`, a line a problem; any other exception is a defect and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except RaySdError as error:
+        for line in _message(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _message(error: BaseException) -> str:
+    """The words of an error; one that crossed Ray is wrapped in an exception whose text is a traceback."""
+    cause = getattr(error, "cause", None)
+    return _message(cause) if isinstance(cause, RaySdError) else str(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help shows how it is used")
+
+
+def _config_folders(arguments: Sequence[str]) -> list[Path]:
+    """The folders of `--config-dir`, which have to be known before the presets can be listed."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", action="append", default=[])
+    folders = [Path(folder) for folder in parser.parse_known_args(list(arguments))[0].config_dir]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir: no folder '{folder}'")
+    return folders
+
+
+def _parser(schema: type[Schema], groups: dict[str, list[str]]) -> argparse.ArgumentParser:
+    width = max(len(group) for group in groups)
+    lines = "\n".join(f"  {group:<{width}}  {', '.join(presets)}" for group, presets in groups.items())
+    settings = "\n".join(
+        f"  {name:<{width}}  {' '.join((field.description or '').split())}"
+        for name, field in schema.model_fields.items()
+    )
+    parser = _Parser(
+        usage="%(prog)s [--config-dir DIR] [--print-config] [group=preset …] [setting=value …]",
+        description=schema.__doc__,
+        epilog=f"groups and their presets:\n{lines}\n\nsettings (all of them: docs/configuration.md):\n{settings}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--config-dir", action="append", metavar="DIR", help="folder of presets of your own; may be repeated")
+    parser.add_argument("--print-config", action="store_true", help="print what would run, and stop")
+    return parser
+
+
+def _split(settings: Sequence[str], groups: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Group choices and value overrides, each key -> text."""
+    choices, overrides = {}, {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{setting}: settings are written key=value")
+        if key in groups:
+            choices[key] = text
+        elif "/" in key:
+            raise ConfigError(f"{key}: {no_such('group', key, groups)}")
+        else:
+            overrides[key] = text
+    return choices, overrides

@@ -1,0 +1,103 @@
+"""Which base model, and which of its components come from elsewhere."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from ray_sd.config.base import Schema
+
+SchedulerName = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
+
+
+class ComponentSource(Schema):
+    """A component that does not come from the base: saved weights, or an architecture with random weights."""
+
+    shorthand = "path"
+    path: str | None = None
+    """Hub id or local folder in the diffusers layout."""
+    subfolder: str | None = None
+    """Folder below `path`; by default the component's own name where that folder exists."""
+    architecture: dict[str, Any] | None = None
+    """diffusers or transformers configuration to build with random weights, for training from scratch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ComponentSource":
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("a component needs either 'path' or 'architecture'")
+        return self
+
+
+class NoiseSchedule(Schema):
+    """The noise schedule of training; what is left out comes from the base model."""
+
+    num_train_timesteps: int | None = None
+    """Steps of the diffusion process."""
+    beta_start: float | None = None
+    """First beta."""
+    beta_end: float | None = None
+    """Last beta."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    """Shape of the betas."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the U-Net predicts."""
+    rescale_betas_zero_snr: bool | None = None
+    """Rescale to zero terminal SNR (arXiv:2305.08891); needs v-prediction."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How inference steps are spread over the training steps."""
+
+
+class SchedulerConfig(Schema):
+    """Noise schedule of training and sampler of generation."""
+
+    sampler: SchedulerName = "ddim"
+    """Sampler used for generated pictures."""
+    path: str | None = None
+    """Hub id or local folder of a saved scheduler instead of the base's own."""
+    noise: NoiseSchedule = NoiseSchedule()
+    """Values that replace the saved scheduler's."""
+
+
+class ModelConfig(Schema):
+    """A base model and its components."""
+
+    name: str
+    """Short name, stored in every adapter made from this model."""
+    family: Literal["stable_diffusion"] = "stable_diffusion"
+    """Model family: how it is conditioned, trained and run."""
+    base: str | None = None
+    """Hub id, local folder in the diffusers layout, single `.safetensors` file, or `embedded/NAME` for a model that
+    ships with ray_sd. Without a base every component must be given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Weight file variant, such as `fp16`."""
+    layout: Literal["sd15", "sd21"] = "sd15"
+    """Configuration that a single `.safetensors` file is read with, from the copies in this package."""
+    unet: ComponentSource | None = None
+    """U-Net instead of the base's."""
+    vae: ComponentSource | None = None
+    """Autoencoder instead of the base's."""
+    text_encoder: ComponentSource | None = None
+    """Text encoder instead of the base's."""
+    tokenizer: ComponentSource | None = None
+    """Tokenizer instead of the base's."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """Noise schedule and sampler."""
+    seed: int = 0
+    """Seed of the weights of components built from an `architecture`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.base is None:
+            missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if getattr(self, part) is None]
+            if missing:
+                raise ValueError(f"without 'base' the model also needs {', '.join(missing)}")
+        if self.tokenizer is not None and self.tokenizer.path is None:
+            raise ValueError("the tokenizer needs a 'path'; it has no random weights")
+        noise = self.scheduler.noise
+        if noise.rescale_betas_zero_snr and noise.prediction_type == "epsilon":
+            raise ValueError(
+                "zero terminal SNR with epsilon prediction divides 0 by 0; "
+                "set scheduler.noise.prediction_type=v_prediction or rescale_betas_zero_snr=false"
+            )
+        return self

@@ -1,0 +1,184 @@
+"""How training runs: steps, workers, optimizer, precision, checkpoints, validation."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ray_sd.config.base import Schema
+
+
+class ConstantSchedule(Schema):
+    """Warm-up, then a constant rate."""
+
+    name: Literal["constant"] = "constant"
+    """Kind of schedule."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+
+
+class LinearSchedule(Schema):
+    """Warm-up, then a straight fall."""
+
+    name: Literal["linear"] = "linear"
+    """Kind of schedule."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Last learning rate as a share of the first."""
+
+
+class CosineSchedule(Schema):
+    """Warm-up, then cosine annealing with warm restarts (arXiv:1608.03983)."""
+
+    name: Literal["cosine"] = "cosine"
+    """Kind of schedule."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+    num_cycles: int = Field(1, ge=1)
+    """Cosine cycles of equal length; each starts again at the full rate."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Lowest learning rate as a share of the highest."""
+
+
+def _name_to_mapping(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Schedule = Annotated[
+    ConstantSchedule | LinearSchedule | CosineSchedule,
+    Field(discriminator="name"),
+    BeforeValidator(_name_to_mapping),
+]
+
+
+class OptimizerConfig(Schema):
+    """AdamW (arXiv:1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay."""
+
+
+class ZeroConfig(Schema):
+    """DeepSpeed ZeRO: what is divided among the workers (arXiv:1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload: bool = False
+    """Keep optimizer state in the machine's memory instead of the GPU's."""
+    param_persistence_threshold: int = Field(100_000, ge=0)
+    """Stage 3: parameters smaller than this stay gathered."""
+
+
+class CheckpointConfig(Schema):
+    """When state is saved and how much of it is kept."""
+
+    every_steps: int = Field(500, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class ValidationConfig(Schema):
+    """What is measured and drawn along the way."""
+
+    every_steps: int = Field(500, ge=1)
+    """Steps between validation losses (where `dataset.holdout` keeps rows); drawn pictures come with checkpoints."""
+    num_timesteps: int = Field(4, ge=1)
+    """Fixed, evenly spread timesteps at which each held-out row is measured."""
+    prompts: tuple[str, ...] = ()
+    """Prompts drawn at every checkpoint and at the end; none draws nothing."""
+    negative_prompt: str = ""
+    """What the pictures should not show."""
+    seed: int = 0
+    """Seed of the first prompt's picture; the next prompts count on."""
+    num_inference_steps: int = Field(20, ge=1)
+    """Denoising steps a picture."""
+    guidance_scale: float = Field(5.0, ge=0)
+    """Classifier-free guidance."""
+
+
+class TrainerConfig(Schema):
+    """One training run."""
+
+    max_steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(4, ge=1)
+    """Rows of one optimizer step, over all workers: the result does not depend on how many share it."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows a worker takes at once; the rest accumulates. Null takes all of its rows."""
+    num_workers: int = Field(1, ge=1)
+    """Training workers, each with one GPU where GPUs are used."""
+    use_gpu: bool | None = None
+    """Train on GPUs; null uses them if the cluster has any."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """CPUs reserved a worker. Ray Data's tasks need what is left, so keep the sum below the machine's."""
+    threads_per_worker: int | None = Field(None, ge=1)
+    """Threads of torch in a worker without a GPU; null divides the machine's cores among the workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of text encoder weights; null takes `learning_rate`."""
+    schedule: Schedule = ConstantSchedule()
+    """Learning rate schedule: `constant`, `linear` or `cosine`."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW's settings."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Largest gradient norm over all workers; 0 never clips."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of the moving average of what trains, exported instead of the last weights; null exports those."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """Run the U-Net through `torch.compile`."""
+    zero: ZeroConfig = ZeroConfig()
+    """DeepSpeed ZeRO."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    validation: ValidationConfig = ValidationConfig()
+    """Validation loss and pictures."""
+    log_every: int = Field(10, ge=1)
+    """Steps between log lines."""
+    max_failures: int = Field(2, ge=0)
+    """Worker failures after which the run gives up; each retry goes on from the last checkpoint."""
+
+    @property
+    def rows_per_worker(self) -> int:
+        return self.batch_size // self.num_workers
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        return self.micro_batch_size or self.rows_per_worker
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.rows_per_worker // self.rows_per_micro_batch
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainerConfig":
+        if self.batch_size % self.num_workers:
+            low = self.batch_size // self.num_workers * self.num_workers
+            choices = [str(n) for n in (low, low + self.num_workers) if n]
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by num_workers {self.num_workers}; "
+                f"try {' or '.join(choices)}"
+            )
+        if self.rows_per_worker % self.rows_per_micro_batch:
+            raise ValueError(
+                f"a worker's {self.rows_per_worker} rows are not divisible by "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.schedule.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} leaves none of the {self.max_steps} steps to train"
+            )
+        if self.zero.offload and self.zero.stage == 0:
+            raise ValueError("zero.offload needs zero.stage 1, 2 or 3; stage 0 divides nothing")
+        if self.compile and self.zero.stage == 3:
+            raise ValueError("compile does not go with zero.stage=3, which gathers parameters layer by layer; use stage 2")
+        return self

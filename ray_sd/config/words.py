@@ -1,0 +1,123 @@
+"""Validation errors as lines that a person can act on."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from ray_sd.config.base import Schema
+from ray_sd.config.settings import describe, options, schemas, settings_below, variants
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def problems(error: ValidationError, schema: type[Schema], groups: dict[str, list[str]]) -> list[str]:
+    """One line a problem: `path: what was found; what to do`. `groups` are the preset groups with their presets."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        path, annotation, owner = _locate(schema, detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            line = f"{path}: {_no_such_setting(path, owner, schema)}"
+        elif detail["type"] == "missing":
+            line = f"{path}: {_required(path, owner, groups)}"
+        elif detail["type"] == "union_tag_not_found":
+            line = f"{path}.name: required; the {_noun(path)}s are: {', '.join(sorted(variants(annotation)))}"
+        elif detail["type"] == "union_tag_invalid":
+            line = f"{path}.name: {no_such(_noun(path), detail['ctx']['tag'], variants(annotation))}"
+        elif detail["type"] == "value_error":
+            line = f"{path}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
+        else:
+            line = f"{path}: {_wrong(detail['type'], detail.get('ctx', {}), detail['input'], detail['msg'], annotation)}"
+        lines.append(line)
+    return list(dict.fromkeys(lines))
+
+
+def no_such(noun: str, found: str, choices: Iterable[str]) -> str:
+    """`no preset 'sdlx'; did you mean 'sdxl'? the presets are: …`"""
+    choices = sorted(choices)
+    hint = suggestion(found, choices) or ";"
+    return f"no {noun} '{found}'{hint} the {noun}s are: {', '.join(choices)}"
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'lora'?` or nothing."""
+    close = get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str, Any, type[Schema] | None]:
+    """The path in the user's terms, the annotation there, and the schema that has the last setting.
+
+    pydantic's location also names the branches of unions: kinds are left out, and plain unions end the path.
+    """
+    path, annotation, owner = "", schema, None
+    for step in location:
+        kinds, found = variants(annotation), schemas(annotation)
+        if kinds:
+            annotation = kinds[str(step)]
+        elif found:
+            owner = found[0]
+            path += f".{step}" if path else str(step)
+            field = owner.model_fields.get(str(step))
+            annotation = field.annotation if field is not None else Any
+        elif len([option for option in options(annotation) if option is not type(None)]) > 1:
+            break
+        else:
+            container = next(option for option in options(annotation) if option is not type(None))
+            arguments = get_args(container) or (Any,)
+            if get_origin(container) is tuple:
+                path, annotation = f"{path}[{step}]", arguments[0]
+            else:
+                path, annotation = f"{path}.{step}", arguments[-1]
+    return path, annotation, owner
+
+
+def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]) -> str:
+    key = path.rpartition(".")[2]
+    siblings = list(owner.model_fields) if owner is not None else []
+    hint = suggestion(key, siblings)
+    if not hint:
+        elsewhere = [setting.path for setting in settings_below(schema) if setting.path.endswith(f".{key}")]
+        hint = f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; the settings here are: {', '.join(siblings)}"
+    return f"no such setting{hint}"
+
+
+def _required(path: str, owner: type[Schema] | None, groups: dict[str, list[str]]) -> str:
+    group = path.replace(".", "/")
+    if group in groups:
+        return f"required; choose one with {group}=PRESET: {', '.join(groups[group])}"
+    field = owner.model_fields.get(path.rpartition(".")[2]) if owner is not None else None
+    meaning = " ".join((field.description or "").split()) if field is not None else ""
+    return f"required{f': {meaning}' if meaning else ''}"
+
+
+def _wrong(kind: str, context: dict[str, Any], value: Any, message: str, annotation: Any) -> str:
+    shown = _shown(value)
+    for bound, words in _BOUNDS.items():
+        if bound in context:
+            return f"{shown} is out of range; it must be {words} {context[bound]}"
+    if kind == "literal_error":
+        choices = [str(choice) for option in options(annotation) for choice in get_args(option)]
+        return f"{shown} is not among the choices{suggestion(str(value), choices) or ';'} they are: {', '.join(choices)}"
+    if kind == "string_pattern_mismatch":
+        return f"{shown} does not match {context['pattern']}"
+    if kind == "finite_number":
+        return f"{shown} is no finite number"
+    found = schemas(annotation)
+    if found and not isinstance(value, dict):
+        names = dict.fromkeys(name for schema in found for name in schema.model_fields)
+        return f"{shown} is no mapping; the settings below it are: {', '.join(names)}"
+    if kind.endswith(("_type", "_parsing", "_from_float", "_parsing_size")):
+        wanted = describe(annotation)
+        return f"{shown} is neither true nor false" if wanted == "true or false" else f"{shown} is no {wanted}"
+    return f"{shown}: {message[:1].lower()}{message[1:]}"
+
+
+def _noun(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

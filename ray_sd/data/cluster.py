@@ -1,0 +1,24 @@
+"""Joining or starting Ray."""
+
+import logging
+import os
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` or of a running `ray start`; without one, start Ray on this machine."""
+    if ray.is_initialized():
+        return
+    # Ray would otherwise re-create the driver's environment for every worker when the driver runs under `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    ray.init(logging_level=logging.WARNING)
+    resources = ray.cluster_resources()
+    logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def has_gpus() -> bool:
+    """Whether any node of the cluster has a GPU."""
+    return ray.cluster_resources().get("GPU", 0) > 0

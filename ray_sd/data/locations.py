@@ -1,0 +1,77 @@
+"""Where files are: local folders, folders of this package, and URIs of any filesystem of pyarrow or fsspec."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from pyarrow import fs
+
+import ray_sd.embedded
+from ray_sd.errors import ConfigError
+
+EMBEDDED = "embedded/"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder in a filesystem; pickles, so that it can be opened on any machine."""
+
+    filesystem: fs.FileSystem
+    path: str
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    def info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+    def exists(self) -> bool:
+        return self.info().type != fs.FileType.NotFound
+
+    def files(self, suffixes: tuple[str, ...] = ("",)) -> list[fs.FileInfo]:
+        """Files below this folder that end in one of `suffixes`, sorted by path; none where there is no folder.
+
+        Files whose own name starts with a dot are left out.
+        """
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = [
+            info
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == fs.FileType.File
+            and not info.base_name.startswith(".")
+            and info.base_name.lower().endswith(suffixes)
+        ]
+        return sorted(found, key=lambda info: info.path)
+
+    def read(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
+
+    def write(self, content: bytes) -> None:
+        """Write the file whole or not at all, with the folders above it."""
+        folder, _, name = self.path.rpartition("/")
+        self.filesystem.create_dir(folder, recursive=True)
+        partial = f"{folder}/.{name}.partial"
+        with self.filesystem.open_output_stream(partial) as stream:
+            stream.write(content)
+        self.filesystem.move(partial, self.path)
+
+
+def locate(path: str, setting: str) -> Location:
+    """The location that a path or URI of the configuration means; local paths become absolute.
+
+    `embedded/…` lies in this package. `setting` is the name to use in errors. Raises ConfigError for an unknown scheme.
+    """
+    if path.startswith(EMBEDDED):
+        return Location(fs.LocalFileSystem(), f"{ray_sd.embedded.__path__[0]}/{path.removeprefix(EMBEDDED)}")
+    if "://" not in path:
+        return Location(fs.LocalFileSystem(), str(Path(path).expanduser().resolve()))
+    try:
+        return Location(*fs.FileSystem.from_uri(path))
+    except (ValueError, OSError):
+        # pyarrow knows no such scheme; fsspec may.
+        try:
+            filesystem, root = fsspec.core.url_to_fs(path)
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(f"{setting}: {path}: {error}") from error
+        return Location(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root)

@@ -1,0 +1,17 @@
+"""The errors that ray_sd raises on purpose. All carry one message, so they survive pickling across Ray."""
+
+
+class RaySdError(Exception):
+    """Base of every error whose message is written for the person who runs the command."""
+
+
+class ConfigError(RaySdError):
+    """The configuration cannot be run as written; raised before Ray starts."""
+
+
+class DataError(RaySdError):
+    """The data cannot be read, or too much of it was rejected."""
+
+
+class ArtifactError(RaySdError):
+    """A model folder, an adapter or a checkpoint is missing a part, damaged, or made for something else."""

@@ -1,0 +1,79 @@
+"""The VAE itself, on pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_sd.config import TrainerConfig
+from ray_sd.config.method import AutoencoderMethod
+from ray_sd.errors import ArtifactError
+from ray_sd.methods import weights
+from ray_sd.methods.base import Method, RowSpec, enable_gradient_checkpointing
+from ray_sd.models import DiffusionModel
+from ray_sd.models.noise import randn_rows, row_generators
+
+
+class Autoencoder(Method):
+    def __init__(self, config: AutoencoderMethod) -> None:
+        self.config = config
+
+    def rows(self) -> RowSpec:
+        return RowSpec(images="pixels", text="none", caption_dropout=0.0)
+
+    def components(self) -> tuple[str, ...]:
+        return ("vae",)
+
+    def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
+        model.requires_grad_(False)
+        model.train()
+        model.vae.requires_grad_(True)
+        if trainer.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+
+    def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
+        return [{"name": "vae", "params": list(model.vae.parameters()), "lr": trainer.learning_rate}]
+
+    def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        """Mean absolute plus mean squared error over pixels in [-1, 1], plus `kl_weight` times the mean KL divergence
+        from the standard normal over latent elements (equation 25 of arXiv:2112.10752's appendix in mean form)."""
+        generators = row_generators(batch["row_seed"])
+        pixels = batch["pixels"]
+        if self.config.crop_size is not None:
+            pixels = crop_rows(pixels, generators, self.config.crop_size)
+        pixels = pixels.float() / 127.5 - 1
+
+        posterior = model.vae.encode(pixels.to(model.vae.dtype)).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        eps = randn_rows(generators, mean.shape[1:]).to(mean.device)
+        latents = mean + (0.5 * logvar).exp() * eps
+        error = model.vae.decode(latents.to(model.vae.dtype)).sample.float() - pixels
+
+        reconstruction = (error.abs() + error.square()).mean(dim=(1, 2, 3))
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
+        return reconstruction + self.config.kl_weight * divergence
+
+    def relies_on(self) -> tuple[str, ...]:
+        return ()
+
+    def export(self, model: DiffusionModel, folder: Path) -> None:
+        weights.save_component(model.vae, folder / "vae")
+
+    def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
+        if scale != 1:
+            raise ArtifactError(f"{folder} holds whole weights, which have no strength; use adapter_scale=1")
+        count = weights.load_component(model.vae, folder / "vae")
+        model.latent_scale = model.vae.config.scaling_factor
+        return count
+
+
+def crop_rows(pixels: Tensor, generators: list[torch.Generator], size: int) -> Tensor:
+    """A square window of each row of [B, 3, H, W], placed by the row's generator."""
+    height, width = pixels.shape[-2:]
+    windows = []
+    for row, generator in zip(pixels, generators, strict=True):
+        top = int(torch.randint(height - size + 1, (), generator=generator))
+        left = int(torch.randint(width - size + 1, (), generator=generator))
+        windows.append(row[:, top : top + size, left : left + size])
+    return torch.stack(windows)

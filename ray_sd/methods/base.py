@@ -1,0 +1,114 @@
+"""The verbs of a method: what it learns from, what it trains, and what it leaves behind."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ray_sd.config import TrainerConfig
+from ray_sd.config.method import DiffusionMethod
+from ray_sd.models import DiffusionLoss, DiffusionModel
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a training row holds."""
+
+    images: Literal["latents", "pixels"]
+    text: Literal["embeddings", "tokens", "none"]
+    caption_dropout: float
+
+
+class Method(ABC):
+    """One way of training a model. Verbs that touch parameters run alike on every worker."""
+
+    @abstractmethod
+    def rows(self) -> RowSpec:
+        """What rows must hold."""
+
+    @abstractmethod
+    def components(self) -> tuple[str, ...]:
+        """Components that training needs."""
+
+    @abstractmethod
+    def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
+        """Mark the parameters that train, adding adapters where the method has them, and enter training mode.
+
+        Random initial weights come from the global generator, which the caller has seeded.
+        """
+
+    @abstractmethod
+    def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
+        """Optimizer groups `{"name", "params", "lr"}` of a prepared model's trainable parameters."""
+
+    @abstractmethod
+    def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        """What training lowers, of each row: fp32 [B]."""
+
+    def objective(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        """What training lowers: a scalar."""
+        return self.row_losses(model, batch).mean()
+
+    def validation_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each row, fp32 [B], without training's weights, so that runs that weigh differently compare."""
+        return self.row_losses(model, batch)
+
+    def after_step(self, model: DiffusionModel) -> None:
+        """Called after each optimizer step."""
+
+    @abstractmethod
+    def relies_on(self) -> tuple[str, ...]:
+        """Components of the base that an export only works with."""
+
+    @abstractmethod
+    def export(self, model: DiffusionModel, folder: Path) -> None:
+        """Write what was learnt, as safetensors that plain diffusers and transformers load."""
+
+    @abstractmethod
+    def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
+        """Load an export into a model for generation; returns the number of tensors taken.
+
+        Raises ArtifactError where they do not fit.
+        """
+
+
+class DenoiserMethod(Method):
+    """What methods share that train the denoiser on latents, and maybe its text encoder."""
+
+    config: DiffusionMethod
+    text_encoder: bool
+    """Whether the text encoder trains too."""
+
+    def rows(self) -> RowSpec:
+        text = "tokens" if self.text_encoder else "embeddings"
+        return RowSpec(images="latents", text=text, caption_dropout=self.config.caption_dropout)
+
+    def components(self) -> tuple[str, ...]:
+        return ("unet", "scheduler", "text_encoder", "tokenizer") if self.text_encoder else ("unet", "scheduler")
+
+    def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
+        rates = {"unet": trainer.learning_rate}
+        if self.text_encoder:
+            rates["text_encoder"] = trainer.text_encoder_learning_rate or trainer.learning_rate
+        groups = []
+        for name, rate in rates.items():
+            parameters = [parameter for parameter in getattr(model, name).parameters() if parameter.requires_grad]
+            groups.append({"name": name, "params": parameters, "lr": rate})
+        return groups
+
+    def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        return model.loss(batch, DiffusionLoss(self.config.min_snr_gamma, self.config.noise_offset))
+
+    def validation_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
+        return model.loss(batch)
+
+
+def enable_gradient_checkpointing(model: DiffusionModel) -> None:
+    """Recompute activations in the backward pass of every loaded part."""
+    for part in (model.unet, model.vae):
+        if part is not None:
+            part.enable_gradient_checkpointing()
+    if model.text_encoder is not None:
+        model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})

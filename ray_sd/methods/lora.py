@@ -1,0 +1,150 @@
+"""Low-rank adapters on the U-Net's attention layers, and maybe on the text encoder's."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ray_sd.config import TrainerConfig
+from ray_sd.config.method import LoraMethod
+from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
+from ray_sd.methods.weights import TEXT_PREFIX
+from ray_sd.models import DiffusionModel
+
+METADATA = ("r", "lora_alpha", "target_modules", "use_dora", "lora_bias")
+"""What is stored of PEFT's configuration: enough to load, and known to all of its releases."""
+LAYER = re.compile(r"(unet|text_encoder)\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+
+
+class Lora(DenoiserMethod):
+    def __init__(self, config: LoraMethod) -> None:
+        self.config = config
+        self.text_encoder = config.text_encoder
+
+    def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
+        model.requires_grad_(False)
+        model.train()
+        for name, targets in self._targets().items():
+            module = getattr(model, name)
+            _check_targets(name, module, targets)
+            module.add_adapter(self._peft_config(targets))
+        if trainer.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+
+    def relies_on(self) -> tuple[str, ...]:
+        return ("unet", "text_encoder")
+
+    def export(self, model: DiffusionModel, folder: Path) -> None:
+        layers: dict[str, dict[str, Tensor]] = {}
+        metadata: dict[str, dict[str, Any]] = {}
+        for name in self._targets():
+            module = getattr(model, name)
+            prefix = TEXT_PREFIX if name == "text_encoder" else ""
+            layers[name] = {
+                prefix + key.removeprefix(prefix): tensor.detach().cpu().contiguous()
+                for key, tensor in get_peft_model_state_dict(module, adapter_name="default").items()
+            }
+            config = module.peft_config["default"].to_dict()
+            metadata[name] = {key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in METADATA}
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=layers["unet"],
+            text_encoder_lora_layers=layers.get("text_encoder"),
+            unet_lora_adapter_metadata=metadata["unet"],
+            text_encoder_lora_adapter_metadata=metadata.get("text_encoder"),
+        )
+
+    def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
+        path = folder / LORA_WEIGHT_NAME_SAFE
+        weights = _read(path)
+        for key, tensor in weights.items():
+            _check_fit(path, key, tensor, model)
+        attach_weights(model, path, scale)
+        return len(weights)
+
+    def _targets(self) -> dict[str, tuple[str, ...]]:
+        targets = {"unet": self.config.target_modules}
+        if self.text_encoder:
+            targets["text_encoder"] = self.config.text_encoder_target_modules
+        return targets
+
+    def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
+        alpha = self.config.alpha if self.config.alpha is not None else self.config.rank
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=alpha,
+            lora_dropout=self.config.dropout,
+            target_modules=list(targets),
+            use_dora=self.config.use_dora,
+            init_lora_weights="gaussian",
+        )
+
+
+def attach_weights(model: DiffusionModel, path: Path, scale: float) -> None:
+    """Add a LoRA file to the loaded U-Net and text encoder as one more active adapter of strength `scale`."""
+    weights, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
+    )
+    adapter = f"adapter_{len(getattr(model.unet, 'peft_config', {}))}"
+    loaders = {
+        "unet": StableDiffusionPipeline.load_lora_into_unet,
+        "text_encoder": StableDiffusionPipeline.load_lora_into_text_encoder,
+    }
+    for name, load in loaders.items():
+        if not any(key.startswith(f"{name}.") for key in weights):
+            continue
+        module = getattr(model, name)
+        load(weights, alphas, module, adapter_name=adapter, metadata=metadata)
+        module.set_adapter(list(module.peft_config))
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer) and adapter in layer.r:
+                layer.set_scale(adapter, scale)
+        module.requires_grad_(False)
+
+
+def _check_targets(name: str, module: nn.Module, targets: tuple[str, ...]) -> None:
+    layers = [layer for layer, _ in module.named_modules()]
+    setting = "target_modules" if name == "unet" else "text_encoder_target_modules"
+    for target in targets:
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            raise ConfigError(f"method.{setting}: no layer of the {name} is named '{target}'")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no {path.name}")
+    try:
+        with safe_open(path, "pt") as tensors:
+            if LORA_ADAPTER_METADATA_KEY not in (tensors.metadata() or {}):
+                raise ArtifactError(f"{path} says nothing of its rank and alpha; it was not exported by ray_sd")
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
+
+
+def _check_fit(path: Path, key: str, tensor: Tensor, model: DiffusionModel) -> None:
+    """Raise ArtifactError unless the tensor belongs to a layer of the model and has its size."""
+    match = LAYER.fullmatch(key)
+    layer = None
+    if match is not None:
+        component, name, part = match.groups()
+        module = getattr(model, component)
+        name = name.removeprefix(TEXT_PREFIX) if component == "text_encoder" else name
+        if module is None:
+            raise ArtifactError(f"{path} adapts the {component}, which is not loaded")
+        layer = dict(module.named_modules()).get(name)
+    if layer is None:
+        raise ArtifactError(f"{path}: the base has no layer for {key}; it was made for another base")
+    outputs, inputs = layer.weight.shape[:2]
+    expected, found = (inputs, tensor.shape[1]) if part == "lora_A" else (outputs, tensor.shape[0])
+    if part == "lora_magnitude_vector":
+        found = tensor.numel()
+    if expected != found:
+        raise ArtifactError(f"{path}: {key} is made for {found} features, the base's layer has {expected}; it was made for another base")

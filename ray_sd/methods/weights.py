@@ -1,0 +1,69 @@
+"""Whole components as folders of an export, in the layout that plain diffusers and transformers load."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from ray_sd.errors import ArtifactError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "model.safetensors"
+TEXT_PREFIX = "text_model."
+"""transformers before version 5 kept CLIPTextModel's layers under this prefix; every release loads it."""
+
+
+def save_component(module: nn.Module, folder: Path) -> None:
+    """Write configuration and weights of a diffusers model or of a CLIPTextModel."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    if isinstance(module, CLIPTextModel):
+        module.config.architectures = ["CLIPTextModel"]
+        module.config.save_pretrained(folder)
+        prefixed = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+        save_file(prefixed, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
+    else:
+        module.save_config(folder)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_component(module: nn.Module, folder: Path) -> int:
+    """Replace a component's weights by those in the folder; returns their number."""
+    path = folder / (TEXT_WEIGHTS if isinstance(module, CLIPTextModel) else WEIGHTS)
+    weights = _read(path)
+    if isinstance(module, CLIPTextModel):
+        weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+    own = module.state_dict()
+    _check_names(path, set(own), set(weights))
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise ArtifactError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the base's {tuple(own[name].shape)}; "
+                "it was made for another base"
+            )
+    module.load_state_dict(weights)
+    if not isinstance(module, CLIPTextModel):
+        saved = json.loads((folder / "config.json").read_text())
+        if "scaling_factor" in saved:
+            module.register_to_config(scaling_factor=saved["scaling_factor"])
+    return len(weights)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no {path.name}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
+
+
+def _check_names(path: Path, expected: set[str], found: set[str]) -> None:
+    for names, what in ((expected - found, "lacks"), (found - expected, "has unknown")):
+        if names:
+            raise ArtifactError(
+                f"{path} {what} {len(names)} of {len(expected)} weights, such as {min(names)}; it was made for another base"
+            )

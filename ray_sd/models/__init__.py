@@ -1,0 +1,26 @@
+"""What is trained and run: one file a family."""
+
+from collections.abc import Collection
+
+from ray_sd.config import ModelConfig
+from ray_sd.models.base import DiffusionLoss, DiffusionModel
+from ray_sd.models.components import fingerprint
+from ray_sd.models.stable_diffusion import StableDiffusion
+
+FAMILIES: dict[str, type[DiffusionModel]] = {"stable_diffusion": StableDiffusion}
+
+
+def load_model(config: ModelConfig, components: Collection[str] | None = None) -> DiffusionModel:
+    """Load a model, or only the named `components`: unet, vae, text_encoder, tokenizer, scheduler.
+
+    Weights are fp32, on the CPU, in evaluation mode. Raises ArtifactError for what cannot be found, read or combined.
+    """
+    family = FAMILIES[config.family]
+    wanted = family.parts if components is None else components
+    unknown = set(wanted) - set(family.parts)
+    if unknown:
+        raise ValueError(f"{config.family} has no component {', '.join(sorted(unknown))}; it has {', '.join(family.parts)}")
+    return family.load(config, wanted)
+
+
+__all__ = ["FAMILIES", "DiffusionLoss", "DiffusionModel", "fingerprint", "load_model"]

@@ -1,0 +1,74 @@
+"""What every model family offers to methods, data, generation and serving."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from ray_sd.config import ModelConfig
+from ray_sd.config.model import SchedulerName
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """How training weighs the denoising loss; the default is the plain loss."""
+
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+
+class DiffusionModel(nn.Module, ABC):
+    """A denoiser with its autoencoder and its text encoder. Knows nothing of distribution.
+
+    Parts that were not asked for are None. Parts are loaded in fp32 on the CPU, in evaluation mode.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the components that `load` takes."""
+
+    config: ModelConfig
+    unet: nn.Module | None
+    vae: nn.Module | None
+    text_encoder: nn.Module | None
+    tokenizer: Any
+    noise_scheduler: Any
+    """diffusers' DDPMScheduler with the noise schedule of training."""
+    latent_scale: float
+    """Latents are the autoencoder's posterior times this."""
+    latent_factor: int
+    """Pixels along one side of a latent."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: ModelConfig, components: Collection[str]) -> Self:
+        """Load the named components. Raises ArtifactError for what is missing, damaged or does not fit together."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each [B, C, h, w] and unscaled, of the posterior of pixels [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids int64 [B, L], padded and cut to the text encoder's length; cut captions are counted in the log."""
+
+    @abstractmethod
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Text embeddings [B, L, D] of token ids [B, L]."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = DiffusionLoss()) -> Tensor:
+        """Denoising loss of each row, fp32 [B].
+
+        A batch holds `latent_mean` and `latent_std` [B, C, h, w] (unscaled), one of `text_embeds` [B, L, D] and
+        `input_ids` [B, L], `row_seed` int64 [B] (the only randomness of a row) and optionally `timesteps` int64 [B].
+        """
+
+    @abstractmethod
+    def sampler(self, name: SchedulerName | None = None) -> Any:
+        """A fresh diffusers scheduler for generation; by default `config.scheduler.sampler`."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The diffusers pipeline of the loaded parts, without a safety checker."""

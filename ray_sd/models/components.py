@@ -1,0 +1,323 @@
+"""Where a model's components are, how they are loaded, and what identifies their content."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CLIPTokenizer, PreTrainedModel
+
+import ray_sd.embedded
+from ray_sd.config import ModelConfig
+from ray_sd.config.model import ComponentSource
+from ray_sd.errors import ArtifactError
+from ray_sd.models import single_file
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A component in the diffusers layout: its configuration beside its weights."""
+
+    path: Path
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A component inside one `.safetensors` file in the original Stable Diffusion layout."""
+
+    path: Path
+    layout: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A component with random weights."""
+
+    config: dict[str, Any]
+    seed: int
+
+
+Location = Folder | SingleFile | Architecture
+
+
+def find_component(config: ModelConfig, component: str) -> Location:
+    """Find a component, fetching it from the hub if need be. Raises ArtifactError where there is none."""
+    source = config.scheduler if component == "scheduler" else getattr(config, component)
+    if component == "scheduler":
+        source = None if config.scheduler.path is None else ComponentSource(path=config.scheduler.path)
+    if source is None:
+        source = ComponentSource(path=config.base, subfolder=component)
+    if source.architecture is not None:
+        return Architecture(source.architecture, _component_seed(config.seed, component))
+    root = _find_root(config, component, source.path)
+    if root.is_file():
+        if root.suffix != ".safetensors":
+            raise ArtifactError(f"{root} is no .safetensors file; pickled weights are not read")
+        return SingleFile(root, config.layout)
+    folder = _find_subfolder(config, component, source, root)
+    if _is_hub_id(source.path):
+        _fetch_weights(config, component, source.path, folder.relative_to(root))
+    return Folder(folder, config.variant)
+
+
+def load_weights(config: ModelConfig, component: str, cls: type[nn.Module]) -> nn.Module:
+    """Load a U-Net, autoencoder or text encoder in fp32 and evaluation mode, leaving the global generator as it was."""
+    location = find_component(config, component)
+    with _own_randomness(location):
+        match location:
+            case Architecture(architecture):
+                module = _build(config, component, cls, architecture)
+            case SingleFile(path, layout):
+                module = single_file.load_component(path, layout, component, cls)
+            case Folder():
+                module = _load_folder(component, cls, location)
+    return module.eval()
+
+
+def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
+    location = find_component(config, "tokenizer")
+    if isinstance(location, SingleFile):
+        return single_file.load_tokenizer(location.layout)
+    try:
+        return CLIPTokenizer.from_pretrained(location.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read the tokenizer in {location.path}: {_first_line(error)}") from error
+
+
+def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
+    """A component's configuration, without its weights."""
+    location = find_component(config, component)
+    match location:
+        case Architecture(architecture):
+            return architecture
+        case SingleFile(_, layout):
+            return single_file.read_config(layout, component)
+        case Folder(path):
+            return json.loads((path / CONFIG_FILES.get(component, "config.json")).read_text())
+
+
+def fingerprint(config: ModelConfig, component: str) -> str:
+    """Hex digest that changes with a component's content: weights and configuration, or architecture and seed.
+
+    It does not depend on where the files lie nor on how the weights are divided among them. The text encoder's
+    includes its tokenizer's.
+    """
+    location = find_component(config, component)
+    digest = hashlib.blake2b(digest_size=16)
+    match location:
+        case Architecture(architecture, seed):
+            digest.update(f"{seed} {json.dumps(architecture, sort_keys=True)}".encode())
+        case SingleFile(path, layout):
+            digest.update(f"{layout} {_tensors_digest((path,), single_file.PREFIXES[component])}".encode())
+        case Folder(path):
+            for part in _folder_content(component, location):
+                digest.update(part.encode())
+    if component == "text_encoder":
+        digest.update(fingerprint(config, "tokenizer").encode())
+    return digest.hexdigest()
+
+
+def _component_seed(seed: int, component: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {component}".encode(), digest_size=7).digest())
+
+
+def _find_root(config: ModelConfig, component: str, path: str) -> Path:
+    """The local folder or file that `path` stands for."""
+    if path.startswith("embedded/"):
+        folder = Path(ray_sd.embedded.__path__[0])
+        name = path.removeprefix("embedded/")
+        if not (folder / name).is_dir():
+            names = sorted(child.parent.parent.name for child in folder.glob("*/*/config.json"))
+            raise ArtifactError(
+                f"model '{config.name}': no embedded model '{name}'; the embedded models are: {', '.join(dict.fromkeys(names))}"
+            )
+        return folder / name
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if _is_hub_id(path):
+        return _fetch(config, component, path, ["*.json", "*.txt"])
+    raise ArtifactError(f"model '{config.name}': no folder or file {path} for the {component}")
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith("embedded/") and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource, root: Path) -> Path:
+    if source.subfolder is not None:
+        folder = root / source.subfolder
+    else:
+        folder = root / component if (root / component).is_dir() else root
+    if not _holds(folder, component):
+        folders = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
+        override = "model.scheduler.path" if component == "scheduler" else f"model.{component}"
+        raise ArtifactError(
+            f"model '{config.name}': {folder} holds no {component} (no {_config_file(component)} there; folders in {root}: "
+            f"{folders}); give one by {override}=PATH"
+        )
+    return folder
+
+
+def _holds(folder: Path, component: str) -> bool:
+    if component == "tokenizer":
+        return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return (folder / _config_file(component)).is_file()
+
+
+def _config_file(component: str) -> str:
+    return {"tokenizer": "vocab.json"}.get(component, CONFIG_FILES.get(component, "config.json"))
+
+
+def _fetch_weights(config: ModelConfig, component: str, hub_id: str, subfolder: Path) -> None:
+    """Fetch a component's safetensors: those of the variant if it has them, the plain ones otherwise."""
+    if component in ("tokenizer", "scheduler"):
+        return
+    prefix = "" if subfolder == Path() else f"{subfolder.as_posix()}/"
+    if config.variant is not None:
+        folder = _fetch(config, component, hub_id, [f"{prefix}*.{config.variant}*.safetensors"]) / subfolder
+        if any(folder.glob(f"*.{config.variant}*.safetensors")):
+            return
+    _fetch(config, component, hub_id, [f"{prefix}*.safetensors"], ignore=["*.*.safetensors"])
+
+
+def _fetch(
+    config: ModelConfig, component: str, hub_id: str, patterns: list[str], ignore: list[str] | None = None
+) -> Path:
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=config.revision, allow_patterns=patterns, ignore_patterns=ignore
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        setting = "base" if hub_id == config.base else component
+        raise ArtifactError(
+            f"model '{config.name}': cannot fetch the {component} of '{hub_id}' from the Hugging Face hub "
+            f"({_first_line(error)}), and no local folder has that name; download it elsewhere and give its folder: "
+            f"model.{setting}=/path/to/folder"
+        ) from error
+
+
+@contextmanager
+def _own_randomness(location: Location) -> Iterator[None]:
+    """Seed what has random weights by its own seed, and keep the global CPU generator untouched."""
+    state = torch.default_generator.get_state()
+    try:
+        if isinstance(location, Architecture):
+            torch.default_generator.manual_seed(location.seed)
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _build(config: ModelConfig, component: str, cls: type[nn.Module], architecture: dict[str, Any]) -> nn.Module:
+    try:
+        if issubclass(cls, PreTrainedModel):
+            return cls(cls.config_class(**architecture))
+        return cls.from_config(architecture)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"model '{config.name}': cannot build a {cls.__name__} from model.{component}.architecture: {_first_line(error)}"
+        ) from error
+
+
+def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Module:
+    _check_class(component, cls, folder.path)
+    files = _weight_files(component, folder)
+    variant = folder.variant if folder.variant and f".{folder.variant}" in files[0].name else None
+    try:
+        module, info = cls.from_pretrained(
+            str(folder.path),
+            variant=variant,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read the {component} in {folder.path}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ArtifactError(
+            f"the {component} in {folder.path} lacks {len(missing)} of its weights, such as {missing[0]}"
+        )
+    return module
+
+
+def _check_class(component: str, cls: type[nn.Module], folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    found = content.get("_class_name") or ", ".join(content.get("architectures") or [])
+    accepted = {cls.__name__, "CLIPModel"} if issubclass(cls, PreTrainedModel) else {cls.__name__}
+    if found and found not in accepted:
+        raise ArtifactError(f"{folder} holds a {found}; the {component} must be a {cls.__name__}")
+
+
+def _weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
+    """The safetensors files of a component: those of the variant if there are any, the plain ones otherwise."""
+    files = sorted(folder.path.glob("*.safetensors"))
+    of_variant = [file for file in files if folder.variant and re.search(rf"\.{re.escape(folder.variant)}[.-]", file.name)]
+    plain = [file for file in files if file.name.count(".") == 1]
+    if not (of_variant or plain):
+        found = ", ".join(sorted(child.name for child in folder.path.iterdir())) or "nothing"
+        raise ArtifactError(
+            f"no .safetensors weights for the {component} in {folder.path} (found: {found}); pickled weights are not read"
+        )
+    return tuple(of_variant or plain)
+
+
+def _folder_content(component: str, folder: Folder) -> Iterator[str]:
+    if component == "tokenizer":
+        for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+            if (folder.path / name).is_file():
+                yield f"{name} {hashlib.blake2b((folder.path / name).read_bytes()).hexdigest()}"
+        return
+    content = json.loads((folder.path / _config_file(component)).read_text())
+    kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in BOOKKEEPING}
+    yield json.dumps(kept, sort_keys=True)
+    if component != "scheduler":
+        yield _tensors_digest(_weight_files(component, folder), ("",))
+
+
+def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
+    stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _cached_tensors_digest(files, prefixes, stats)
+
+
+@lru_cache(maxsize=64)
+def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
+    """Digest of the named tensors, in the order of their names."""
+    owners = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            owners |= {name: file for name in tensors.keys() if name.startswith(prefixes)}
+    digest = hashlib.blake2b(digest_size=16)
+    handles = {file: safe_open(file, "pt") for file in files}
+    for name in sorted(owners):
+        tensor = handles[owners[name]].get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,70 @@
+"""The noise schedule of training and the samplers of generation."""
+
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from ray_sd.config import ModelConfig
+from ray_sd.config.model import SchedulerName
+from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.models.components import read_config
+
+SAMPLERS: dict[SchedulerName, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "lcm": LCMScheduler,
+}
+
+STABLE_DIFFUSION = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+"""Noise schedule of a model that is assembled from parts and names no scheduler."""
+
+LATENT_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+"""What every scheduler on Stable Diffusion's latents needs; the diffusers pipeline imposes the first and the last."""
+
+
+def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
+    """The base's noise schedule with the values of `config.scheduler.noise` in place of its own."""
+    if config.base is None and config.scheduler.path is None:
+        saved: dict[str, Any] = STABLE_DIFFUSION
+    else:
+        saved = read_config(config, "scheduler")
+    saved = {key: value for key, value in saved.items() if key != "skip_prk_steps"}  # of PNDM alone; LCM warns of it
+    overrides = config.scheduler.noise.model_dump(exclude_none=True)
+    if "beta_schedule" in overrides or "beta_start" in overrides or "beta_end" in overrides:
+        overrides["trained_betas"] = None
+    scheduler = DDPMScheduler.from_config({**saved, **LATENT_DIFFUSION}, **overrides)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ArtifactError(
+            f"model '{config.name}': its scheduler predicts '{prediction_type}'; "
+            "only epsilon and v_prediction are trained (scheduler.noise.prediction_type)"
+        )
+    if scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
+        raise ConfigError(
+            f"model '{config.name}': zero terminal SNR with epsilon prediction divides 0 by 0; "
+            "set scheduler.noise.prediction_type=v_prediction or scheduler.noise.rescale_betas_zero_snr=false"
+        )
+    return scheduler
+
+
+def build_sampler(name: SchedulerName, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
+    return SAMPLERS[name].from_config(noise_scheduler.config)

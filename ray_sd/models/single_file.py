@@ -1,0 +1,79 @@
+"""Components out of one `.safetensors` file in the original Stable Diffusion layout.
+
+Such a file has weights only. Their configuration comes from `layouts/` in this package, so that no network is needed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTokenizer, PreTrainedModel
+
+from ray_sd.errors import ArtifactError
+
+LAYOUTS = Path(__file__).parent / "layouts"
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
+    "text_encoder": ("cond_stage_model.",),
+}
+"""Names of a component's tensors begin with one of these; the last four are those of a file with nothing but a VAE."""
+
+
+def load_component(path: Path, layout: str, component: str, cls: type[nn.Module]) -> nn.Module:
+    """Load a U-Net, autoencoder or text encoder in fp32; `layout` names a folder below `layouts/`."""
+    folder = LAYOUTS / layout
+    weights = _read(path, component)
+    try:
+        if issubclass(cls, PreTrainedModel):
+            module = create_diffusers_clip_model_from_ldm(
+                cls, weights, subfolder=component, config=str(folder), torch_dtype=torch.float32, local_files_only=True
+            )
+        else:
+            module = cls.from_single_file(
+                weights, config=str(folder), subfolder=component, torch_dtype=torch.float32, local_files_only=True
+            )
+    except (SingleFileComponentError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtifactError(f"the {component} in {path} is not of layout '{layout}': {error}".splitlines()[0]) from error
+    missing = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise ArtifactError(
+            f"the {component} in {path} lacks {len(missing)} weights of layout '{layout}', such as {missing[0]}; "
+            "is model.layout right?"
+        )
+    return module
+
+
+def load_tokenizer(layout: str) -> CLIPTokenizer:
+    """CLIP's vocabulary, which all of Stable Diffusion shares, with the layout's padding."""
+    settings = read_config(layout, "tokenizer")
+    return CLIPTokenizer.from_pretrained(
+        str(LAYOUTS / "tokenizer"),
+        local_files_only=True,
+        model_max_length=settings["model_max_length"],
+        pad_token=settings["pad_token"],
+    )
+
+
+def read_config(layout: str, component: str) -> dict[str, Any]:
+    name = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(component, "config.json")
+    return json.loads((LAYOUTS / layout / component / name).read_text())
+
+
+def _read(path: Path, component: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as tensors:
+            weights = {
+                name: tensors.get_tensor(name).float() for name in tensors.keys() if name.startswith(PREFIXES[component])
+            }
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
+    if not weights:
+        raise ArtifactError(
+            f"{path} holds no {component} (no tensor named {PREFIXES[component][0]}…); give one by model.{component}=PATH"
+        )
+    return weights

@@ -1,0 +1,147 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net on latents, conditioned on the tokens of one CLIP text encoder."""
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Self
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ray_sd.config import ModelConfig
+from ray_sd.config.model import SchedulerName
+from ray_sd.errors import ArtifactError
+from ray_sd.models import noise
+from ray_sd.models.base import DiffusionLoss, DiffusionModel
+from ray_sd.models.components import load_tokenizer, load_weights, read_config
+from ray_sd.models.schedulers import build_sampler, load_noise_scheduler
+
+logger = logging.getLogger(__name__)
+
+CLIP_LENGTH = 77
+
+
+class StableDiffusion(DiffusionModel):
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        unet: UNet2DConditionModel | None,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        noise_scheduler: DDPMScheduler | None,
+        vae_config: dict,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.noise_scheduler = noise_scheduler
+        self.latent_scale = vae_config.get("scaling_factor", 0.18215)  # diffusers' default, absent from older files
+        self.latent_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    @classmethod
+    def load(cls, config: ModelConfig, components: Collection[str]) -> Self:
+        model = cls(
+            config,
+            unet=load_weights(config, "unet", UNet2DConditionModel) if "unet" in components else None,
+            vae=load_weights(config, "vae", AutoencoderKL) if "vae" in components else None,
+            text_encoder=load_weights(config, "text_encoder", CLIPTextModel) if "text_encoder" in components else None,
+            tokenizer=load_tokenizer(config) if "tokenizer" in components else None,
+            noise_scheduler=load_noise_scheduler(config) if "scheduler" in components else None,
+            vae_config=read_config(config, "vae"),
+        )
+        model._check_fit()
+        return model
+
+    def _check_fit(self) -> None:
+        """Raise ArtifactError where the parts cannot work together."""
+        name = self.config.name
+        if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
+            raise ArtifactError(
+                f"model '{name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
+                f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
+            )
+        if self.unet is not None and self.vae is not None:
+            if self.unet.config.in_channels != self.vae.config.latent_channels:
+                raise ArtifactError(
+                    f"model '{name}': the U-Net takes latents of {self.unet.config.in_channels} channels, "
+                    f"the autoencoder makes {self.vae.config.latent_channels}"
+                )
+        if self.unet is not None and self.text_encoder is not None:
+            if self.unet.config.cross_attention_dim != self.text_encoder.config.hidden_size:
+                raise ArtifactError(
+                    f"model '{name}': the U-Net takes text embeddings of width {self.unet.config.cross_attention_dim}, "
+                    f"the text encoder makes {self.text_encoder.config.hidden_size}"
+                )
+        if self.tokenizer is not None and self.text_encoder is not None:
+            if len(self.tokenizer) > self.text_encoder.config.vocab_size:
+                raise ArtifactError(
+                    f"model '{name}': the tokenizer has {len(self.tokenizer)} tokens, "
+                    f"the text encoder {self.text_encoder.config.vocab_size}"
+                )
+            length = self.text_encoder.config.max_position_embeddings
+            if self.tokenizer.model_max_length > length:
+                self.tokenizer.model_max_length = length
+        elif self.tokenizer is not None and self.tokenizer.model_max_length > 10_000:  # transformers' "not given"
+            self.tokenizer.model_max_length = CLIP_LENGTH
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_overflowing_tokens=False,
+            return_tensors="pt",
+        )  # fmt: skip
+        cut = sum(len(ids) > length for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+        if cut:
+            logger.warning("%d of %d captions cut to the text encoder's %d tokens", cut, len(captions), length)
+        return tokens.input_ids
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids).last_hidden_state
+
+    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = DiffusionLoss()) -> Tensor:
+        mean, std = batch["latent_mean"], batch["latent_std"]
+        schedule = self.noise_scheduler.config
+        draws = noise.draw_rows(batch["row_seed"], mean.shape[1:], schedule.num_train_timesteps)
+        timesteps = batch.get("timesteps", draws.timesteps)
+
+        latents = (mean + std * draws.posterior) * self.latent_scale
+        eps = draws.noise + weighting.noise_offset * draws.offset
+        alpha_bar = noise.at_timesteps(self.noise_scheduler.alphas_cumprod, timesteps)
+        noisy = noise.add_noise(latents, eps, alpha_bar)
+        target = noise.target(schedule.prediction_type, latents, eps, alpha_bar)
+
+        text = batch["text_embeds"] if "text_embeds" in batch else self.encode_text(batch["input_ids"])
+        dtype = self.unet.dtype
+        predicted = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype)).sample
+
+        loss = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        if weighting.min_snr_gamma is not None:
+            weights = noise.min_snr_weights(schedule.prediction_type, alpha_bar, weighting.min_snr_gamma)
+            loss = loss * weights.flatten()
+        return loss
+
+    def sampler(self, name: SchedulerName | None = None) -> SchedulerMixin:
+        return build_sampler(name or self.config.scheduler.sampler, self.noise_scheduler)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.sampler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

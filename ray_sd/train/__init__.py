@@ -1,0 +1,1 @@
+"""Training runs: Ray Train around DeepSpeed."""

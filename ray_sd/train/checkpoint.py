@@ -1,0 +1,141 @@
+"""Checkpoints: fp32 state of what trains, by parameter name, in safetensors sharded by rank. No pickle.
+
+A checkpoint folder holds one `state-RRRRR-of-WWWWW.safetensors` a rank (tensors `NAME` and `NAME:KEY` for
+optimizer moments and the moving average) and `index.json`, which maps every tensor to its file. It loads
+on any number of workers and at any ZeRO stage.
+"""
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.errors import ArtifactError
+from ray_sd.train.engine import EMA, PARAMETER, Engine
+
+INDEX = "index.json"
+FORMAT = 1
+
+
+def save(engine: Engine, folder: Path, *, step: int, rank: int, world_size: int, config: ExperimentConfig) -> None:
+    """Write this rank's share of the state to `folder`. Collective. Raises ArtifactError when storage is full."""
+    names = list(engine.parameters)
+    owner = _owners({name: engine.parameters[name] for name in names}, world_size)
+    mine: dict[str, Tensor] = {}
+    for name, state in engine.state():
+        if owner[name] == rank:
+            mine |= {_tensor_name(name, key): value.cpu().contiguous() for key, value in state.items()}
+    index = {
+        "format": FORMAT,
+        "step": step,
+        "keys": list(engine.state_keys),
+        "files": {name: _file(owner[name], world_size) for name in names},
+        "config": config.model_dump(mode="json"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(mine, folder / _file(rank, world_size))
+        if rank == 0:
+            (folder / INDEX).write_text(json.dumps(index, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"checkpoint at step {step} cannot be written to {folder}: {_reason(error)}") from error
+
+
+def restore(engine: Engine, folder: Path) -> int:
+    """Load a checkpoint into `engine` on every rank and return its step."""
+    index = read_index(folder)
+    _check_names(set(engine.parameters), set(index["files"]), folder)
+    missing = set(engine.state_keys) - set(index["keys"])
+    if missing:
+        raise ArtifactError(
+            f"checkpoint {folder} has no {', '.join(sorted(missing))}; it was saved without trainer.ema_decay"
+        )
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters.items()}
+    engine.load_state(_tensors(folder, index, engine.state_keys, shapes), index["step"])
+    return index["step"]
+
+
+def load_weights(model: nn.Module, folder: Path) -> int:
+    """Put a checkpoint's weights, averaged if it has averages, into a prepared model; return its step."""
+    index = read_index(folder)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_names(set(parameters), set(index["files"]), folder)
+    key = EMA if EMA in index["keys"] else PARAMETER
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    with torch.no_grad():
+        for name, values in _tensors(folder, index, (key,), shapes):
+            parameters[name].copy_(values[key])
+    return index["step"]
+
+
+def read_index(folder: Path) -> dict:
+    """The index of a checkpoint folder; raises ArtifactError for anything else."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no checkpoint: it has no {INDEX}")
+    index = json.loads(path.read_text())
+    if index.get("format") != FORMAT:
+        raise ArtifactError(f"checkpoint {folder} has format {index.get('format')}; this version reads {FORMAT}")
+    return index
+
+
+def _owners(parameters: dict[str, nn.Parameter], world_size: int) -> dict[str, int]:
+    """Which rank writes which parameter: the largest first, each to the rank with least so far."""
+    load = [0] * world_size
+    owner = {}
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        rank = load.index(min(load))
+        owner[name] = rank
+        load[rank] += sizes[name]
+    return owner
+
+
+def _tensors(
+    folder: Path, index: dict, keys: tuple[str, ...], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields the parameters in the order of the model, which all ranks share."""
+    files = {}
+    try:
+        for file in sorted(set(index["files"].values())):
+            files[file] = safe_open(folder / file, framework="pt")
+        for name, shape in shapes.items():
+            source = files[index["files"][name]]
+            values = {key: source.get_tensor(_tensor_name(name, key)) for key in keys}
+            if tuple(values[keys[0]].shape) != shape:
+                raise ArtifactError(
+                    f"checkpoint {folder} holds {name} as {tuple(values[keys[0]].shape)}, the model has {shape}; "
+                    "the model or the method's rank changed"
+                )
+            yield name, values
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"checkpoint {folder} is damaged: {_reason(error)}") from error
+
+
+def _check_names(expected: set[str], found: set[str], folder: Path) -> None:
+    if expected != found:
+        only = sorted(expected - found)[:2] + sorted(found - expected)[:2]
+        raise ArtifactError(
+            f"checkpoint {folder} holds {len(found)} parameters and this run trains {len(expected)} "
+            f"(differing, for example, in {', '.join(only)}); the model or the method changed"
+        )
+
+
+def _tensor_name(name: str, key: str) -> str:
+    return name if key == PARAMETER else f"{name}:{key}"
+
+
+def _file(rank: int, world_size: int) -> str:
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on the device; free some and resume with resume=true"
+    return str(error)

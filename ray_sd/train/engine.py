@@ -1,0 +1,224 @@
+"""One worker's share of a DeepSpeed run: forward, backward, step, and state by parameter name.
+
+The only file that imports deepspeed. Whatever gathers state is collective: every rank calls it.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+
+# DeepSpeed prints a banner and probes compilers on import; both are noise in a worker's log.
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn  # noqa: E402
+
+from ray_sd.config import TrainerConfig  # noqa: E402
+
+PARAMETER = "parameter"
+EMA = "ema"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """Trains the parameters of `groups` in `module`, whose forward maps a batch to a loss.
+
+    groups: optimizer groups (`params`, `lr`) of fp32 parameters.
+    """
+
+    def __init__(self, module: nn.Module, groups: list[dict], trainer: TrainerConfig, device: torch.device) -> None:
+        self.device = device
+        self.stage = trainer.zero.stage
+        self.ema_decay = trainer.ema_decay
+        self.compute_dtype = compute_dtype(trainer, device)
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._cast_frozen(module)
+        self._peak_rates = [group["lr"] for group in groups]
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module.to(device),
+            optimizer=_optimizer(groups, trainer),
+            config=_deepspeed_config(trainer, self.compute_dtype),
+        )
+        self._optimizer = self._deepspeed.basic_optimizer
+        self._initialize_state()
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """The module's output for one batch, moved to this worker's device."""
+        return self._deepspeed({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+
+    def backward(self, loss: Tensor) -> None:
+        self._deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """Count one micro-batch; the last of an accumulation updates the parameters."""
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        self._deepspeed.step()
+        if boundary and self.ema_decay is not None:
+            self._update_ema(self.ema_decay)
+
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+        """The module's output in evaluation mode, without gradients."""
+        self._deepspeed.eval()
+        with torch.no_grad():
+            output = self(batch)
+        self._deepspeed.train()
+        return output
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set every group's rate to `factor` times its peak."""
+        for group, peak in zip(self._optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+    @property
+    def learning_rate(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient over all workers, before clipping; None before the first step."""
+        norm = self._deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and whole fp32 state of each trained parameter: itself, Adam's moments, the moving average.
+
+        Collective: all ranks go through all names together.
+        """
+        for name, parameter in self.parameters.items():
+            yield name, {key: self._get(parameter, key) for key in self.state_keys}
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return (PARAMETER, *MOMENTS, *((EMA,) if self.ema_decay is not None else ()))
+
+    def load_state(self, state: Iterator[tuple[str, dict[str, Tensor]]], step: int) -> None:
+        """Set what `state` yielded, on any number of workers and at any ZeRO stage; `step` updates were made."""
+        for name, values in state:
+            for key in self.state_keys:
+                self._set(self.parameters[name], key, values[key].to(self.device))
+        for master in self._masters():
+            self._optimizer.state[master]["step"] = _step_counter(self._optimizer, step)
+        self._updates = step
+
+    def _cast_frozen(self, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.compute_dtype)
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that Adam updates here: whole parameters at stage 0, flat partitions above."""
+        match self.stage:
+            case 0:
+                return [p for group in self._optimizer.param_groups for p in group["params"]]
+            case 1 | 2:
+                return list(self._deepspeed.optimizer.single_partition_of_fp32_groups)
+            case _:
+                return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
+
+    def _initialize_state(self) -> None:
+        # Adam makes its state at the first step, and stages 1 and 2 link it to the parameters once, right after their
+        # first group has stepped, when later groups still have none. Made here, state can be set before any step,
+        # and the moving average, one more entry of it, is gathered and set like the moments.
+        for master in self._masters():
+            state = self._optimizer.state[master]
+            state["step"] = _step_counter(self._optimizer, 0)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(master, dtype=torch.float32)
+            if self.ema_decay is not None:
+                state[EMA] = master.detach().clone()
+        if self.stage in (1, 2):
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        self._updates = 0
+
+    def _update_ema(self, decay: float) -> None:
+        self._updates += 1
+        warm = min(decay, (1 + self._updates) / (10 + self._updates))
+        masters = self._masters()
+        averages = [self._optimizer.state[master][EMA] for master in masters]
+        torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - warm)
+
+    def _get(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.stage == 0:
+            value = parameter if key == PARAMETER else self._optimizer.state[parameter][key]
+        elif key == PARAMETER:
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, key)
+        return value.detach()
+
+    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.stage == 3:
+            self._set_partition(parameter, key, value)
+        elif key == PARAMETER:
+            parameter.data.copy_(value)
+            if self.stage > 0:
+                safe_set_full_fp32_param(parameter, value)
+        elif self.stage == 0:
+            self._optimizer.state[parameter][key].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _set_partition(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        # The setters for whole values fail where the size is no multiple of the worker count, so the padding is ours.
+        size = parameter.ds_tensor.numel()
+        whole = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+        mine = whole.narrow(0, size * dist.get_rank(), size)
+        if key == PARAMETER:
+            safe_set_local_fp32_param(parameter, mine)
+            parameter.ds_tensor.data.copy_(mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, key)
+
+
+def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
+    """`trainer.precision` as a dtype; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    if trainer.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[trainer.precision]
+
+
+def _optimizer(groups: list[dict], trainer: TrainerConfig) -> torch.optim.Optimizer:
+    settings = trainer.optimizer
+    kwargs = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in groups]
+    if trainer.zero.offload:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
+    return torch.optim.AdamW(groups, **kwargs)
+
+
+def _step_counter(optimizer: torch.optim.Optimizer, step: int) -> int | Tensor:
+    return torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+
+
+def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype) -> dict:
+    zero: dict = {"stage": trainer.zero.stage}
+    if trainer.zero.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if trainer.zero.stage == 3:
+        zero["stage3_param_persistence_threshold"] = trainer.zero.param_persistence_threshold
+    return {
+        "train_batch_size": trainer.batch_size,
+        "train_micro_batch_size_per_gpu": trainer.rows_per_micro_batch,
+        "gradient_accumulation_steps": trainer.accumulation_steps,
+        "gradient_clipping": trainer.max_grad_norm,
+        "zero_optimization": zero,
+        # Trained weights stay fp32 and so do gradients in flight; layers compute in `dtype`.
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": 2**31,
+    }

@@ -1,0 +1,130 @@
+"""What every training worker runs."""
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor, nn
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data import PreparedData, validation_batches
+from ray_sd.methods import Method, build_method
+from ray_sd.models import DiffusionModel, load_model
+from ray_sd.train import checkpoint
+from ray_sd.train.engine import Engine
+from ray_sd.train.monitor import Monitor
+from ray_sd.train.schedule import learning_rate_factor
+from ray_sd.train.storage import RunFolder
+from ray_sd.train.validation import validation_loss
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What the driver hands to every worker."""
+
+    config: ExperimentConfig
+    data: PreparedData
+    initial_checkpoint: str | None
+    """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
+
+
+class Objective(nn.Module):
+    """Maps a batch to the mean loss, or in evaluation mode to the rows' losses [B]."""
+
+    def __init__(self, method: Method, model: DiffusionModel) -> None:
+        super().__init__()
+        self.method = method
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        losses = self.method.objective(self.model, batch)
+        return losses.mean() if self.training else losses
+
+
+def train_loop(job: TrainingJob) -> None:
+    """Train from the latest checkpoint to `trainer.max_steps`."""
+    config, trainer = job.config, job.config.trainer
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = _device(config, context.get_local_world_size())
+
+    torch.manual_seed(config.seed)
+    method = build_method(config.method)
+    model = load_model(config.model, method.components())
+    method.prepare(model, trainer)
+    if trainer.compile:
+        model.unet.compile()
+    engine = Engine(Objective(method, model).train(), method.parameter_groups(model, trainer), trainer, device)
+    start = _restore(engine, job)
+
+    run = RunFolder(config.storage_path, config.name)
+    monitor = Monitor(engine, config, run, start=start, rank=rank)
+    factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
+    batches = ray.train.get_dataset_shard("train").batches(start, trainer.max_steps)
+
+    for step in range(start + 1, trainer.max_steps + 1):
+        engine.set_learning_rate(factor(step - 1))
+        # Dropout is the one draw that belongs to no row; seeded a step, it is the same after a resume.
+        torch.manual_seed(_seed(config.seed, step, rank))
+        for _ in range(trainer.accumulation_steps):
+            loss = engine(next(batches))
+            engine.backward(loss)
+            engine.step()
+            monitor.record(loss)
+        method.after_step(model)
+        monitor.after_step(step)
+        if job.data.validation is not None and _due(step, trainer.validation.every_steps, trainer.max_steps):
+            held_out = validation_batches(job.data.validation, config, method.rows(), rank, world_size)
+            monitor.log({"validation_loss": validation_loss(engine, held_out)}, step)
+        if _due(step, trainer.checkpoint.every_steps, trainer.max_steps):
+            _report(engine, config, monitor, step, rank, world_size)
+
+    if rank == 0:
+        # Waits for pictures that are still being drawn, so that trackers get the last ones, too.
+        ray.train.get_all_reported_checkpoints()
+    monitor.close()
+
+
+def _device(config: ExperimentConfig, local_world_size: int) -> torch.device:
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.trainer.threads_per_worker or max(1, cores // local_world_size))
+    return device
+
+
+def _restore(engine: Engine, job: TrainingJob) -> int:
+    """Load this run's latest checkpoint, else the initial one; return the number of finished steps."""
+    latest = ray.train.get_checkpoint()
+    if latest is None and job.initial_checkpoint is not None:
+        latest = ray.train.Checkpoint(job.initial_checkpoint)
+    if latest is None:
+        return 0
+    with latest.as_directory() as folder:
+        return checkpoint.restore(engine, Path(folder))
+
+
+def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: int, rank: int, world_size: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        checkpoint.save(engine, folder, step=step, rank=rank, world_size=world_size, config=config)
+        ray.train.report(
+            monitor.latest | {"step": step},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"checkpoint-{step:08d}",
+            validation=bool(config.trainer.validation.prompts),
+        )
+    monitor.after_checkpoint()
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")

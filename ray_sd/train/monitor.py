@@ -1,0 +1,111 @@
+"""What a person sees of a running job: a progress bar, log lines, trackers."""
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ray.experimental import tqdm_ray
+from torch import Tensor
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.train.engine import Engine
+from ray_sd.train.storage import RunFolder
+from ray_sd.train.trackers import open_trackers
+
+logger = logging.getLogger(__name__)
+
+PICTURES = "samples"
+LOGS = "logs"
+
+
+class Monitor:
+    """Collects losses on every rank; rank 0 shows and records them."""
+
+    def __init__(self, engine: Engine, config: ExperimentConfig, run: RunFolder, *, start: int, rank: int) -> None:
+        self._engine = engine
+        self._trainer = config.trainer
+        self._run = run
+        self._sum = torch.zeros((), device=engine.device)
+        self._count = 0
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._latest: dict[str, float] = {}
+        self._shows = rank == 0
+        if self._shows:
+            self._logs = run.local / LOGS if run.local else Path(tempfile.mkdtemp(prefix="ray_sd-logs-"))
+            self._trackers = open_trackers(config, self._logs, start)
+            self._seen = set(self._pictures())
+            self._bar = tqdm_ray.tqdm(desc=config.name, total=self._trainer.max_steps * self._trainer.batch_size, unit="image")
+            self._bar.update(start * self._trainer.batch_size)
+
+    def record(self, loss: Tensor) -> None:
+        """Add one micro-batch's loss."""
+        self._sum += loss.detach()
+        self._count += 1
+
+    def after_step(self, step: int) -> None:
+        """Count a finished step and log when it is due. Collective."""
+        self._steps += 1
+        if self._shows:
+            self._bar.update(self._trainer.batch_size)
+        if step % self._trainer.log_every == 0 or step == self._trainer.max_steps:
+            self._log(step)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record further numbers, on rank 0."""
+        self._latest |= metrics
+        if self._shows:
+            for tracker in self._trackers:
+                tracker.log(metrics, step)
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last value of every metric."""
+        return dict(self._latest)
+
+    def after_checkpoint(self) -> None:
+        """Pass on pictures that were drawn meanwhile, and copy logs to remote storage."""
+        if not self._shows:
+            return
+        for path in self._pictures():
+            if path not in self._seen:
+                self._seen.add(path)
+                step = int(path.stem.removeprefix("step-"))
+                for tracker in self._trackers:
+                    tracker.log_picture(PICTURES, path, step)
+        if self._run.local is None:
+            self._run.upload(self._logs, LOGS)
+
+    def close(self) -> None:
+        if self._shows:
+            self.after_checkpoint()
+            self._bar.close()
+            for tracker in self._trackers:
+                tracker.close()
+            if self._run.local is None:
+                self._run.upload(self._logs, LOGS)
+
+    def _log(self, step: int) -> None:
+        mean = torch.stack([self._sum, torch.tensor(float(self._count), device=self._sum.device)])
+        dist.all_reduce(mean)
+        now = time.perf_counter()
+        metrics = {
+            "loss": float(mean[0] / mean[1]),
+            "learning_rate": self._engine.learning_rate,
+            "images_per_second": self._steps * self._trainer.batch_size / (now - self._since),
+        }
+        norm = self._engine.gradient_norm()
+        if norm is not None:
+            metrics["gradient_norm"] = norm
+        self._sum.zero_()
+        self._count = self._steps = 0
+        self._since = now
+        self.log(metrics, step)
+
+    def _pictures(self) -> list[Path]:
+        # Trackers take local files; pictures behind a URI stay where they are.
+        return sorted((self._run.local / PICTURES).glob("step-*.png")) if self._run.local else []

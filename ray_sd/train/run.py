@@ -1,0 +1,160 @@
+"""One training run from configuration to adapter folder."""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.train
+import yaml
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from ray_sd.adapter import write_manifest
+from ray_sd.config import ExperimentConfig
+from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
+from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.methods import build_method
+from ray_sd.train.loop import TrainingJob, train_loop
+from ray_sd.train.storage import RunFolder
+from ray_sd.train.trackers import check_installed
+from ray_sd.train.validation import draw, load_trained
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind."""
+
+    adapter: str
+    """Folder of the adapter."""
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    step: int
+    """Finished optimizer steps."""
+    metrics: dict[str, float]
+    """Last value of every metric."""
+    run: str
+    """Folder of the run."""
+    model: str
+    """Name of the model preset."""
+
+    def summary(self) -> str:
+        """What was made and the command that uses it."""
+        loss = self.metrics.get("validation_loss", self.metrics.get("loss"))
+        measured = "" if loss is None else f", loss {loss:.4f}"
+        return (
+            f"trained {self.step} steps{measured}\n"
+            f"adapter:  {self.adapter}\n"
+            f"use it:   python jobs/generate.py model={self.model} adapter={self.adapter} prompt='…'"
+        )
+
+
+def fit(config: ExperimentConfig) -> TrainingResult:
+    """Encode the data, train, and export an adapter.
+
+    Raises ConfigError before Ray starts where the run's name is taken or storage cannot be written,
+    and any other RaySdError for what goes wrong later.
+    """
+    check_installed(config.tracker)
+    run = RunFolder(config.storage_path, config.name)
+    config = config.model_copy(update={"storage_path": run.storage_path})
+    initial_checkpoint = _check_resume(config, run)
+    run.check_writable()
+
+    connect()
+    rows = build_method(config.method).rows()
+    data = prepare(config, rows)
+    datasets, dataset_config = training_data(data, config, rows)
+    _write_config(config, run)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=TrainingJob(config, data, initial_checkpoint),
+        scaling_config=_scaling(config),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=config.storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
+        ),
+        datasets=datasets,
+        dataset_config=dataset_config,
+        validation_config=ray.train.ValidationConfig(
+            draw, ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json")}), _drawing(config)
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise _in_words(error, run) from error
+    return _export(config, data, run, result)
+
+
+def _check_resume(config: ExperimentConfig, run: RunFolder) -> str | None:
+    """Returns the checkpoint of another run to start from, if one was asked for."""
+    if config.resume is True and not run.used():
+        raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
+    if config.resume is not True and run.used():
+        raise ConfigError(
+            f"name: the run '{config.name}' exists in {run.path}; go on with it by resume=true, or choose another name=…"
+        )
+    if not isinstance(config.resume, str):
+        return None
+    path = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
+    if "://" not in path and not (Path(path) / "index.json").is_file():
+        raise ConfigError(f"resume: {config.resume} is no checkpoint folder; it has no index.json")
+    return path
+
+
+def _scaling(config: ExperimentConfig) -> ray.train.ScalingConfig:
+    trainer = config.trainer
+    use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
+    resources = {"CPU": trainer.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    return ray.train.ScalingConfig(num_workers=trainer.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def _drawing(config: ExperimentConfig) -> dict:
+    """Resources of a drawing task: a GPU where training leaves one."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    spare = gpus > config.trainer.num_workers
+    if config.trainer.validation.prompts:
+        logger.info("validation pictures are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
+    return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0}
+
+
+def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        run.upload(path, path.name)
+
+
+def _export(config: ExperimentConfig, data: PreparedData, run: RunFolder, result: ray.train.Result) -> TrainingResult:
+    method = build_method(config.method)
+    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
+    with result.checkpoint.as_directory() as checkpoint, tempfile.TemporaryDirectory() as scratch:
+        model, step = load_trained(config, Path(checkpoint))
+        folder = Path(scratch)
+        method.export(model, folder)
+        write_manifest(folder, config=config, data_fingerprint=data.fingerprint, metrics=metrics, step=step)
+        adapter = run.upload(folder, ADAPTER)
+    return TrainingResult(adapter, str(result.checkpoint.path), step, metrics, run.path, config.model.name)
+
+
+def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
+    """The first worker error that was meant for a person, else the whole failure in one line."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, RaySdError):
+            return cause
+    first = next(iter(failures.values()), error)
+    reason = str(getattr(first, "_base_exc", first)).strip().splitlines()
+    return RaySdError(
+        f"training stopped: {reason[-1] if reason else type(first).__name__}; "
+        f"checkpoints are in {run.path}, and resume=true goes on from the last"
+    )

@@ -1,0 +1,64 @@
+"""Run folders on a local disk or behind any pyarrow or fsspec URI."""
+
+from pathlib import Path
+
+import fsspec
+from pyarrow import fs
+
+from ray_sd.errors import ConfigError
+
+
+class RunFolder:
+    """The folder of one run: `{storage_path}/{name}`."""
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        self.storage_path = storage_path if "://" in storage_path else str(Path(storage_path).resolve())
+        self.path = f"{self.storage_path.rstrip('/')}/{name}"
+        self._filesystem, self._root = _filesystem(self.path)
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path, or None where it is behind a URI."""
+        return None if "://" in self.path else Path(self.path)
+
+    def used(self) -> bool:
+        """Whether anything is in the folder."""
+        selector = fs.FileSelector(self._root, allow_not_found=True)
+        return bool(self._filesystem.get_file_info(selector))
+
+    def upload(self, source: Path, name: str) -> str:
+        """Copy a local file or folder into the run folder as `name`; return where it is."""
+        target = f"{self._root}/{name}"
+        if source.is_dir():
+            self._filesystem.create_dir(target, recursive=True)
+        else:
+            self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        fs.copy_files(
+            str(source), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self._filesystem
+        )
+        return f"{self.path}/{name}"
+
+    def check_writable(self) -> None:
+        """Raises ConfigError where nothing can be written."""
+        try:
+            self._filesystem.create_dir(self._root, recursive=True)
+            probe = f"{self._root}/.writable"
+            with self._filesystem.open_output_stream(probe) as stream:
+                stream.write(b"")
+            self._filesystem.delete_file(probe)
+        except OSError as error:
+            raise ConfigError(f"storage_path: {self.path} cannot be written: {error}") from error
+
+
+def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    try:
+        return fs.FileSystem.from_uri(path)
+    except (ValueError, OSError):
+        # pyarrow knows no such scheme; fsspec may.
+        try:
+            filesystem, root = fsspec.core.url_to_fs(path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"storage_path: {path}: {error}") from error
+        return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root

@@ -1,0 +1,83 @@
+"""Tiny real models: random weights, every part small, saved by diffusers and transformers themselves."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ray_sd.config import ModelConfig
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "sample_size": 64,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.5,
+}
+TEXT_ENCODER = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "bos_token_id": 512,
+    "eos_token_id": 513,
+    "pad_token_id": 513,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A CLIP tokenizer with one token a byte: 512 of them, then start and end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    characters = [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder, model_max_length=16).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_model(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """A Stable Diffusion folder in the diffusers layout, with values of its own for the scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
+        AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+        CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)).save_pretrained(folder / "text_encoder")
+    save_tokenizer(folder / "tokenizer")
+    PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | scheduler))
+    return folder
+
+
+def tiny_config(folder: Path, **settings: object) -> ModelConfig:
+    return ModelConfig.model_validate({"name": "tiny", "base": str(folder), **settings})

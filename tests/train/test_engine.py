@@ -1,0 +1,159 @@
+"""DeepSpeed at every ZeRO stage and worker count against a plain loop, and state that moves between them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer
+
+from ray_sd.config import ExperimentConfig, TrainerConfig
+from ray_sd.config.load import load_config
+from ray_sd.methods import build_method
+from ray_sd.models import load_model
+from ray_sd.train import checkpoint
+from ray_sd.train.engine import EMA, PARAMETER, Engine
+from ray_sd.train.loop import Objective
+
+STEPS, BATCH, RATE = 10, 4, 1e-3
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, ray_cluster) -> dict:
+    """Losses and states of all combinations, from one group of two workers and one of a single worker."""
+    folder = tmp_path_factory.mktemp("engine")
+    for workers in (2, 1):
+        TorchTrainer(
+            _measure,
+            train_loop_config={"folder": str(folder)},
+            scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
+            run_config=ray.train.RunConfig(name=f"workers-{workers}", storage_path=str(folder)),
+        ).fit()
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[float]:
+    """The losses of a loop without ray, DeepSpeed, or division of any kind."""
+    method, model, config = _prepared()
+    objective = Objective(method, model).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    losses = []
+    for step in range(STEPS):
+        loss = objective(_batch(step, range(BATCH)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
+    assert measured[f"whole-{workers}-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
+    assert plain[0] != pytest.approx(plain[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_accumulated_micro_batches_equal_one_batch(measured, plain, workers):
+    assert measured[f"accumulated-{workers}"]["losses"] == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_saved_on_two_workers_at_stage_2_goes_on_on_one_at_any_stage(measured, plain, stage):
+    assert measured[f"resumed-1-{stage}"]["losses"] == pytest.approx(plain[5:], abs=1e-5)
+    for key in (PARAMETER, "exp_avg", "exp_avg_sq", EMA):
+        left, right = measured["whole-2-2"]["sums"][key], measured[f"resumed-1-{stage}"]["sums"][key]
+        assert left == pytest.approx(right, abs=1e-5, rel=1e-5)
+
+
+def test_the_moving_average_lags_behind_the_weights(measured):
+    sums = measured["whole-1-0"]["sums"]
+    assert sums[EMA] != pytest.approx(sums[PARAMETER], rel=1e-7)
+
+
+def _measure(settings: dict) -> None:
+    folder = Path(settings["folder"])
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+
+    def record(name: str, losses: list[float], engine: Engine) -> None:
+        sums = dict.fromkeys(engine.state_keys, 0.0)
+        for _, state in engine.state():
+            for key, value in state.items():
+                sums[key] += float(value.double().abs().sum())
+        if rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "sums": sums}))
+
+    for stage in (0, 1, 2, 3):
+        engine, config = _engine(stage, workers)
+        losses = _run(engine, rank, workers, 0, 5)
+        if (stage, workers) == (2, 2):
+            checkpoint.save(engine, folder / "saved", step=5, rank=rank, world_size=workers, config=config)
+        record(f"whole-{workers}-{stage}", losses + _run(engine, rank, workers, 5, STEPS), engine)
+        if workers == 1:
+            engine, _ = _engine(stage, workers)
+            assert checkpoint.restore(engine, folder / "saved") == 5
+            record(f"resumed-1-{stage}", _run(engine, rank, workers, 5, STEPS), engine)
+    engine, _ = _engine(1, workers, micro_batch_size=1)
+    record(f"accumulated-{workers}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
+
+
+def _prepared():
+    config = load_config(
+        ["experiment=smoke", "method=full", f"trainer.learning_rate={RATE}", "trainer.ema_decay=0.9"], ExperimentConfig
+    )
+    torch.manual_seed(0)
+    method = build_method(config.method)
+    model = load_model(config.model, method.components())
+    method.prepare(model, config.trainer)
+    return method, model, config
+
+
+def _engine(stage: int, workers: int, **changes: object) -> tuple[Engine, ExperimentConfig]:
+    method, model, config = _prepared()
+    trainer = TrainerConfig.model_validate(
+        config.trainer.model_dump()
+        | {"num_workers": workers, "batch_size": BATCH, "zero": {"stage": stage, "param_persistence_threshold": 0}}
+        | changes
+    )
+    groups = method.parameter_groups(model, trainer)
+    return Engine(Objective(method, model).train(), groups, trainer, torch.device("cpu")), config
+
+
+def _run(engine: Engine, rank: int, workers: int, start: int, stop: int, rows: int | None = None) -> list[float]:
+    """Mean losses over all workers of steps start … stop - 1, `rows` at once."""
+    share = BATCH // workers
+    rows = rows or share
+    losses = []
+    for step in range(start, stop):
+        engine.set_learning_rate(1.0)
+        total = torch.zeros(())
+        for first in range(rank * share, (rank + 1) * share, rows):
+            loss = engine(_batch(step, range(first, first + rows)))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() * rows / BATCH
+        dist.all_reduce(total)
+        losses.append(float(total))
+    return losses
+
+
+def _batch(step: int, rows: range) -> dict[str, torch.Tensor]:
+    """Rows of step `step`, each from a seed of its own."""
+    drawn = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(1000 * step + row)
+        drawn.append((torch.randn(4, 8, 8, generator=generator), torch.randn(16, 32, generator=generator)))
+    return {
+        "latent_mean": torch.stack([latent for latent, _ in drawn]),
+        "latent_std": torch.full((len(drawn), 4, 8, 8), 0.1),
+        "text_embeds": torch.stack([text for _, text in drawn]),
+        "row_seed": torch.tensor([1000 * step + row for row in rows]),
+    }

@@ -1,0 +1,135 @@
+"""Whole runs: from pictures to an adapter, through failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ray_sd.adapter import read_manifest
+from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.train.run import fit
+
+REPOSITORY = Path(__file__).parents[2]
+LONG = ("trainer.max_steps=40", "trainer.checkpoint.every_steps=4", "trainer.learning_rate=1e-2")
+TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2", "trainer.ema_decay=0.9", "method.dropout=0.1")
+
+
+def test_a_run_leaves_an_adapter_metrics_and_pictures(configure, ray_cluster):
+    config = configure("name=whole", "dataset.holdout=2", "trainer.validation.prompts=[a cat, a dog]",
+                       "trainer.validation.num_inference_steps=2", "trainer.validation.every_steps=2")
+    result = fit(config)
+    assert result.step == 4
+    manifest = read_manifest(Path(result.adapter))
+    assert (manifest.kind, manifest.step, manifest.family) == ("lora", 4, "stable_diffusion")
+    assert manifest.config["trainer"]["max_steps"] == 4
+    run = Path(result.run)
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert (run / "samples" / "step-00000004.png").exists()
+    assert (run / "config.yaml").exists()
+    assert result.adapter in result.summary()
+
+
+def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="exists in .*resume=true"):
+        fit(configure("name=taken"))
+    with pytest.raises(ConfigError, match="there is no run 'absent'"):
+        fit(configure("name=absent", "resume=true"))
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
+        fit(configure("name=other", f"resume={tmp_path}"))
+
+
+def test_unwritable_storage_is_refused_before_ray_starts(configure, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="storage_path: .* cannot be written"):
+        fit(configure("name=nowhere", f"storage_path={tmp_path / 'file' / 'runs'}"))
+
+
+def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, ray_cluster):
+    undisturbed = fit(configure("name=undisturbed", *LONG, *TWO_WORKERS))
+    config = configure("name=disturbed", *LONG, *TWO_WORKERS, "trainer.max_failures=1")
+    run = Path(config.storage_path) / "disturbed"
+    killed: list[bool] = []
+
+    def kill_a_worker_in_mid_run():
+        _wait_for(run / "checkpoint-00000008")
+        worker = next(p for p in psutil.process_iter(["cmdline"]) if _is_train_worker(p))
+        worker.kill()
+        killed.append(not (run / "checkpoint-00000040").exists())
+
+    killer = threading.Thread(target=kill_a_worker_in_mid_run)
+    killer.start()
+    disturbed = fit(config)
+    killer.join()
+    assert killed == [True]
+    _assert_equal(undisturbed.adapter, disturbed.adapter)
+
+
+def test_a_killed_driver_resumes_to_the_same_adapter(configure, settings, tmp_path, ray_cluster):
+    undisturbed = fit(configure("name=undisturbed", *LONG))
+    command = [sys.executable, "jobs/train.py", *settings, "name=killed", *LONG]
+    run = tmp_path / "runs" / "killed"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log, env=environment
+        )
+        _wait_for(run / "checkpoint-00000008")
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not (run / "checkpoint-00000040").exists()
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert "resume=true" in refused.stderr
+    resumed = subprocess.run([*command, "resume=true"], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41))
+    _assert_equal(undisturbed.adapter, run / "adapter")
+
+
+def test_a_run_starts_from_another_runs_checkpoint_with_other_workers_and_stage(configure, ray_cluster):
+    two = ("trainer.num_workers=2", "trainer.zero.stage=2")
+    whole = fit(configure("name=whole", "trainer.max_steps=8", *two))
+    half = fit(configure("name=half", "trainer.max_steps=4", *two))
+    rest = fit(configure("name=rest", "trainer.max_steps=8", "trainer.zero.stage=0", f"resume={half.checkpoint}"))
+    assert rest.step == 8
+    _assert_equal(whole.adapter, rest.adapter, tolerance=1e-5)
+
+
+def test_a_checkpoint_of_another_method_is_refused_in_words(configure, ray_cluster):
+    half = fit(configure("name=rank16"))
+    with pytest.raises(ArtifactError, match="rank changed"):
+        fit(configure("name=rank4", "method.rank=4", "trainer.max_failures=0", f"resume={half.checkpoint}"))
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+def _is_train_worker(process: psutil.Process) -> bool:
+    return any("RayTrainWorker" in part for part in process.info["cmdline"] or ())
+
+
+def _assert_equal(left: str | Path, right: str | Path, tolerance: float = 1e-6) -> None:
+    name = "pytorch_lora_weights.safetensors"
+    a, b = load_file(Path(left) / name), load_file(Path(right) / name)
+    assert a.keys() == b.keys()
+    assert any(value.abs().max() > 1e-3 for key, value in a.items() if "lora_B" in key)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance)
