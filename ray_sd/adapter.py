@@ -66,14 +66,14 @@ def write_manifest(
 ) -> AdapterManifest:
     """Describe an exported folder. `fingerprints` are those of the base's components that it relies on."""
     model = config.model
-    parts = [f"{name}={part.path}" for name in ("unet", "vae", "text_encoder") if (part := getattr(model, name)) and part.path]
+    parts = [(name, getattr(model, name)) for name in ("unet", "vae", "text_encoder")]
+    sources = [model.base] if model.base else []
+    sources += [f"{name}={part.path}" for name, part in parts if part is not None and part.path]
     manifest = AdapterManifest(
         format_version=FORMAT_VERSION,
         kind=config.method.name,
         family=model.family,
-        base=Base(
-            name=model.name, source=", ".join([model.base] * bool(model.base) + parts) or "random weights", fingerprints=fingerprints
-        ),
+        base=Base(name=model.name, source=", ".join(sources) or "random weights", fingerprints=fingerprints),
         config=config.model_dump(mode="json"),
         data_fingerprint=data_fingerprint,
         step=step,

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ray_sd.config import ModelConfig
@@ -81,3 +84,36 @@ def save_tiny_model(folder: Path, seed: int = 0, **scheduler: object) -> Path:
 
 def tiny_config(folder: Path, **settings: object) -> ModelConfig:
     return ModelConfig.model_validate({"name": "tiny", "base": str(folder), **settings})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny model that predicts the noise; not to be written to."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def random_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch that fits the tiny model."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        "latent_mean": torch.randn(rows, 4, 8, 8, generator=generator),
+        "latent_std": torch.rand(rows, 4, 8, 8, generator=generator),
+        "row_seed": torch.randint(2**63 - 1, (rows,), generator=generator),
+    }
+    if text == "embeddings":
+        batch["text_embeds"] = torch.randn(rows, 16, 32, generator=generator)
+    else:
+        batch["input_ids"] = torch.randint(512, (rows, 16), generator=generator)
+    return batch
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """Largest difference of two pictures' pixels, of 255."""
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+def draw(pipeline: StableDiffusionPipeline, prompt: str = "a cat", seed: int = 1, **settings: object) -> Image.Image:
+    """What a plain diffusers pipeline draws, in three steps unless told otherwise."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(prompt, generator=generator, **{"num_inference_steps": 3, **settings}).images[0]

@@ -1,8 +1,9 @@
 """Presets: YAML files in groups, of which Hydra composes the chosen ones into one mapping."""
 
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,12 +21,10 @@ PRESETS = Path(__file__).resolve().parent.parent / "presets"
 def preset_groups(root: str, folders: Sequence[Path] = ()) -> dict[str, list[str]]:
     """The groups that `root` is made of, and the names of their presets, in the package and in `folders`."""
     found: dict[str, set[str]] = {}
-    top = _defaults(root)
     for folder in (PRESETS, *folders):
-        for file in folder.rglob("*.yaml"):
-            group = file.parent.relative_to(folder).as_posix()
-            if group.partition("/")[0] in top:
-                found.setdefault(group, set()).add(file.stem)
+        for top in _defaults(root):
+            for file in (folder / top).rglob("*.yaml"):
+                found.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
     return {group: sorted(found[group]) for group in sorted(found)}
 
 
@@ -44,21 +43,26 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
                 raise ConfigError(f"{group}: {no_such('preset', name, groups[group])}")
         overrides[group] = f"[{','.join(names)}]" if several else text
 
-    search = [*reversed(folders), PRESETS]
-    with initialize_config_dir(str(search[0].resolve()), version_base="1.3"):
-        searchpath = [f"hydra.searchpath=[{','.join(_quoted(f'file://{folder.resolve()}') for folder in search[1:])}]"]
-        try:
-            listed = set(overrides)
-            if any("/" in group for group in overrides):  # a model need not list every group below it
-                chosen = [f"{group}={name}" for group, name in overrides.items() if "/" not in group]
-                listed = set(compose(root, searchpath + chosen, return_hydra_config=True).hydra.runtime.choices)
-            prefixes = {group: "" if group in listed else "+" for group in overrides}
-            composed = compose(root, searchpath + [f"{prefixes[g]}{g}={name}" for g, name in overrides.items()])
-            container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"the presets do not compose: {' '.join(str(error).split())}") from error
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    container: Any = None
+    # Hydra reads the root before its search path, so the root gets a folder of its own and the user's folders come next.
+    with TemporaryDirectory() as first:
+        shutil.copy(PRESETS / f"{root}.yaml", first)
+        search = ",".join(_quoted(f"file://{folder.resolve()}") for folder in [*reversed(folders), PRESETS])
+        with initialize_config_dir(first, version_base="1.3"):
+            try:
+                container = _compose(root, overrides, [f"hydra.searchpath=[{search}]"])
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+                raise ConfigError(f"the presets do not compose: {' '.join(str(error).split())}") from error
+    return container
+
+
+def _compose(root: str, overrides: dict[str, str], searchpath: list[str]) -> Any:
+    listed = set(overrides)
+    if any("/" in group for group in overrides):  # a model need not list every group below it
+        chosen = [f"{group}={name}" for group, name in overrides.items() if "/" not in group]
+        listed = set(compose(root, searchpath + chosen, return_hydra_config=True).hydra.runtime.choices)
+    choices = [f"{'' if group in listed else '+'}{group}={name}" for group, name in overrides.items()]
+    return OmegaConf.to_container(compose(root, searchpath + choices), resolve=True, throw_on_missing=True)
 
 
 def _defaults(root: str) -> dict[str, Any]:
@@ -68,5 +72,5 @@ def _defaults(root: str) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'") if os.sep in text else text
+    escaped = text.replace("'", "\\'")
     return f"'{escaped}'"

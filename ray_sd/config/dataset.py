@@ -128,6 +128,8 @@ class DatasetConfig(Schema):
     """Rows kept from training for the validation loss, chosen by the hash of their id."""
     shuffle_rows: int = Field(4096, ge=1)
     """Rows shuffled together within an epoch; shards are shuffled whole, and rows within windows of this size."""
+    reader_memory: int = Field(256, ge=1)
+    """MB of rows that each training worker's reader keeps; reading is fastest where it holds `shuffle_rows` rows."""
     encode: EncodeConfig = EncodeConfig()
     """The encode stage."""
 
@@ -143,7 +145,9 @@ class DatasetConfig(Schema):
     def _check(self) -> "DatasetConfig":
         for side in (self.height, self.width):
             if side < 8 or side % 8:
-                raise ValueError(f"resolution {side} is not a positive multiple of 8; try {max(8, round(side / 8) * 8)}")
+                raise ValueError(
+                    f"resolution {side} is not a positive multiple of 8; try {max(8, round(side / 8) * 8)}"
+                )
         digits = self.background.removeprefix("#")
         if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
             raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")

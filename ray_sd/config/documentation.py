@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ray_sd.config.base import Schema
 from ray_sd.config.compose import PRESETS, preset_groups
@@ -23,7 +22,7 @@ _INTRODUCTION = """\
 A command is configured by presets, and by settings that win over them:
 
     python jobs/train.py experiment=lora dataset.source.path=photos trainer.learning_rate=5e-5 method.rank=8
-    python jobs/train.py experiment=lora model=sd21 'tracker=[tensorboard,wandb]' --print-config
+    python jobs/train.py experiment=demo model/scheduler=euler 'tracker=[tensorboard,wandb]' --print-config
     python jobs/train.py --config-dir my_presets experiment=mine
 
 - `group=preset` takes a file from a group of [presets](#presets); `group=null` takes none. An experiment is a preset that
@@ -32,8 +31,8 @@ A command is configured by presets, and by settings that win over them:
   `a cat, a dog` and `(blue:1.2)` are what they look like. `null` empties a setting that may be null.
 - Lists and mappings are written in YAML: `'trainer.validation.prompts=[a cat, "a dog, asleep"]'`. A list of one needs no
   brackets: `trainer.validation.prompts=a cat, asleep`.
-- Where a setting has kinds, its bare name is the kind with that kind's defaults: `trainer.schedule=cosine`. Go on with
-  `trainer.schedule.num_cycles=3`.
+- Where a setting has kinds, `name` chooses among them: `trainer.schedule.name=cosine trainer.schedule.num_cycles=3`. A bare
+  `trainer.schedule=cosine` takes that kind with its defaults, and drops what a preset had set.
 - `--config-dir DIR` adds presets of your own, laid out as in `ray_sd/presets` (`DIR/model/mine.yaml`); of two with one name
   yours is taken. `--print-config` prints the whole configuration and stops, `--help` lists groups and presets.
 - What cannot be right stops the command with exit code 2 and one line a problem, before Ray starts.
@@ -64,7 +63,9 @@ def _presets() -> str:
     groups = preset_groups(ROOTS[ExperimentConfig])
     for group in sorted(groups, key=lambda group: (group != "experiment", group)):
         lines += [f"### `{group}`", "", "| Preset | What it is |", "| --- | --- |"]
-        lines += [f"| `{name}` | {_cell(preset_description(PRESETS / group / f'{name}.yaml'))} |" for name in groups[group]]
+        lines += [
+            f"| `{name}` | {_cell(preset_description(PRESETS / group / f'{name}.yaml'))} |" for name in groups[group]
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -88,19 +89,20 @@ def _section(path: str, field: FieldInfo) -> str:
     if kinds:
         return f"### `{path}`\n\n" + "\n".join(_kind(path, name, kind) for name, kind in kinds.items())
     schema = schemas(field.annotation)[0]
-    rows, later = [], []
-    for row_or_kind in _flat(path, schema):
-        (rows if row_or_kind.startswith("|") else later).append(row_or_kind)
+    entries = list(_flat(path, schema))
+    rows = [entry for entry in entries if entry.startswith("|")]
+    later = [entry for entry in entries if not entry.startswith("|")]
     return f"### `{path}`\n\n{_text(schema.__doc__)}\n\n" + "\n".join([_table(rows), *later])
 
 
 def _kind(path: str, name: str, schema: type[Schema]) -> str:
     rows = [entry for entry in _flat(path, schema) if not entry.startswith(f"| `{path}.name`")]
-    return f"#### `{path}={name}`\n\n{_text(schema.__doc__)}\n\n" + (f"{_table(rows)}" if rows else "")
+    return f"#### `{path}.name={name}`\n\n{_text(schema.__doc__)}\n\n" + (f"{_table(rows)}" if rows else "")
 
 
 def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
     """Rows of a schema and of the schemas within it; a whole sub-section for each kind of what has kinds."""
+    seen: dict[type[Schema], str] = {}
     for name, field in schema.model_fields.items():
         here = f"{path}.{name}"
         kinds = variants(field.annotation)
@@ -112,7 +114,11 @@ def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
             for kind, kind_schema in kinds.items():
                 yield _kind(here, kind, kind_schema)
         elif nested:
-            yield f"| `{here}` | {_type(field)} | {_default(field)} | {_text(field.description)} |"
+            if nested[0] in seen:
+                yield f"| `{here}` | as `{seen[nested[0]]}` | {_default(field)} | {_text(field.description)} |"
+                continue
+            seen[nested[0]] = here
+            yield _row(here, field)
             yield from _flat(here, nested[0])
         else:
             yield _row(here, field)
@@ -153,7 +159,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     default = field.get_default(call_default_factory=True)
-    if isinstance(default, Schema) or default is PydanticUndefined:
+    if isinstance(default, Schema):
         return ""
     words = {None: "null", True: "true", False: "false", "": "empty", (): "empty"}
     if isinstance(default, (bool, type(None), str, tuple)) and default in words:

@@ -50,9 +50,7 @@ class ExperimentConfig(Schema):
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
             crop = self.method.crop_size
             if crop is not None and (crop % 8 or crop > min(self.dataset.height, self.dataset.width)):
-                raise ValueError(
-                    f"method.crop_size {crop} must be a multiple of 8 and at most dataset.resolution"
-                )
+                raise ValueError(f"method.crop_size {crop} must be a multiple of 8 and at most dataset.resolution")
         return self
 
 
@@ -65,6 +63,8 @@ class GenerateConfig(Schema):
     """Adapter folder that training wrote."""
     adapter_scale: float = 1.0
     """Strength of a LoRA."""
+    allow_other_base: bool = False
+    """Load an adapter that was made for another base, if its layers fit."""
     prompt: str = ""
     """What to draw."""
     prompts_file: str | None = None
@@ -79,9 +79,9 @@ class GenerateConfig(Schema):
     """Denoising steps."""
     guidance_scale: float = Field(7.5, ge=0)
     """Classifier-free guidance; 1 or less switches it off."""
-    height: int | None = Field(None, ge=8)
+    height: int | None = Field(None, ge=8, multiple_of=8)
     """Height in pixels; null takes the model's own."""
-    width: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8, multiple_of=8)
     """Width in pixels; null takes the model's own."""
     output: str = "runs/generated"
     """Folder for the PNG files and the contact sheet."""

@@ -115,7 +115,9 @@ def _parser(schema: type[Schema], groups: dict[str, list[str]]) -> argparse.Argu
         allow_abbrev=False,
     )
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--config-dir", action="append", metavar="DIR", help="folder of presets of your own; may be repeated")
+    parser.add_argument(
+        "--config-dir", action="append", metavar="DIR", help="folder of presets of your own; may be repeated"
+    )
     parser.add_argument("--print-config", action="store_true", help="print what would run, and stop")
     return parser
 

@@ -52,7 +52,7 @@ def schema_at(annotation: Any, value: Any) -> type[Schema] | None:
     """The schema that describes `value`, or None where there is none or `value` does not say which."""
     kinds = variants(annotation)
     if kinds:
-        return kinds.get(value.get("name")) if isinstance(value, dict) else None
+        return kinds.get(str(value.get("name"))) if isinstance(value, dict) else None
     found = schemas(annotation)
     return found[0] if found else None
 

@@ -170,8 +170,7 @@ class TrainerConfig(Schema):
             )
         if self.rows_per_worker % self.rows_per_micro_batch:
             raise ValueError(
-                f"a worker's {self.rows_per_worker} rows are not divisible by "
-                f"micro_batch_size {self.micro_batch_size}"
+                f"a worker's {self.rows_per_worker} rows are not divisible by micro_batch_size {self.micro_batch_size}"
             )
         if self.schedule.warmup_steps >= self.max_steps:
             raise ValueError(
@@ -180,5 +179,7 @@ class TrainerConfig(Schema):
         if self.zero.offload and self.zero.stage == 0:
             raise ValueError("zero.offload needs zero.stage 1, 2 or 3; stage 0 divides nothing")
         if self.compile and self.zero.stage == 3:
-            raise ValueError("compile does not go with zero.stage=3, which gathers parameters layer by layer; use stage 2")
+            raise ValueError(
+                "compile does not go with zero.stage=3, which gathers parameters layer by layer; use stage 2"
+            )
         return self

@@ -14,23 +14,31 @@ _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 
 def problems(error: ValidationError, schema: type[Schema], groups: dict[str, list[str]]) -> list[str]:
     """One line a problem: `path: what was found; what to do`. `groups` are the preset groups with their presets."""
-    lines = []
+    lines: dict[str, None] = {}
+    told = set()
     for detail in error.errors(include_url=False):
-        path, annotation, owner = _locate(schema, detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            line = f"{path}: {_no_such_setting(path, owner, schema)}"
-        elif detail["type"] == "missing":
-            line = f"{path}: {_required(path, owner, groups)}"
-        elif detail["type"] == "union_tag_not_found":
-            line = f"{path}.name: required; the {_noun(path)}s are: {', '.join(sorted(variants(annotation)))}"
-        elif detail["type"] == "union_tag_invalid":
-            line = f"{path}.name: {no_such(_noun(path), detail['ctx']['tag'], variants(annotation))}"
-        elif detail["type"] == "value_error":
-            line = f"{path}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
+        kind, location, value, context = detail["type"], detail["loc"], detail["input"], detail.get("ctx", {})
+        if kind == "missing" and isinstance(location[-1], int):  # a list that is too short
+            kind, location = "tuple_type", location[:-1]
+        path, annotation, owner, several = _locate(schema, location)
+        if several and path in told:  # the first says what all branches of a union want
+            continue
+        told.add(path)
+        if kind == "extra_forbidden":
+            message = _no_such_setting(path, owner, schema)
+        elif kind == "missing":
+            message = _required(path, owner, groups)
+        elif kind == "union_tag_not_found":
+            kinds = ", ".join(sorted(variants(annotation)))
+            path, message = f"{path}.name", f"required; the {_noun(path)}s are: {kinds}"
+        elif kind == "union_tag_invalid":
+            path, message = f"{path}.name", no_such(_noun(path), context["tag"], variants(annotation))
+        elif kind == "value_error":
+            message = str(context["error"])
         else:
-            line = f"{path}: {_wrong(detail['type'], detail.get('ctx', {}), detail['input'], detail['msg'], annotation)}"
-        lines.append(line)
-    return list(dict.fromkeys(lines))
+            message = _wrong(kind, context, value, detail["msg"], annotation)
+        lines[f"{path}: {message}" if path else message] = None
+    return list(lines)
 
 
 def no_such(noun: str, found: str, choices: Iterable[str]) -> str:
@@ -46,12 +54,14 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str, Any, type[Schema] | None]:
-    """The path in the user's terms, the annotation there, and the schema that has the last setting.
+def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str, Any, type[Schema] | None, bool]:
+    """The path in the user's terms, the annotation there, the schema that has the last setting, and whether it is a union.
 
     pydantic's location also names the branches of unions: kinds are left out, and plain unions end the path.
     """
-    path, annotation, owner = "", schema, None
+    path = ""
+    annotation: Any = schema
+    owner: type[Schema] | None = None
     for step in location:
         kinds, found = variants(annotation), schemas(annotation)
         if kinds:
@@ -62,7 +72,7 @@ def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str,
             field = owner.model_fields.get(str(step))
             annotation = field.annotation if field is not None else Any
         elif len([option for option in options(annotation) if option is not type(None)]) > 1:
-            break
+            return path, annotation, owner, True
         else:
             container = next(option for option in options(annotation) if option is not type(None))
             arguments = get_args(container) or (Any,)
@@ -70,7 +80,7 @@ def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str,
                 path, annotation = f"{path}[{step}]", arguments[0]
             else:
                 path, annotation = f"{path}.{step}", arguments[-1]
-    return path, annotation, owner
+    return path, annotation, owner, False
 
 
 def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]) -> str:
@@ -79,7 +89,11 @@ def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]
     hint = suggestion(key, siblings)
     if not hint:
         elsewhere = [setting.path for setting in settings_below(schema) if setting.path.endswith(f".{key}")]
-        hint = f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; the settings here are: {', '.join(siblings)}"
+        hint = (
+            f"; did you mean '{elsewhere[0]}'?"
+            if elsewhere
+            else f"; the settings here are: {', '.join(siblings) or 'none'}"
+        )
     return f"no such setting{hint}"
 
 
@@ -99,7 +113,9 @@ def _wrong(kind: str, context: dict[str, Any], value: Any, message: str, annotat
             return f"{shown} is out of range; it must be {words} {context[bound]}"
     if kind == "literal_error":
         choices = [str(choice) for option in options(annotation) for choice in get_args(option)]
-        return f"{shown} is not among the choices{suggestion(str(value), choices) or ';'} they are: {', '.join(choices)}"
+        return (
+            f"{shown} is not among the choices{suggestion(str(value), choices) or ';'} they are: {', '.join(choices)}"
+        )
     if kind == "string_pattern_mismatch":
         return f"{shown} does not match {context['pattern']}"
     if kind == "finite_number":
@@ -119,5 +135,11 @@ def _noun(path: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
+    text = (
+        "null"
+        if value is None
+        else f"[{', '.join(map(str, value))}]"
+        if isinstance(value, (list, tuple))
+        else repr(value)
+    )
     return text if len(text) <= 60 else f"{text[:57]}…"

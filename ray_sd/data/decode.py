@@ -10,31 +10,31 @@ from PIL import Image, ImageOps
 Image.MAX_IMAGE_PIXELS = None
 
 
-class Rejection(Exception):
+class RejectedError(Exception):
     """A row that cannot be used; its message is the reason written to `rejected.jsonl`."""
 
 
 def decode(data: bytes, *, background: str, max_pixels: int) -> Image.Image:
     """Decode a picture to RGB: upright by its EXIF orientation, transparency on `background` (`#rrggbb`).
 
-    Of an animation the first frame is taken. Raises Rejection, for more than `max_pixels` before any pixel is decoded.
+    Of an animation the first frame is taken. Raises RejectedError, for more than `max_pixels` before any pixel is decoded.
     """
     if not data:
-        raise Rejection("the file is empty")
+        raise RejectedError("the file is empty")
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
             warnings.simplefilter("ignore")
             width, height = picture.size
             if width * height > max_pixels:
-                raise Rejection(
+                raise RejectedError(
                     f"{width}x{height} pixels are more than dataset.max_pixels={max_pixels}; not decoded"
                 )
             picture.load()
             return _flatten(_eight_bits(ImageOps.exif_transpose(picture)), background)
-    except Rejection:
+    except RejectedError:
         raise
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.
-        raise Rejection(f"cannot be decoded: {_first_line(error)}") from error
+        raise RejectedError(f"cannot be decoded: {_first_line(error)}") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

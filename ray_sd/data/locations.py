@@ -1,13 +1,20 @@
 """Where files are: local folders, folders of this package, and URIs of any filesystem of pyarrow or fsspec."""
 
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 from pyarrow import fs
 
 import ray_sd.embedded
 from ray_sd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded/"
 
@@ -31,17 +38,15 @@ class Location:
     def files(self, suffixes: tuple[str, ...] = ("",)) -> list[fs.FileInfo]:
         """Files below this folder that end in one of `suffixes`, sorted by path; none where there is no folder.
 
-        Files whose own name starts with a dot are left out.
+        Files whose own name starts with a dot are left out, and with a warning those whose path is not UTF-8.
         """
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = [
-            info
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == fs.FileType.File
-            and not info.base_name.startswith(".")
-            and info.base_name.lower().endswith(suffixes)
-        ]
-        return sorted(found, key=lambda info: info.path)
+        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        named = [info for info in found if _has_readable_path(info)]
+        if len(named) < len(found):
+            logger.warning("%s: %d files are left out; their names are not UTF-8", self.path, len(found) - len(named))
+        wanted = [i for i in named if not i.base_name.startswith(".") and i.base_name.lower().endswith(suffixes)]
+        return sorted(wanted, key=lambda info: info.path)
 
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:
@@ -49,12 +54,23 @@ class Location:
 
     def write(self, content: bytes) -> None:
         """Write the file whole or not at all, with the folders above it."""
+        with self.open_for_writing() as stream:
+            stream.write(content)
+
+    @contextmanager
+    def open_for_writing(self) -> Iterator[pa.NativeFile]:
+        """A stream under a temporary name, which becomes the file when it is closed without an error."""
         folder, _, name = self.path.rpartition("/")
         self.filesystem.create_dir(folder, recursive=True)
-        partial = f"{folder}/.{name}.partial"
-        with self.filesystem.open_output_stream(partial) as stream:
-            stream.write(content)
-        self.filesystem.move(partial, self.path)
+        partial = f"{folder}/.{name}.{uuid.uuid4().hex}"
+        try:
+            with self.filesystem.open_output_stream(partial) as stream:
+                yield stream
+            self.filesystem.move(partial, self.path)
+        except BaseException:
+            if self.filesystem.get_file_info(partial).type == fs.FileType.File:
+                self.filesystem.delete_file(partial)
+            raise
 
 
 def locate(path: str, setting: str) -> Location:
@@ -75,3 +91,10 @@ def locate(path: str, setting: str) -> Location:
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(f"{setting}: {path}: {error}") from error
         return Location(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root)
+
+
+def _has_readable_path(info: fs.FileInfo) -> bool:
+    try:
+        return bool(info.path)
+    except UnicodeDecodeError:
+        return False

@@ -57,8 +57,8 @@ class SpritesConfig(Schema):
     """What to prepare, and where."""
 
     selection: Literal["two_core", "all", "autoencoder", "pictures", "names"] = "two_core"
-    """Parquet of `two_core` (320 sprites), `all` (about 1,000) or `autoencoder` (every sprite but the unseen); `pictures` of one
-    held-out subject as PNG files; or the `names` that the tokenizer knows as a text file."""
+    """Parquet of `two_core` (320 sprites), `all` (about 1,000) or `autoencoder` (every sprite but the unseen);
+    `pictures` of one held-out subject as PNG files; or the `names` that the tokenizer knows as a text file."""
     out: Path = Path("runs/data/emoji")
     """The folder to write to."""
     packages: Path = Path("runs/packages")
@@ -105,7 +105,7 @@ def prepare(config: SpritesConfig) -> int:
     backgrounds = autoencoder_rows if config.selection == "autoencoder" else captioned_rows
     rows = list(backgrounds(chosen, config.seed))
     write_parquet(rows, config.out, config.shards, config.seed)
-    write_names(chosen, config.out.with_name(f"{config.out.name}.names.txt"))  # the folder holds Parquet and nothing else
+    write_names(chosen, config.out.with_name(f"{config.out.name}.names.txt"))  # beside the shards, not among them
     logger.info("wrote %d pictures of %d sprites to %s", len(rows), len(chosen), config.out)
     return len(rows)
 
@@ -127,8 +127,9 @@ def read_sprites(folder: Path) -> list[Sprite]:
     Fetches the two npm packages into `folder` unless their tarballs lie there.
     """
     tarballs = {package: obtain(package, version, folder) for package, version in catalogue().packages.items()}
-    emojis = json.loads(read_member(tarballs["emojibase-data"], "package/en/data.json"))
-    pictures = read_pictures(tarballs["@lobehub/fluent-emoji-3d"])
+    emojis = json.loads(read_archive(tarballs["emojibase-data"], "/en/data.json")["package/en/data.json"])
+    files = read_archive(tarballs["@lobehub/fluent-emoji-3d"], ".webp")
+    pictures = {plain_code(Path(name).stem): content for name, content in files.items()}
     sprites = []
     for emoji in emojis:
         code = plain_code(emoji["hexcode"])
@@ -158,18 +159,18 @@ def obtain(package: str, version: str, folder: Path) -> Path:
     return tarball
 
 
-def read_member(tarball: Path, name: str) -> bytes:
-    with tarfile.open(tarball) as archive:
-        return archive.extractfile(name).read()
-
-
-def read_pictures(tarball: Path) -> dict[str, bytes]:
-    with tarfile.open(tarball) as archive:
-        return {
-            plain_code(Path(member.name).stem): archive.extractfile(member).read()
-            for member in archive
-            if member.name.endswith(".webp")
-        }
+def read_archive(tarball: Path, suffix: str) -> dict[str, bytes]:
+    """The files of an archive whose names end in `suffix`. Raises DataError where it is damaged."""
+    contents = {}
+    try:
+        with tarfile.open(tarball) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.name.endswith(suffix) else None
+                if file is not None:
+                    contents[member.name] = file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{tarball} is no whole archive ({error}); delete it and fetch it again") from error
+    return contents
 
 
 def plain_code(hexcode: str) -> str:
@@ -196,7 +197,7 @@ def select(sprites: list[Sprite], selection: Literal["two_core", "all", "autoenc
 
 
 def unseen_sprites(sprites: list[Sprite]) -> list[Sprite]:
-    """What the autoencoder never sees and is measured on: the held-out sprites and a seeded draw outside the two-core set."""
+    """What the autoencoder is measured on and never sees: the held-out sprites and a draw outside the two-core set."""
     held_out = [sprite for sprite in sprites if is_held_out(sprite)]
     candidates = [s for s in sprites if s.group in UNSEEN_GROUPS and not in_two_core(s) and not is_held_out(s)]
     return held_out + random.Random(0).sample(candidates, UNSEEN_COUNT)

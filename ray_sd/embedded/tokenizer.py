@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: CLIP's byte-level BPE with a small vocabulary in which every sprite's word is one token.
+"""The embedded model's tokenizer: CLIP's byte-level BPE over few words, each of them one token.
 
 Rebuild the saved files by `python -m ray_sd.embedded.tokenizer`.
 """
@@ -18,11 +18,12 @@ HERE = Path(__file__).parent
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Ids in CLIP's order: the bytes, the bytes that end a word, the merges, start of text, end of text (also the padding)."""
+    """Ids in CLIP's order: bytes, bytes that end a word, merges, start of text, end of text (which also pads)."""
     alphabet = sorted(ByteLevel.alphabet())
     merges = learn_merges(read_words())
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    # transformers annotates strings; the tokenizer below it takes pairs only
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MODEL_MAX_LENGTH)
 
 
@@ -49,7 +50,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 def join(part: list[str], pair: tuple[str, str]) -> list[str]:
     """The pieces of a word with every occurrence of the pair made one piece."""
-    joined = []
+    joined: list[str] = []
     for piece in part:
         if joined and (joined[-1], piece) == pair:
             joined[-1] += piece

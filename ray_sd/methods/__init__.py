@@ -29,7 +29,9 @@ def load_adapter(model: DiffusionModel, folder: Path | str, scale: float = 1.0, 
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest.kind not in METHODS:
-        raise ArtifactError(f"{folder} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}")
+        raise ArtifactError(
+            f"{folder} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}"
+        )
     _check_base(model, folder, manifest, allow_other_base)
     method = build_method(TypeAdapter(config.Method).validate_python(manifest.config["method"]))
     count = method.attach(model, folder, scale)
@@ -47,7 +49,7 @@ def _check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, 
         if fingerprint(model.config, component) != made_for:
             raise ArtifactError(
                 f"{folder} was made for the base '{manifest.base.name}' ({manifest.base.source}), and the {component} of "
-                f"'{model.config.name}' is another; use that base, or allow_other_base=true to try it anyway"
+                f"'{model.config.name}' is another; use that base, or try it anyway by allow_other_base=true"
             )
 
 

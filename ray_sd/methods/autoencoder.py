@@ -16,8 +16,7 @@ from ray_sd.models.noise import randn_rows, row_generators
 
 
 class Autoencoder(Method):
-    def __init__(self, config: AutoencoderMethod) -> None:
-        self.config = config
+    config: AutoencoderMethod
 
     def rows(self) -> RowSpec:
         return RowSpec(images="pixels", text="none", caption_dropout=0.0)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ray_sd.config import TrainerConfig
-from ray_sd.config.method import DiffusionMethod
+from ray_sd.config.method import FullMethod, LoraMethod
 from ray_sd.models import DiffusionLoss, DiffusionModel
 
 
@@ -23,6 +23,9 @@ class RowSpec:
 
 class Method(ABC):
     """One way of training a model. Verbs that touch parameters run alike on every worker."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @abstractmethod
     def rows(self) -> RowSpec:
@@ -77,20 +80,18 @@ class Method(ABC):
 class DenoiserMethod(Method):
     """What methods share that train the denoiser on latents, and maybe its text encoder."""
 
-    config: DiffusionMethod
-    text_encoder: bool
-    """Whether the text encoder trains too."""
+    config: LoraMethod | FullMethod
 
     def rows(self) -> RowSpec:
-        text = "tokens" if self.text_encoder else "embeddings"
+        text: Literal["embeddings", "tokens"] = "tokens" if self.config.text_encoder else "embeddings"
         return RowSpec(images="latents", text=text, caption_dropout=self.config.caption_dropout)
 
     def components(self) -> tuple[str, ...]:
-        return ("unet", "scheduler", "text_encoder", "tokenizer") if self.text_encoder else ("unet", "scheduler")
+        return ("unet", "scheduler", "text_encoder", "tokenizer") if self.config.text_encoder else ("unet", "scheduler")
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         rates = {"unet": trainer.learning_rate}
-        if self.text_encoder:
+        if self.config.text_encoder:
             rates["text_encoder"] = trainer.text_encoder_learning_rate or trainer.learning_rate
         groups = []
         for name, rate in rates.items():

@@ -11,12 +11,10 @@ from ray_sd.models import DiffusionModel
 
 
 class Full(DenoiserMethod):
-    def __init__(self, config: FullMethod) -> None:
-        self.config = config
-        self.text_encoder = config.text_encoder
+    config: FullMethod
 
     def trained(self) -> tuple[str, ...]:
-        return ("unet", "text_encoder") if self.text_encoder else ("unet",)
+        return ("unet", "text_encoder") if self.config.text_encoder else ("unet",)
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
@@ -27,7 +25,7 @@ class Full(DenoiserMethod):
             enable_gradient_checkpointing(model)
 
     def relies_on(self) -> tuple[str, ...]:
-        return () if self.text_encoder else ("text_encoder",)
+        return () if self.config.text_encoder else ("text_encoder",)
 
     def export(self, model: DiffusionModel, folder: Path) -> None:
         for name in self.trained():

@@ -15,18 +15,24 @@ from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraMethod
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
+from ray_sd.methods.kohya import to_kohya
 from ray_sd.methods.weights import TEXT_PREFIX
 from ray_sd.models import DiffusionModel
 
+KOHYA = "kohya/lora.safetensors"
+"""Written beside the diffusers file for other tools; in a folder of its own, so that diffusers finds one file."""
 METADATA = ("r", "lora_alpha", "target_modules", "use_dora", "lora_bias")
 """What is stored of PEFT's configuration: enough to load, and known to all of its releases."""
-LAYER = re.compile(r"(unet|text_encoder)\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+TEXT_ENCODER_NAMES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
+"""diffusers' names in a text encoder; it does not load PEFT's there when only `fc1` and `fc2` are adapted."""
+LAYER = re.compile(
+    r"(unet|text_encoder)\.(?:text_model\.)?(.+)\."
+    r"(lora_A|lora_B|lora_linear_layer\.down|lora_linear_layer\.up|lora_magnitude_vector)(?:\.weight)?"
+)
 
 
 class Lora(DenoiserMethod):
-    def __init__(self, config: LoraMethod) -> None:
-        self.config = config
-        self.text_encoder = config.text_encoder
+    config: LoraMethod
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
@@ -46,13 +52,13 @@ class Lora(DenoiserMethod):
         metadata: dict[str, dict[str, Any]] = {}
         for name in self._targets():
             module = getattr(model, name)
-            prefix = TEXT_PREFIX if name == "text_encoder" else ""
-            layers[name] = {
-                prefix + key.removeprefix(prefix): tensor.detach().cpu().contiguous()
-                for key, tensor in get_peft_model_state_dict(module, adapter_name="default").items()
-            }
+            weights = get_peft_model_state_dict(module, adapter_name="default")
+            rename = _text_encoder_key if name == "text_encoder" else str
+            layers[name] = {rename(key): tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
             config = module.peft_config["default"].to_dict()
-            metadata[name] = {key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in METADATA}
+            metadata[name] = {
+                key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in METADATA
+            }
         StableDiffusionPipeline.save_lora_weights(
             folder,
             unet_lora_layers=layers["unet"],
@@ -60,6 +66,8 @@ class Lora(DenoiserMethod):
             unet_lora_adapter_metadata=metadata["unet"],
             text_encoder_lora_adapter_metadata=metadata.get("text_encoder"),
         )
+        if not self.config.use_dora:
+            to_kohya(folder / LORA_WEIGHT_NAME_SAFE, folder / KOHYA)
 
     def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
         path = folder / LORA_WEIGHT_NAME_SAFE
@@ -71,7 +79,7 @@ class Lora(DenoiserMethod):
 
     def _targets(self) -> dict[str, tuple[str, ...]]:
         targets = {"unet": self.config.target_modules}
-        if self.text_encoder:
+        if self.config.text_encoder:
             targets["text_encoder"] = self.config.text_encoder_target_modules
         return targets
 
@@ -85,6 +93,14 @@ class Lora(DenoiserMethod):
             use_dora=self.config.use_dora,
             init_lora_weights="gaussian",
         )
+
+
+def _text_encoder_key(key: str) -> str:
+    for peft_name, name in TEXT_ENCODER_NAMES.items():
+        key = key.replace(f".{peft_name}.", f".{name}.")
+    if key.endswith("lora_magnitude_vector"):
+        key += ".weight"  # transformers drops the vector without it
+    return TEXT_PREFIX + key.removeprefix(TEXT_PREFIX)
 
 
 def attach_weights(model: DiffusionModel, path: Path, scale: float) -> None:
@@ -101,7 +117,7 @@ def attach_weights(model: DiffusionModel, path: Path, scale: float) -> None:
         if not any(key.startswith(f"{name}.") for key in weights):
             continue
         module = getattr(model, name)
-        load(weights, alphas, module, adapter_name=adapter, metadata=metadata)
+        load(weights, alphas, module, adapter_name=adapter, metadata=metadata, low_cpu_mem_usage=True)
         module.set_adapter(list(module.peft_config))
         for layer in module.modules():
             if isinstance(layer, LoraLayer) and adapter in layer.r:
@@ -124,7 +140,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as tensors:
             if LORA_ADAPTER_METADATA_KEY not in (tensors.metadata() or {}):
                 raise ArtifactError(f"{path} says nothing of its rank and alpha; it was not exported by ray_sd")
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
+            return {name: tensors.get_tensor(name) for name in list(tensors.keys())}
     except SafetensorError as error:
         raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
 
@@ -136,15 +152,19 @@ def _check_fit(path: Path, key: str, tensor: Tensor, model: DiffusionModel) -> N
     if match is not None:
         component, name, part = match.groups()
         module = getattr(model, component)
-        name = name.removeprefix(TEXT_PREFIX) if component == "text_encoder" else name
         if module is None:
             raise ArtifactError(f"{path} adapts the {component}, which is not loaded")
         layer = dict(module.named_modules()).get(name)
     if layer is None:
         raise ArtifactError(f"{path}: the base has no layer for {key}; it was made for another base")
     outputs, inputs = layer.weight.shape[:2]
-    expected, found = (inputs, tensor.shape[1]) if part == "lora_A" else (outputs, tensor.shape[0])
-    if part == "lora_magnitude_vector":
-        found = tensor.numel()
+    if part in ("lora_A", TEXT_ENCODER_NAMES["lora_A"]):
+        expected, found = inputs, tensor.shape[1]
+    elif part == "lora_magnitude_vector":
+        expected, found = outputs, tensor.numel()
+    else:
+        expected, found = outputs, tensor.shape[0]
     if expected != found:
-        raise ArtifactError(f"{path}: {key} is made for {found} features, the base's layer has {expected}; it was made for another base")
+        raise ArtifactError(
+            f"{path}: {key} is made for {found} features, the base's layer has {expected}; it was made for another base"
+        )

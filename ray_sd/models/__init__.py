@@ -1,6 +1,10 @@
 """What is trained and run: one file a family."""
 
+import os
 from collections.abc import Collection
+
+# transformers warns of a missing torchvision on import, and of what we check ourselves when it loads weights.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel
@@ -19,7 +23,9 @@ def load_model(config: ModelConfig, components: Collection[str] | None = None) -
     wanted = family.parts if components is None else components
     unknown = set(wanted) - set(family.parts)
     if unknown:
-        raise ValueError(f"{config.family} has no component {', '.join(sorted(unknown))}; it has {', '.join(family.parts)}")
+        raise ValueError(
+            f"{config.family} has no component {', '.join(sorted(unknown))}; it has {', '.join(family.parts)}"
+        )
     return family.load(config, wanted)
 
 

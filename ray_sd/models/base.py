@@ -13,10 +13,13 @@ from ray_sd.config.model import SchedulerName
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """How training weighs the denoising loss; the default is the plain loss."""
+    """How training weighs the denoising loss; the defaults are the plain loss."""
 
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
+
+
+PLAIN_LOSS = DiffusionLoss()
 
 
 class DiffusionModel(nn.Module, ABC):
@@ -29,9 +32,9 @@ class DiffusionModel(nn.Module, ABC):
     """Names of the components that `load` takes."""
 
     config: ModelConfig
-    unet: nn.Module | None
-    vae: nn.Module | None
-    text_encoder: nn.Module | None
+    unet: Any
+    vae: Any
+    text_encoder: Any
     tokenizer: Any
     noise_scheduler: Any
     """diffusers' DDPMScheduler with the noise schedule of training."""
@@ -58,7 +61,7 @@ class DiffusionModel(nn.Module, ABC):
         """Text embeddings [B, L, D] of token ids [B, L]."""
 
     @abstractmethod
-    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = DiffusionLoss()) -> Tensor:
+    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = PLAIN_LOSS) -> Tensor:
         """Denoising loss of each row, fp32 [B].
 
         A batch holds `latent_mean` and `latent_std` [B, C, h, w] (unscaled), one of `text_embeds` [B, L, D] and

@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+CLIP_LENGTH = 77
+NO_LENGTH = 1_000_000
+"""transformers gives a tokenizer without a length a larger one than this."""
 BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
@@ -60,13 +64,9 @@ Location = Folder | SingleFile | Architecture
 
 def find_component(config: ModelConfig, component: str) -> Location:
     """Find a component, fetching it from the hub if need be. Raises ArtifactError where there is none."""
-    source = config.scheduler if component == "scheduler" else getattr(config, component)
-    if component == "scheduler":
-        source = None if config.scheduler.path is None else ComponentSource(path=config.scheduler.path)
-    if source is None:
-        source = ComponentSource(path=config.base, subfolder=component)
-    if source.architecture is not None:
-        return Architecture(source.architecture, _component_seed(config.seed, component))
+    source = _source(config, component)
+    if source.path is None:
+        return Architecture(source.architecture or {}, _component_seed(config.seed, component))
     root = _find_root(config, component, source.path)
     if root.is_file():
         if root.suffix != ".safetensors":
@@ -76,6 +76,14 @@ def find_component(config: ModelConfig, component: str) -> Location:
     if _is_hub_id(source.path):
         _fetch_weights(config, component, source.path, folder.relative_to(root))
     return Folder(folder, config.variant)
+
+
+def _source(config: ModelConfig, component: str) -> ComponentSource:
+    if component == "scheduler":
+        own = None if config.scheduler.path is None else ComponentSource(path=config.scheduler.path)
+    else:
+        own = getattr(config, component)
+    return own or ComponentSource(path=config.base, subfolder=component)
 
 
 def load_weights(config: ModelConfig, component: str, cls: type[nn.Module]) -> nn.Module:
@@ -96,10 +104,15 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
     location = find_component(config, "tokenizer")
     if isinstance(location, SingleFile):
         return single_file.load_tokenizer(location.layout)
+    if not isinstance(location, Folder):
+        raise ArtifactError(f"model '{config.name}': a tokenizer has no random weights; give its folder")
     try:
-        return CLIPTokenizer.from_pretrained(location.path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = CLIPTokenizer.from_pretrained(location.path, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
         raise ArtifactError(f"cannot read the tokenizer in {location.path}: {_first_line(error)}") from error
+    if tokenizer.model_max_length > NO_LENGTH:
+        tokenizer.model_max_length = CLIP_LENGTH
+    return tokenizer
 
 
 def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
@@ -205,7 +218,10 @@ def _fetch(
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=config.revision, allow_patterns=patterns, ignore_patterns=ignore
+                hub_id,
+                revision=config.revision if hub_id == config.base else None,
+                allow_patterns=patterns,
+                ignore_patterns=ignore,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -232,7 +248,7 @@ def _own_randomness(location: Location) -> Iterator[None]:
 def _build(config: ModelConfig, component: str, cls: type[nn.Module], architecture: dict[str, Any]) -> nn.Module:
     try:
         if issubclass(cls, PreTrainedModel):
-            return cls(cls.config_class(**architecture))
+            return cls(cls.config_class(**{**_vocabulary(load_tokenizer(config)), **architecture}))
         return cls.from_config(architecture)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(
@@ -240,19 +256,31 @@ def _build(config: ModelConfig, component: str, cls: type[nn.Module], architectu
         ) from error
 
 
+def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What a text encoder's architecture may leave out."""
+    return {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Module:
     _check_class(component, cls, folder.path)
     files = _weight_files(component, folder)
     variant = folder.variant if folder.variant and f".{folder.variant}" in files[0].name else None
     try:
-        module, info = cls.from_pretrained(
-            str(folder.path),
-            variant=variant,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            module, info = cls.from_pretrained(
+                str(folder.path),
+                variant=variant,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the {component} in {folder.path}: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -261,6 +289,17 @@ def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Mod
             f"the {component} in {folder.path} lacks {len(missing)} of its weights, such as {missing[0]}"
         )
     return module
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def _check_class(component: str, cls: type[nn.Module], folder: Path) -> None:
@@ -274,7 +313,9 @@ def _check_class(component: str, cls: type[nn.Module], folder: Path) -> None:
 def _weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
     """The safetensors files of a component: those of the variant if there are any, the plain ones otherwise."""
     files = sorted(folder.path.glob("*.safetensors"))
-    of_variant = [file for file in files if folder.variant and re.search(rf"\.{re.escape(folder.variant)}[.-]", file.name)]
+    of_variant = [
+        file for file in files if folder.variant and re.search(rf"\.{re.escape(folder.variant)}[.-]", file.name)
+    ]
     plain = [file for file in files if file.name.count(".") == 1]
     if not (of_variant or plain):
         found = ", ".join(sorted(child.name for child in folder.path.iterdir())) or "nothing"
@@ -305,10 +346,10 @@ def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
 @lru_cache(maxsize=64)
 def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
     """Digest of the named tensors, in the order of their names."""
-    owners = {}
+    owners: dict[str, Path] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            owners |= {name: file for name in tensors.keys() if name.startswith(prefixes)}
+            owners |= {name: file for name in list(tensors.keys()) if name.startswith(prefixes)}
     digest = hashlib.blake2b(digest_size=16)
     handles = {file: safe_open(file, "pt") for file in files}
     for name in sorted(owners):

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -31,21 +30,22 @@ def load_component(path: Path, layout: str, component: str, cls: type[nn.Module]
     try:
         if issubclass(cls, PreTrainedModel):
             module = create_diffusers_clip_model_from_ldm(
-                cls, weights, subfolder=component, config=str(folder), torch_dtype=torch.float32, local_files_only=True
+                cls, weights, subfolder=component, config=str(folder), local_files_only=True
             )
         else:
-            module = cls.from_single_file(
-                weights, config=str(folder), subfolder=component, torch_dtype=torch.float32, local_files_only=True
-            )
+            module = cls.from_single_file(weights, config=str(folder), subfolder=component, local_files_only=True)
+    except NotImplementedError as error:  # torch's, of weights that are still without data
+        raise ArtifactError(_lacks(path, component, layout)) from error
     except (SingleFileComponentError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"the {component} in {path} is not of layout '{layout}': {error}".splitlines()[0]) from error
-    missing = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
-    if missing:
-        raise ArtifactError(
-            f"the {component} in {path} lacks {len(missing)} weights of layout '{layout}', such as {missing[0]}; "
-            "is model.layout right?"
-        )
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"the {component} in {path} is not of layout '{layout}': {reason}") from error
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        raise ArtifactError(_lacks(path, component, layout))
     return module
+
+
+def _lacks(path: Path, component: str, layout: str) -> str:
+    return f"the {component} in {path} lacks weights of layout '{layout}'; is model.layout right?"
 
 
 def load_tokenizer(layout: str) -> CLIPTokenizer:
@@ -68,7 +68,9 @@ def _read(path: Path, component: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as tensors:
             weights = {
-                name: tensors.get_tensor(name).float() for name in tensors.keys() if name.startswith(PREFIXES[component])
+                name: tensors.get_tensor(name).float()
+                for name in list(tensors.keys())
+                if name.startswith(PREFIXES[component])
             }
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Self
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -13,13 +12,11 @@ from ray_sd.config import ModelConfig
 from ray_sd.config.model import SchedulerName
 from ray_sd.errors import ArtifactError
 from ray_sd.models import noise
-from ray_sd.models.base import DiffusionLoss, DiffusionModel
+from ray_sd.models.base import PLAIN_LOSS, DiffusionLoss, DiffusionModel
 from ray_sd.models.components import load_tokenizer, load_weights, read_config
 from ray_sd.models.schedulers import build_sampler, load_noise_scheduler
 
 logger = logging.getLogger(__name__)
-
-CLIP_LENGTH = 77
 
 
 class StableDiffusion(DiffusionModel):
@@ -67,29 +64,29 @@ class StableDiffusion(DiffusionModel):
                 f"model '{name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
                 f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
             )
-        if self.unet is not None and self.vae is not None:
-            if self.unet.config.in_channels != self.vae.config.latent_channels:
+        takes = None if self.unet is None else self.unet.config.in_channels
+        makes = None if self.vae is None else self.vae.config.latent_channels
+        if takes and makes and takes != makes:
+            raise ArtifactError(
+                f"model '{name}': the U-Net takes latents of {takes} channels, the autoencoder makes {makes}"
+            )
+        takes = None if self.unet is None else self.unet.config.cross_attention_dim
+        makes = None if self.text_encoder is None else self.text_encoder.config.hidden_size
+        if takes and makes and takes != makes:
+            raise ArtifactError(
+                f"model '{name}': the U-Net takes text embeddings of width {takes}, the text encoder makes {makes}"
+            )
+        if self.tokenizer is None or self.text_encoder is None:
+            return
+        text = self.text_encoder.config
+        for takes, makes, what in (
+            (text.vocab_size, len(self.tokenizer), "kinds of tokens"),
+            (text.max_position_embeddings, self.tokenizer.model_max_length, "tokens a caption"),
+        ):
+            if makes > takes:
                 raise ArtifactError(
-                    f"model '{name}': the U-Net takes latents of {self.unet.config.in_channels} channels, "
-                    f"the autoencoder makes {self.vae.config.latent_channels}"
+                    f"model '{name}': the tokenizer makes {makes} {what}, the text encoder takes {takes}"
                 )
-        if self.unet is not None and self.text_encoder is not None:
-            if self.unet.config.cross_attention_dim != self.text_encoder.config.hidden_size:
-                raise ArtifactError(
-                    f"model '{name}': the U-Net takes text embeddings of width {self.unet.config.cross_attention_dim}, "
-                    f"the text encoder makes {self.text_encoder.config.hidden_size}"
-                )
-        if self.tokenizer is not None and self.text_encoder is not None:
-            if len(self.tokenizer) > self.text_encoder.config.vocab_size:
-                raise ArtifactError(
-                    f"model '{name}': the tokenizer has {len(self.tokenizer)} tokens, "
-                    f"the text encoder {self.text_encoder.config.vocab_size}"
-                )
-            length = self.text_encoder.config.max_position_embeddings
-            if self.tokenizer.model_max_length > length:
-                self.tokenizer.model_max_length = length
-        elif self.tokenizer is not None and self.tokenizer.model_max_length > 10_000:  # transformers' "not given"
-            self.tokenizer.model_max_length = CLIP_LENGTH
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
@@ -98,9 +95,8 @@ class StableDiffusion(DiffusionModel):
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_overflowing_tokens=False,
-            return_tensors="pt",
-        )  # fmt: skip
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         cut = sum(len(ids) > length for ids in self.tokenizer(list(captions), verbose=False).input_ids)
         if cut:
             logger.warning("%d of %d captions cut to the text encoder's %d tokens", cut, len(captions), length)
@@ -109,7 +105,7 @@ class StableDiffusion(DiffusionModel):
     def encode_text(self, input_ids: Tensor) -> Tensor:
         return self.text_encoder(input_ids).last_hidden_state
 
-    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = DiffusionLoss()) -> Tensor:
+    def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = PLAIN_LOSS) -> Tensor:
         mean, std = batch["latent_mean"], batch["latent_std"]
         schedule = self.noise_scheduler.config
         draws = noise.draw_rows(batch["row_seed"], mean.shape[1:], schedule.num_train_timesteps)

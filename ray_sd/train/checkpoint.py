@@ -64,7 +64,7 @@ def restore(engine: Engine, folder: Path) -> int:
 def load_weights(model: nn.Module, folder: Path) -> int:
     """Put a checkpoint's weights, averaged if it has averages, into a prepared model; return its step."""
     index = read_index(folder)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     _check_names(set(parameters), set(index["files"]), folder)
     key = EMA if EMA in index["keys"] else PARAMETER
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -72,6 +72,11 @@ def load_weights(model: nn.Module, folder: Path) -> int:
         for name, values in _tensors(folder, index, (key,), shapes):
             parameters[name].copy_(values[key])
     return index["step"]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains in a prepared model, by the names that checkpoints use."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def read_index(folder: Path) -> dict:

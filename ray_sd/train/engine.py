@@ -7,12 +7,12 @@ import logging
 import os
 from collections.abc import Iterator
 
-# DeepSpeed prints a banner and probes compilers on import; both are noise in a worker's log.
-os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found by itself, but with a warning in every process
 
 import deepspeed  # noqa: E402
-import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
@@ -30,21 +30,30 @@ PARAMETER = "parameter"
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
-    """Trains the parameters of `groups` in `module`, whose forward maps a batch to a loss.
+    """Trains `parameters`, fp32 and by name, in `module`, whose forward maps a batch to a loss.
 
-    groups: optimizer groups (`params`, `lr`) of fp32 parameters.
+    groups: optimizer groups (`params`, `lr`) of the same parameters.
     """
 
-    def __init__(self, module: nn.Module, groups: list[dict], trainer: TrainerConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        groups: list[dict],
+        trainer: TrainerConfig,
+        device: torch.device,
+    ) -> None:
         self.device = device
         self.stage = trainer.zero.stage
         self.ema_decay = trainer.ema_decay
         self.compute_dtype = compute_dtype(trainer, device)
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = parameters
         self._cast_frozen(module)
         self._peak_rates = [group["lr"] for group in groups]
         self._deepspeed, *_ = deepspeed.initialize(

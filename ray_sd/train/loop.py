@@ -34,7 +34,7 @@ class TrainingJob:
 
 
 class Objective(nn.Module):
-    """Maps a batch to the mean loss, or in evaluation mode to the rows' losses [B]."""
+    """Maps a batch to the loss, or in evaluation mode to the validation losses of its rows [B]."""
 
     def __init__(self, method: Method, model: DiffusionModel) -> None:
         super().__init__()
@@ -42,8 +42,9 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        losses = self.method.objective(self.model, batch)
-        return losses.mean() if self.training else losses
+        if self.training:
+            return self.method.objective(self.model, batch)
+        return self.method.validation_losses(self.model, batch)
 
 
 def train_loop(job: TrainingJob) -> None:
@@ -59,7 +60,8 @@ def train_loop(job: TrainingJob) -> None:
     method.prepare(model, trainer)
     if trainer.compile:
         model.unet.compile()
-    engine = Engine(Objective(method, model).train(), method.parameter_groups(model, trainer), trainer, device)
+    parameters, groups = checkpoint.trained_parameters(model), method.parameter_groups(model, trainer)
+    engine = Engine(Objective(method, model).train(), parameters, groups, trainer, device)
     start = _restore(engine, job)
 
     run = RunFolder(config.storage_path, config.name)

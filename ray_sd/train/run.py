@@ -1,6 +1,7 @@
 """One training run from configuration to adapter folder."""
 
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import ray
 import ray.train
 import yaml
+from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -16,6 +18,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
+from ray_sd.models import fingerprint
 from ray_sd.train.loop import TrainingJob, train_loop
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
@@ -71,6 +74,8 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     data = prepare(config, rows)
     datasets, dataset_config = training_data(data, config, rows)
     _write_config(config, run)
+    # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
+    os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=TrainingJob(config, data, initial_checkpoint),
@@ -140,7 +145,14 @@ def _export(config: ExperimentConfig, data: PreparedData, run: RunFolder, result
         model, step = load_trained(config, Path(checkpoint))
         folder = Path(scratch)
         method.export(model, folder)
-        write_manifest(folder, config=config, data_fingerprint=data.fingerprint, metrics=metrics, step=step)
+        write_manifest(
+            folder,
+            config=config,
+            step=step,
+            fingerprints={name: fingerprint(config.model, name) for name in method.relies_on()},
+            data_fingerprint=data.fingerprint,
+            metrics=metrics,
+        )
         adapter = run.upload(folder, ADAPTER)
     return TrainingResult(adapter, str(result.checkpoint.path), step, metrics, run.path, config.model.name)
 

@@ -41,8 +41,10 @@ def test_held_out_subjects_are_words_that_a_fine_tune_can_teach(saved, word):
 def test_text_is_framed_and_padded_as_clip_does_it(saved):
     ids = saved("a cat", padding="max_length", max_length=saved.model_max_length).input_ids
     end = saved.eos_token_id
-    assert ids[0] == saved.bos_token_id and ids[3:] == [end] * (len(ids) - 3)
-    assert end == max(saved.get_vocab().values()) and saved.pad_token_id == end
+    assert ids[0] == saved.bos_token_id
+    assert ids[3:] == [end] * (len(ids) - 3)
+    assert end == max(saved.get_vocab().values())
+    assert saved.pad_token_id == end
 
 
 def test_every_caption_fits_the_text_encoder(saved):
@@ -50,7 +52,7 @@ def test_every_caption_fits_the_text_encoder(saved):
     assert longest <= saved.model_max_length < 77
 
 
-@pytest.mark.parametrize("prompt", ["naïve zebra", "un œuf à la coque", "東京タワー", "🐙 octopus", "a <cat>, 42 % off!"])
+@pytest.mark.parametrize("prompt", ["naïve zebra", "un œuf", "東京タワー", "🐙 octopus", "a <cat>, 42 % off!"])
 def test_any_prompt_survives_the_round_trip(saved, prompt):
     ids = saved(prompt).input_ids[1:-1]
     assert saved.eos_token_id not in ids

@@ -1,9 +1,11 @@
 """DeepSpeed at every ZeRO stage and worker count against a plain loop, and state that moves between them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import ray.cloudpickle
 import ray.train
 import torch
 import torch.distributed as dist
@@ -16,6 +18,9 @@ from ray_sd.models import load_model
 from ray_sd.train import checkpoint
 from ray_sd.train.engine import EMA, PARAMETER, Engine
 from ray_sd.train.loop import Objective
+
+# Workers do not have this module.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 STEPS, BATCH, RATE = 10, 4, 1e-3
 
@@ -124,7 +129,8 @@ def _engine(stage: int, workers: int, **changes: object) -> tuple[Engine, Experi
         | changes
     )
     groups = method.parameter_groups(model, trainer)
-    return Engine(Objective(method, model).train(), groups, trainer, torch.device("cpu")), config
+    parameters = checkpoint.trained_parameters(model)
+    return Engine(Objective(method, model).train(), parameters, groups, trainer, torch.device("cpu")), config
 
 
 def _run(engine: Engine, rank: int, workers: int, start: int, stop: int, rows: int | None = None) -> list[float]:

@@ -65,8 +65,7 @@ def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, ray_clust
 
     def kill_a_worker_in_mid_run():
         _wait_for(run / "checkpoint-00000008")
-        worker = next(p for p in psutil.process_iter(["cmdline"]) if _is_train_worker(p))
-        worker.kill()
+        next(child for child in psutil.Process().children(recursive=True) if _is_train_worker(child)).kill()
         killed.append(not (run / "checkpoint-00000040").exists())
 
     killer = threading.Thread(target=kill_a_worker_in_mid_run)
@@ -123,7 +122,10 @@ def _wait_for(path: Path) -> None:
 
 
 def _is_train_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.info["cmdline"] or ())
+    try:
+        return any("RayTrainWorker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _assert_equal(left: str | Path, right: str | Path, tolerance: float = 1e-6) -> None:

@@ -1,0 +1,50 @@
+# setup demo test lint types bench embedded: each makes .venv first, if pyproject.toml or constraints.txt changed since.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+# DeepSpeed finds ninja on the PATH when it builds its op.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup demo test lint format types bench docs embedded
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12 …"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || \
+	    { echo "error: a C++ compiler is needed (DeepSpeed builds an operation with it): apt install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	python jobs/demo.py $(ARGS)
+
+test: $(STAMP)
+	python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+
+format: $(STAMP)
+	ruff check --fix .
+	ruff format .
+
+types: $(STAMP)
+	mypy
+
+bench: $(STAMP)
+	set -e; for program in $$(ls benchmarks/*.py | grep -v report.py); do echo "== $$program"; python $$program; done
+
+docs: $(STAMP)
+	python -m ray_sd.config.documentation
+
+# The embedded models, trained again from nothing: hours on two cores. What was trained lies in runs/; nothing is replaced.
+embedded: $(STAMP)
+	python jobs/prepare_emoji.py selection=autoencoder out=runs/data/emoji_vae
+	python jobs/prepare_emoji.py selection=two_core out=runs/data/emoji
+	python jobs/train.py experiment=train_vae_emoji $(ARGS)
+	python jobs/train.py experiment=pretrain_emoji model.vae=runs/train_vae_emoji/adapter $(ARGS)

@@ -1,0 +1,62 @@
+"""Teach the embedded model an animal it has never seen, and show it before and after: `python jobs/demo.py`."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.load import load_config, run_job
+
+FOLDER = Path("runs/demo")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = load_config(["experiment=demo", f"storage_path={FOLDER}", f"name={_free_name()}", *argv], ExperimentConfig)
+    from ray_sd.generate import ImageRequest, contact_sheet, generate, save_png
+    from ray_sd.methods import load_adapter
+    from ray_sd.models import load_model
+    from ray_sd.train.run import fit
+
+    result = fit(config)
+
+    settings = config.trainer.validation
+    requests = [
+        ImageRequest(
+            prompt=prompt,
+            seed=settings.seed + i,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+        )
+        for i, prompt in enumerate(settings.prompts)
+    ]
+    model = load_model(config.model)
+    before = generate(model, requests)
+    load_adapter(model, Path(result.adapter))
+    after = generate(model, requests)
+
+    labels = [f"{when}: {request.prompt}" for when in ("before", "after") for request in requests]
+    sheet = contact_sheet([*before, *after], labels, columns=len(requests))
+    picture = FOLDER / "before_after.png"
+    save_png(sheet, picture, {"adapter": result.adapter, "prompts": list(settings.prompts), "seed": settings.seed})
+    print(result.summary())
+    print(f"pictures: {picture}")
+    print(_next_steps(result.adapter))
+
+
+def _free_name() -> str:
+    return next(name for i in itertools.count(1) if not (FOLDER / (name := f"owl-{i}")).exists())
+
+
+def _next_steps(adapter: str) -> str:
+    return f"""
+What next:
+  draw with it      python jobs/generate.py model=emoji adapter={adapter} prompt='an owl on a purple background' num_images=4
+  curves            tensorboard --logdir {FOLDER}
+  your own photos   python jobs/train.py experiment=lora name=my-dog dataset.source.path=PHOTOS \\
+                        dataset.caption.template='a photo of a sks dog'   (needs a GPU and the sd15 weights)
+  all settings      docs/configuration.md"""
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,53 @@
+"""Encode a data set, or look after the cache.
+
+python jobs/encode.py experiment=lora dataset.source.path=photos
+python jobs/encode.py list [cache_path=runs/cache]
+python jobs/encode.py prune older_than_days=30 | max_gb=50 | folder=latents/8c1d38b642588f1c [dry_run=true]
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.base import Schema
+from ray_sd.config.cache import CacheListConfig, CachePruneConfig
+from ray_sd.config.load import load_config, run_job, validate
+from ray_sd.config.overrides import apply_overrides
+from ray_sd.errors import ConfigError
+
+Settings = TypeVar("Settings", bound=Schema)
+
+
+def main(argv: Sequence[str]) -> None:
+    verb = argv[0] if argv else ""
+    if verb == "list":
+        from ray_sd.data.prune import cache_table, list_cache
+
+        print(cache_table(list_cache(read_settings(argv[1:], CacheListConfig).cache_path)))
+    elif verb == "prune":
+        from ray_sd.data.prune import cache_table, prune_cache
+
+        settings = read_settings(argv[1:], CachePruneConfig)
+        folders = prune_cache(settings)
+        print(f"{'would remove' if settings.dry_run else 'removed'} {len(folders)} folders")
+        print(cache_table(folders))
+    else:
+        config = load_config(argv, ExperimentConfig)
+        from ray_sd.data import prepare
+        from ray_sd.methods import build_method
+
+        prepare(config, build_method(config.method).rows())
+
+
+def read_settings(argv: Sequence[str], schema: type[Settings]) -> Settings:
+    """Settings of a schema that has no presets. Raises ConfigError."""
+    if bad := [setting for setting in argv if "=" not in setting]:
+        raise ConfigError(f"{bad[0]}: settings are written key=value; they are: {', '.join(schema.model_fields)}")
+    data: dict[str, object] = {}
+    apply_overrides(data, dict(setting.split("=", 1) for setting in argv), schema)
+    return validate(data, schema)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,133 @@
+"""The stage before encoding: read a unit of the source, reject what cannot be used, transform what is not cached."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from PIL import Image
+
+from ray_sd.config import DatasetConfig
+from ray_sd.data.cache import KEY, row_key
+from ray_sd.data.crops import Variant, cut, variants
+from ray_sd.data.decode import RejectedError, decode
+from ray_sd.data.sources import SourceRow
+
+BLOCK_BYTES = 4 << 20
+BLOCK_ROWS = 256
+
+PICTURE = pa.schema(
+    [
+        ("id", pa.string()),
+        ("path", pa.string()),
+        # Of the row; null in all but the first of its records.
+        ("reason", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("image", pa.string()),
+        # Of one variant that is to be encoded; null where none is.
+        ("key", KEY),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("box", pa.list_(pa.float32())),
+        ("flip", pa.bool_()),
+        ("shape", pa.list_(pa.int32())),
+        ("pixels", pa.binary()),
+    ]
+)
+"""A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
+Of each row exactly one record has either `captions` or a `reason`."""
+OF_THE_ROW = ("path", "reason", "captions", "image", "shape")
+"""What a cached picture does not keep: it may belong to several rows."""
+
+
+def image_key(image: str, variant: Variant) -> bytes:
+    """Key of a picture's variant within a cache folder. image: hash of the encoded bytes."""
+    return row_key(image, str(variant))
+
+
+def examine(
+    unit: pa.Table, *, read: Any, config: DatasetConfig, needs_captions: bool, known_keys: ray.ObjectRef
+) -> Iterator[pa.Table]:
+    """Read a unit of the source, reject what cannot be used, and transform what the cache does not have.
+
+    known_keys: sorted numpy array of the keys that the cache has. Yields tables of PICTURE.
+    """
+    known = ray.get(known_keys)
+    records: list[dict[str, Any]] = []
+    size = 0
+    for row in _rows(read, unit):
+        for record in _records(row, config, needs_captions, known):
+            records.append(record)
+            size += len(record.get("pixels", b""))
+        if size >= BLOCK_BYTES or len(records) >= BLOCK_ROWS:
+            yield pa.Table.from_pylist(records, PICTURE)
+            records, size = [], 0
+    yield pa.Table.from_pylist(records, PICTURE)
+
+
+def _rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
+    path = str(unit.column(0)[0])
+    number = 0
+    try:
+        for row in read(unit):
+            number += 1
+            yield row
+    except Exception as error:  # noqa: BLE001 - a damaged file ends early and is reported as a row.
+        yield SourceRow(path, path, b"", [], f"cannot be read after {number} rows: {type(error).__name__}: {error}")
+
+
+def _records(row: SourceRow, config: DatasetConfig, needs_captions: bool, known: np.ndarray) -> list[dict[str, Any]]:
+    image = hashlib.blake2b(row.image, digest_size=16).hexdigest()
+    name = {"id": image if row.id is None else row.id, "path": row.path}
+    try:
+        if row.reason is not None:
+            raise RejectedError(row.reason)
+        head = {"captions": _captions(row, config, needs_captions), "image": image}
+        encoded = [
+            {**name, "key": key, **_transform(picture, variant, config, image)}
+            for picture, variant, key in _missing(row, config, image, known)
+        ]
+    except RejectedError as error:
+        return [{**name, "reason": str(error)}]
+    return [{**encoded[0], **head}, *encoded[1:]] if encoded else [{**name, **head}]
+
+
+def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> list[str]:
+    if row.captions or not needs_captions:
+        return row.captions or [""]
+    if config.caption.template is None:
+        raise RejectedError("has no caption, and dataset.caption.template gives none")
+    return [config.caption.template]
+
+
+def _missing(
+    row: SourceRow, config: DatasetConfig, image: str, known: np.ndarray
+) -> Iterator[tuple[Image.Image, Variant, bytes]]:
+    """The decoded picture with each variant that the cache does not have."""
+    picture = None
+    for variant in variants(config):
+        key = image_key(image, variant)
+        if not _contains(known, key):
+            if picture is None:
+                picture = decode(row.image, background=config.background, max_pixels=config.max_pixels)
+            yield picture, variant, key
+
+
+def _transform(picture: Image.Image, variant: Variant, config: DatasetConfig, image: str) -> dict[str, Any]:
+    pixels, box = cut(picture, variant, height=config.height, width=config.width, seed=image)
+    return {
+        "width": picture.width,
+        "height": picture.height,
+        "box": list(box),
+        "flip": variant.flip,
+        "shape": [3, config.height, config.width],
+        "pixels": pixels.transpose(2, 0, 1).tobytes(),
+    }
+
+
+def _contains(known: np.ndarray, key: bytes) -> bool:
+    needle = np.array(key, dtype=known.dtype)
+    place = np.searchsorted(known, needle)
+    return bool(place < len(known) and known[place] == needle)

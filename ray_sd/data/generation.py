@@ -1,0 +1,215 @@
+"""Pictures as files: in this process for one prompt, as a Ray Data job over a pool of workers for a file of prompts."""
+
+import io
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from PIL import Image
+from pyarrow import fs
+from rich.progress import Progress
+
+from ray_sd import __version__
+from ray_sd.adapter import read_manifest
+from ray_sd.config import GenerateConfig
+from ray_sd.data.cluster import connect, has_gpus
+from ray_sd.data.locations import Location, locate
+from ray_sd.errors import ArtifactError, ConfigError, RaySdError
+from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
+from ray_sd.methods import load_adapter
+from ray_sd.models import DiffusionModel, load_model
+
+logger = logging.getLogger(__name__)
+
+SHEET_PICTURES = 64
+"""Pictures on a contact sheet; the rest of a large job are files only."""
+BLOCKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What was drawn."""
+
+    pictures: list[str]
+    """The PNG files, in the order of prompts and seeds."""
+    sheet: str
+    """The contact sheet."""
+
+    def summary(self) -> str:
+        first, last = self.pictures[0], self.pictures[-1]
+        return f"pictures:  {len(self.pictures)} ({first} … {Path(last).name})\nsheet:     {self.sheet}"
+
+
+def draw(config: GenerateConfig) -> GenerationResult:
+    """Draw what the configuration asks for into `config.output`, numbering on from what is there.
+
+    Raises ConfigError for a file without prompts, ArtifactError for a model or adapter that cannot be used.
+    """
+    requests = list(_requests(config))
+    output = locate(config.output, "output")
+    number = _next_number(output)
+    names, thumbnails = [], []
+    for position, png in _pictures(config, requests):
+        name = f"{number + position:05d}.png"
+        (output / name).write(png)
+        names.append(name)
+        if position < SHEET_PICTURES:
+            thumbnails.append((position, Image.open(io.BytesIO(png))))
+    thumbnails.sort(key=lambda entry: entry[0])
+    sheet = contact_sheet(
+        [image for _, image in thumbnails], [_label(config, requests[position]) for position, _ in thumbnails]
+    )
+    sheet_name = f"sheet-{number:05d}-{number + len(requests) - 1:05d}.png"
+    (output / sheet_name).write(png_bytes(sheet, {"prompts": list(dict.fromkeys(r.prompt for r in requests))}))
+    if len(requests) > SHEET_PICTURES:
+        logger.info("the contact sheet shows the first %d of %d pictures", SHEET_PICTURES, len(requests))
+    folder = config.output.rstrip("/")
+    return GenerationResult([f"{folder}/{name}" for name in sorted(names)], f"{folder}/{sheet_name}")
+
+
+class Painter:
+    """A worker with the whole model: draws batches of rows `{position, request}` as PNG files' bytes.
+
+    A model that cannot be loaded is told in words in `error`: Ray would wrap an exception in its worker's traceback.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        self.error = ""
+        try:
+            self.model = load_for_generation(config)
+        except RaySdError as error:
+            self.error = str(error)
+        if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_workers))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        count = len(batch["position"])
+        if self.error:
+            return {"position": batch["position"], "png": [b""] * count, "error": [self.error] * count}
+        requests = [ImageRequest(**request) for request in batch["request"]]
+        images = generate(self.model, requests, self.config.batch_size)
+        pngs = [
+            png_bytes(image, parameters(self.config, request)) for image, request in zip(images, requests, strict=True)
+        ]
+        return {"position": batch["position"], "png": pngs, "error": [""] * count}
+
+
+def load_for_generation(config: GenerateConfig) -> DiffusionModel:
+    """The model with its adapter, in half precision on a GPU if this process has one, in fp32 on the CPU otherwise."""
+    model = load_model(config.model)
+    if config.adapter is not None:
+        with _local_folder(config.adapter) as folder:
+            load_adapter(model, folder, config.adapter_scale, config.allow_other_base)
+    model.requires_grad_(False)
+    return model.to("cuda", torch.float16) if torch.cuda.is_available() else model
+
+
+def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:
+    """What a PNG says of how it was made."""
+    made_with = {
+        "model": config.model.name,
+        "base": config.model.base,
+        "sampler": config.model.scheduler.sampler,
+        "adapter": config.adapter,
+        "adapter_scale": config.adapter_scale,
+        "ray_sd": __version__,
+    }
+    return asdict(request) | made_with
+
+
+def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
+    """`num_images` of each prompt, with seeds that count up."""
+    settings = ImageRequest(
+        prompt="",
+        negative_prompt=config.negative_prompt,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        height=config.height,
+        width=config.width,
+    )
+    for prompt in _prompts(config):
+        for seed in range(config.seed, config.seed + config.num_images):
+            yield replace(settings, prompt=prompt, seed=seed)
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.prompts_file is None:
+        return [config.prompt]
+    try:
+        content = locate(config.prompts_file, "prompts_file").read().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts_file: cannot read {config.prompts_file}: {error}") from error
+    prompts = [line.strip() for line in content.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompts_file: {config.prompts_file} has no prompts")
+    return prompts
+
+
+def _next_number(output: Location) -> int:
+    numbers = [
+        int(match[1]) for info in output.files((".png",)) if (match := re.fullmatch(r"(\d{5,})\.png", info.base_name))
+    ]
+    return max(numbers, default=-1) + 1
+
+
+def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
+    """Position and PNG of each request, as they get done."""
+    if config.prompts_file is not None:
+        yield from _draw_in_pool(config, requests)
+        return
+    model = load_for_generation(config)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("denoising")
+        images = generate(
+            model, requests, config.batch_size, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    for position, (request, image) in enumerate(zip(requests, images, strict=True)):
+        yield position, png_bytes(image, parameters(config, request))
+
+
+def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
+    if config.adapter is not None and "://" not in config.adapter:
+        folder = Path(config.adapter).expanduser().resolve()
+        read_manifest(folder)  # what is wrong with it is found before workers start
+        config = config.model_copy(update={"adapter": str(folder)})
+    connect()
+    rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
+    blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))
+    pictures = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        Painter,
+        fn_constructor_kwargs={"config": config},
+        batch_size=config.batch_size,
+        compute=ray.data.ActorPoolStrategy(size=config.num_workers),
+        num_gpus=1 if has_gpus() else 0,
+    )
+    for row in pictures.iter_rows():
+        if row["error"]:
+            raise ArtifactError(row["error"])
+        yield row["position"], row["png"]
+
+
+@contextmanager
+def _local_folder(path: str) -> Iterator[Path]:
+    """The folder, copied to this machine for as long as it is read if `path` is a URI."""
+    if "://" not in path:
+        yield Path(path).expanduser()
+        return
+    source = locate(path, "adapter")
+    with tempfile.TemporaryDirectory() as scratch:
+        fs.copy_files(
+            source.path, scratch, source_filesystem=source.filesystem, destination_filesystem=fs.LocalFileSystem()
+        )
+        yield Path(scratch)
+
+
+def _label(config: GenerateConfig, request: ImageRequest) -> str:
+    return f"{request.prompt} · {request.seed}" if config.num_images > 1 else request.prompt

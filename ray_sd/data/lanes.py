@@ -1,0 +1,168 @@
+"""Lanes: one seeded stream of rows, of which every worker takes fixed places. See docs/decisions/001-lanes.md.
+
+Position p of the stream is row `epoch_order(p // N)[p % N]`; step k takes positions k·G to (k+1)·G, G being the global
+batch. Rank r of W owns the lanes r·G/W to (r+1)·G/W of every step, so batches do not depend on W, every epoch reads
+every row once, and a counter is all there is to resume.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.train import DataConfig
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data.blocks import ordered_dataset
+from ray_sd.data.index import RowIndex
+from ray_sd.data.order import epoch_order, row_seed
+from ray_sd.data.reader import RowReader
+from ray_sd.data.view import PreparedData
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ray_sd.methods import RowSpec
+
+READER_CPUS = 0.1
+"""Little, so that readers run beside training workers that took nearly all of a small machine."""
+BLOCK_BYTES = 8 << 20
+MICRO_BATCHES_PER_TASK = 64
+MAX_TASKS = 1000
+PREFETCHED = 4
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Which rows one rank takes, micro-batch by micro-batch."""
+
+    num_rows: int
+    seed: int
+    shuffle_rows: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    rank: int
+
+    def rows(self, micro_batch: int) -> list[tuple[int, int]]:
+        """Epoch and row of each place in this rank's micro-batch, counted over all steps."""
+        step, part = divmod(micro_batch, self.accumulation_steps)
+        lane = (self.rank * self.accumulation_steps + part) * self.micro_batch_size
+        positions = range(step * self.batch_size + lane, step * self.batch_size + lane + self.micro_batch_size)
+        return [(p // self.num_rows, int(self._order(p // self.num_rows)[p % self.num_rows])) for p in positions]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _cached_order(self.seed, epoch, self.num_rows, self.shuffle_rows)
+
+
+@lru_cache(maxsize=2)
+def _cached_order(seed: int, epoch: int, num_rows: int, window: int) -> np.ndarray:
+    return epoch_order(seed, epoch, num_rows, window)
+
+
+class LaneReader:
+    """A Ray Data actor that reads micro-batches of one rank, given their numbers."""
+
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", lanes: Lanes) -> None:
+        self._reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
+        self._seed = config.seed
+        self._lanes = lanes
+
+    def __call__(self, numbers: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+        for number in numbers["micro_batch"].to_pylist():
+            places = self._lanes.rows(number)
+            seeds = [row_seed(self._seed, epoch, self._reader.id(row)) for epoch, row in places]
+            yield self._reader.read([row for _, row in places], seeds)
+
+
+class LaneIterator:
+    """What a training worker gets as its shard."""
+
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int) -> None:
+        trainer = config.trainer
+        self._index, self._config, self._rows = index, config, rows
+        self._lanes = Lanes(
+            num_rows=index.num_rows,
+            seed=config.seed,
+            shuffle_rows=config.dataset.shuffle_rows,
+            batch_size=trainer.batch_size,
+            micro_batch_size=trainer.rows_per_micro_batch,
+            accumulation_steps=trainer.accumulation_steps,
+            rank=rank,
+        )
+
+    def batches(self, start_step: int, stop_step: int) -> "Iterator[dict[str, Tensor]]":
+        """This rank's micro-batches of the steps from `start_step` to before `stop_step`, as CPU tensors.
+
+        One reader works ahead for the whole call. Its process ends with the iterator.
+        """
+        per_step = self._lanes.accumulation_steps
+        blocks = _numbers(start_step * per_step, stop_step * per_step)
+        if not blocks:
+            return
+        dataset = ordered_dataset(blocks, BLOCK_BYTES)
+        dataset = dataset.map_batches(
+            LaneReader,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_args=(self._index, self._config, self._rows, self._lanes),
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=READER_CPUS,
+        )
+        yield from dataset.iterator().iter_torch_batches(
+            batch_size=self._lanes.micro_batch_size,
+            collate_fn=_Collate(),
+            device="cpu",
+            prefetch_batches=PREFETCHED,
+        )
+
+
+class _Collate(NumpyBatchCollateFn):
+    def __call__(self, batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":
+        return to_tensors(batch)
+
+
+class LaneConfig(DataConfig):
+    """Gives every training worker its lanes, where Ray Train would split a stream among them."""
+
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec") -> None:
+        super().__init__()
+        self._index, self._config, self._rows = index, config, rows
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, LaneIterator]]:
+        return [
+            {name: LaneIterator(self._index, self._config, self._rows, rank) for name in datasets}
+            for rank in range(world_size)
+        ]
+
+
+def training_data(
+    prepared: PreparedData, config: ExperimentConfig, rows: "RowSpec"
+) -> tuple[dict[str, ray.data.Dataset], LaneConfig]:
+    """What a TorchTrainer takes as `datasets` and `dataset_config`; a worker's shard `train` is then a LaneIterator."""
+    # Ray Train wants a data set for each shard; it is never executed.
+    return {"train": ray.data.range(prepared.train.num_rows)}, LaneConfig(prepared.train, config, rows)
+
+
+def to_tensors(batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":
+    """Arrays to tensors of their own memory, halves to float32."""
+    import torch
+
+    half = {np.dtype(np.float16): np.float32}
+    return {name: torch.from_numpy(array.astype(half.get(array.dtype, array.dtype))) for name, array in batch.items()}
+
+
+def _numbers(start: int, stop: int) -> list[pa.Table]:
+    """The numbers of micro-batches, in blocks of what one task reads."""
+    size = max(MICRO_BATCHES_PER_TASK, -(-(stop - start) // MAX_TASKS))
+    return [
+        pa.table({"micro_batch": pa.array(range(first, min(first + size, stop)), pa.int64())})
+        for first in range(start, stop, size)
+    ]

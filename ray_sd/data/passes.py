@@ -1,0 +1,163 @@
+"""The two passes over a data set: its pictures, then its captions. Only ids, keys and captions reach the driver."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data.blocks import ordered_dataset
+from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
+from ray_sd.data.cluster import has_gpus
+from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, TokenCounter, text_key, write_shard
+from ray_sd.data.examine import examine
+from ray_sd.data.sources import Listing
+
+if TYPE_CHECKING:
+    from ray_sd.methods import RowSpec
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 16 << 20
+LOG_SECONDS = 10
+TEXTS_PER_BLOCK = 256
+DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
+"""Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
+
+
+@dataclass(frozen=True)
+class ImagePass:
+    """What became of the source's rows."""
+
+    rows: pa.Table
+    """`id`, `image` (hash of the encoded bytes) and `captions` of rows that were not rejected, as they came."""
+    rejected: list[tuple[str, str]]
+    """Path and reason."""
+    entries: pa.Table
+    """All entries of the cache folder: `key`, `shard`, `row`."""
+    new_keys: pa.Array
+    """Keys that were encoded now."""
+
+
+def encode_images(config: ExperimentConfig, rows: "RowSpec", listing: Listing, folder: CacheFolder) -> ImagePass:
+    """Read every unit of the source and bring all variants of its pictures into the cache folder."""
+    settings = config.dataset.encode
+    entries = folder.entries()
+    # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
+    known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
+    dataset = ordered_dataset(listing.units, BLOCK_BYTES).map_batches(
+        examine,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "read": listing.read,
+            "config": config.dataset,
+            "needs_captions": rows.text != "none",
+            "known_keys": known,
+        },
+        num_cpus=DECODE_CPUS,
+    )
+    pixels = config.dataset.height * config.dataset.width
+    if rows.images == "latents":
+        dataset = _encode(dataset, config, ImageEncoder)
+        tables = _write(dataset, config, folder, {"mean": settings.dtype, "std": settings.dtype}, row_bytes=pixels // 2)
+    else:
+        tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
+
+    heads, rejected, new = [], [], []
+    for table in tables:
+        heads.append(table.filter(pc.is_valid(table["captions"])).select(["id", "image", "captions"]))
+        rejected += table.filter(pc.is_valid(table["reason"])).select(["path", "reason"]).to_pylist()
+        new.append(table.filter(pc.is_valid(table["key"])).select(["key", "shard", "row"]))
+    fresh = pa.concat_tables(new)
+    reasons = [(row["path"], row["reason"]) for row in rejected]
+    return ImagePass(
+        pa.concat_tables(heads),
+        [*listing.rejected, *reasons],
+        pa.concat_tables([entries, fresh]),
+        fresh["key"].combine_chunks(),
+    )
+
+
+def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFolder) -> tuple[pa.Table, int, int]:
+    """Bring the embeddings of different captions into the cache folder.
+
+    Returns the folder's entries (`key`, `shard`, `row`), how many were encoded now, and how many of `captions` are cut.
+    """
+    settings = config.dataset.encode
+    entries = folder.entries(pa.field("excess_tokens", pa.int32()))
+    keys = pa.array([text_key(caption.as_py()) for caption in captions], KEY)
+    missing = pc.invert(pc.is_in(keys, value_set=entries["key"]))
+    table = pa.table({"key": keys, "caption": captions}, schema=TEXT).filter(missing)
+    if len(table):
+        dataset = ordered_dataset(_blocks(table), BLOCK_BYTES)
+        dataset = _encode(dataset, config, TextEncoder)
+        tables = _write(dataset, config, folder, {"embedding": settings.dtype}, row_bytes=1 << 18)
+        entries = pa.concat_tables([entries, *(table.select(entries.column_names) for table in tables)])
+    used = entries.filter(pc.is_in(entries["key"], value_set=keys))
+    cut = pc.sum(pc.greater(used["excess_tokens"], 0)).as_py() or 0
+    return entries, len(table), cut
+
+
+def count_cut_captions(config: ExperimentConfig, captions: pa.Array) -> int:
+    """How many of different captions are longer than the text encoder reads."""
+    dataset = ordered_dataset(_blocks(pa.table({"caption": captions})), BLOCK_BYTES).map_batches(
+        TokenCounter,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_args=(config.model,),
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=ENCODE_CPUS,
+    )
+    return sum(pc.sum(pc.greater(table["excess_tokens"], 0)).as_py() or 0 for table in _stream(dataset))
+
+
+def _blocks(table: pa.Table) -> list[pa.Table]:
+    return [table.slice(start, TEXTS_PER_BLOCK) for start in range(0, len(table), TEXTS_PER_BLOCK)]
+
+
+def _encode(dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type) -> ray.data.Dataset:
+    settings = config.dataset.encode
+    use_gpu = has_gpus() if config.trainer.use_gpu is None else config.trainer.use_gpu
+    return dataset.map_batches(
+        encoder,
+        batch_size=settings.batch_size,
+        batch_format="pyarrow",
+        fn_constructor_args=(config.model, settings.dtype, settings.num_actors),
+        compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
+        num_cpus=ENCODE_CPUS,
+        num_gpus=1 if use_gpu else 0,
+    )
+
+
+def _write(
+    dataset: ray.data.Dataset, config: ExperimentConfig, folder: CacheFolder, dtypes: dict[str, str], row_bytes: int
+) -> Iterator[pa.Table]:
+    """Write shards; yields the records without content. row_bytes: about what a record weighs."""
+    dataset = dataset.map_batches(
+        write_shard,
+        batch_size=max(1, min(config.dataset.encode.rows_per_shard, SHARD_BYTES // row_bytes)),
+        batch_format="pyarrow",
+        fn_kwargs={"folder": folder, "dtypes": dtypes},
+        num_cpus=WRITE_CPUS,
+    )
+    return _stream(dataset)
+
+
+def _stream(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """The data set's blocks as they come, logging how many rows came."""
+    rows, told = 0, time.monotonic()
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield table
+        rows += len(table)
+        if time.monotonic() - told > LOG_SECONDS:
+            told = time.monotonic()
+            logger.info("data: %d done", rows)

@@ -1,0 +1,179 @@
+"""From a source to an index of encoded rows, encoding only what the cache does not have."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_sd.config import DatasetConfig, ExperimentConfig
+from ray_sd.data.cache import KEY, open_cache
+from ray_sd.data.cluster import connect
+from ray_sd.data.crops import variants
+from ray_sd.data.encode import text_key
+from ray_sd.data.examine import image_key
+from ray_sd.data.index import RowIndex, place, write_index
+from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
+from ray_sd.data.sources import list_source
+from ray_sd.data.view import EncodeSummary, PreparedData, View
+from ray_sd.errors import DataError
+
+if TYPE_CHECKING:
+    from ray_sd.methods import RowSpec
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: ExperimentConfig, rows: "RowSpec") -> PreparedData:
+    """Read the source, encode what the cache does not have, and index the rows. Runs on the driver.
+
+    A source whose listing (names, sizes, times) is known is not read again.
+    Raises ConfigError for a cache that cannot be written; DataError where nothing can be read, too much is rejected,
+    or nothing is left to train on.
+    """
+    root = open_cache(config.cache_path)
+    listing = list_source(config.dataset)
+    view = View(config, rows, root, listing)
+    prepared = view.load()
+    if prepared is None:
+        connect()
+        prepared = _index(config, rows, view, encode_images(config, rows, listing, view.images))
+        view.store(prepared)
+    summary = prepared.summary
+    _check_rejected(config.dataset, summary.rows, summary.reasons, summary.rejected_file)
+    view.touch()
+    logger.info("data: %s", summary)
+    return prepared
+
+
+def _index(config: ExperimentConfig, rows: "RowSpec", view: View, images: ImagePass) -> PreparedData:
+    """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
+    dataset = config.dataset
+    usable = _has_all(images.rows, dataset, images.entries["key"])
+    reasons = _write_rejected(view, images, usable)
+    table = _in_order(images.rows.filter(pa.array(usable)))
+    _check_rejected(dataset, len(table), reasons, view.rejected.path)
+    if len(table) <= dataset.holdout:
+        raise DataError(f"dataset.holdout: {dataset.holdout} leaves none of the {len(table)} rows to train on")
+
+    columns = {"id": table["id"], "captions": table["captions"]}
+    metadata: dict[str, Any] = {}
+    places, metadata["image"] = place(images.entries, _image_keys(table, dataset), view.images.name)
+    columns |= {f"image_{name}": column for name, column in places.items()}
+
+    captions = table["captions"].combine_chunks()
+    unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
+    texts, texts_encoded, cut = 0, 0, 0
+    if view.texts is not None:
+        entries, texts_encoded, cut = encode_texts(config, unique, view.texts)
+        texts = len(unique)
+        places, metadata["text"] = place(entries, _text_keys(captions, unique), view.texts.name)
+        columns |= {f"text_{name}": column for name, column in places.items()}
+        empty, where = place(entries, _text_keys(pa.array([[""]]), unique), view.texts.name)
+        metadata["empty_text"] = [where["shards"][0], empty["row"].values[0].as_py()]
+    elif rows.text == "tokens":
+        cut = count_cut_captions(config, unique)
+
+    encoded = len(table) - int(_has_none(table, dataset, images.new_keys).sum())
+    summary = EncodeSummary(
+        rows=len(table),
+        held_out=dataset.holdout,
+        encoded=encoded,
+        texts=texts,
+        texts_encoded=texts_encoded,
+        cut_captions=cut,
+        rejected=sum(reasons.values()),
+        reasons=dict(reasons),
+        rejected_file=view.rejected.path,
+    )
+    train, validation = _write_indices(view, columns, metadata, dataset.holdout)
+    return PreparedData(train, validation, _fingerprint(table, view), summary)
+
+
+def _has_all(table: pa.Table, dataset: DatasetConfig, present: pa.ChunkedArray) -> np.ndarray:
+    """For each row whether all of its variants are in `present`."""
+    return np.all(_found(table, dataset, present), axis=1)
+
+
+def _has_none(table: pa.Table, dataset: DatasetConfig, present: pa.Array) -> np.ndarray:
+    return ~np.any(_found(table, dataset, present), axis=1)
+
+
+def _found(table: pa.Table, dataset: DatasetConfig, present: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """bool [N, variants]"""
+    found = pc.is_in(_image_keys(table, dataset).values, value_set=present)
+    return found.to_numpy(zero_copy_only=False).reshape(len(table), -1)
+
+
+def _image_keys(table: pa.Table, dataset: DatasetConfig) -> pa.ListArray:
+    """For each row the keys of its variants."""
+    kinds = variants(dataset)
+    keys = [image_key(image, kind) for image in table["image"].to_pylist() for kind in kinds]
+    return pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32) * len(kinds), pa.array(keys, KEY))
+
+
+def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
+    """For each row the keys of its captions, all of which are in `unique`."""
+    keys = pa.array([text_key(caption) for caption in unique.to_pylist()], KEY)
+    return pa.ListArray.from_arrays(captions.offsets, keys.take(pc.index_in(captions.values, value_set=unique)))
+
+
+def _write_rejected(view: View, images: ImagePass, usable: np.ndarray) -> Counter[str]:
+    """Write `rejected.jsonl`, and return how many rows were rejected for what."""
+    unfit = images.rows["id"].filter(pa.array(~usable)).to_pylist()
+    rejected = sorted([*images.rejected, *((name, "the autoencoder makes no finite latents of it") for name in unfit)])
+    with view.rejected.open_for_writing() as stream:
+        for path, reason in rejected:
+            stream.write(json.dumps({"path": path, "reason": reason}, ensure_ascii=False).encode() + b"\n")
+    return Counter(reason.partition(":")[0] for _, reason in rejected)
+
+
+def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], file: str) -> None:
+    rejected = sum(reasons.values())
+    limit = dataset.max_rejected_fraction
+    if rows and rejected <= limit * (rows + rejected):
+        return
+    reason, count = max(reasons.items(), key=lambda item: item[1], default=("nothing was read", 0))
+    allowed = f"more than dataset.max_rejected_fraction={limit} allows" if rows else "so nothing is left"
+    raise DataError(
+        f"{rejected} of {rows + rejected} rows were rejected, {allowed}; most often ({count}): {reason}; all are in {file}"
+    )
+
+
+def _in_order(table: pa.Table) -> pa.Table:
+    """Sorted by id, whatever the order in which rows were read; rows that share an id are numbered."""
+    keys = table.append_column("caption", pc.list_element(table["captions"], 0))
+    order = pc.sort_indices(keys, [("id", "ascending"), ("image", "ascending"), ("caption", "ascending")])
+    table = table.take(order).combine_chunks()
+    ids = table["id"].to_pylist()
+    names, repeat = [], 0
+    for i, name in enumerate(ids):
+        repeat = repeat + 1 if i and name == ids[i - 1] else 0
+        names.append(f"{name}#{repeat}" if repeat else name)
+    return table.set_column(0, "id", pa.array(names, pa.string()))
+
+
+def _write_indices(
+    view: View, columns: dict[str, pa.Array], metadata: dict[str, Any], holdout: int
+) -> tuple[RowIndex, RowIndex | None]:
+    """Write the rows to train on, and the `holdout` rows with the smallest hashes of their ids."""
+    table = pa.table(columns)
+    hashes = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in table["id"].to_pylist()]
+    kept_back = np.zeros(len(table), dtype=bool)
+    kept_back[sorted(range(len(table)), key=hashes.__getitem__)[:holdout]] = True
+    train = write_index(view.root, f"{view.folder.name}/train.index", table.filter(pa.array(~kept_back)), metadata)
+    if not holdout:
+        return train, None
+    held_out = table.filter(pa.array(kept_back))
+    return train, write_index(view.root, f"{view.folder.name}/validation.index", held_out, metadata)
+
+
+def _fingerprint(table: pa.Table, view: View) -> str:
+    digest = hashlib.blake2b(f"{view.images.name} {view.texts and view.texts.name}".encode(), digest_size=16)
+    for row in table.to_batches(max_chunksize=4096):
+        digest.update(json.dumps(row.select(["id", "image", "captions"]).to_pylist()).encode())
+    return digest.hexdigest()

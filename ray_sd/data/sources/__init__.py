@@ -1,0 +1,26 @@
+"""Sources of pictures and captions, read by Ray Data in units: files, Parquet row groups, tars, row ranges."""
+
+from collections.abc import Callable
+
+from ray_sd.config import DatasetConfig
+from ray_sd.data.sources.base import Listing, SourceRow
+from ray_sd.data.sources.huggingface import list_huggingface
+from ray_sd.data.sources.image_folder import list_image_folder
+from ray_sd.data.sources.parquet import list_parquet
+from ray_sd.data.sources.webdataset import list_webdataset
+
+SOURCES: dict[str, Callable[..., Listing]] = {
+    "image_folder": list_image_folder,
+    "parquet": list_parquet,
+    "webdataset": list_webdataset,
+    "huggingface": list_huggingface,
+}
+"""Each takes its source's schema and the name of the caption column."""
+
+
+def list_source(config: DatasetConfig) -> Listing:
+    """List the configured source. Raises DataError where there is nothing to read."""
+    return SOURCES[config.source.name](config.source, config.caption.column)
+
+
+__all__ = ["SOURCES", "Listing", "SourceRow", "list_source"]

@@ -1,0 +1,71 @@
+"""Hugging Face data sets, from the hub or from `save_to_disk`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ray_sd.config.dataset import HuggingFaceSource
+from ray_sd.data.sources.base import SETTING, Listing, SourceRow
+from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
+from ray_sd.errors import DataError
+
+ROWS_PER_UNIT = 256
+
+
+def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
+    dataset = _load_huggingface(source)
+    check_columns(dataset.column_names, source.image_column, None, f"{source.path} ({source.split})")
+    if not len(dataset):
+        raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")
+    wanted = {source.image_column, caption_column}
+    dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    starts = range(0, len(dataset), ROWS_PER_UNIT)
+    units = [pa.table({"start": [start], "stop": [min(start + ROWS_PER_UNIT, len(dataset))]}) for start in starts]
+    reader = HuggingFaceReader(dataset, f"{source.path}:{source.split}#", source.image_column, caption_column)
+    return Listing(units, reader, dataset._fingerprint)
+
+
+@dataclass(frozen=True)
+class HuggingFaceReader:
+    """Every machine needs the data set's local files, so a cluster needs HF_HOME or the folder on storage it shares."""
+
+    dataset: Any
+    path: str
+    image_column: str
+    caption_column: str
+
+    def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
+        (part,) = unit.to_pylist()
+        arrow = self.dataset.with_format("arrow")
+        for start in range(part["start"], part["stop"], ROWS_PER_READ):
+            table = arrow[start : min(start + ROWS_PER_READ, part["stop"])]
+            yield from table_rows(table, self.path, start, self.image_column, None, self.caption_column)
+
+
+def _load_huggingface(source: HuggingFaceSource) -> Any:
+    # Slow to import, and only this source needs it.
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = Path(source.path).expanduser()
+    try:
+        if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(folder))
+            if isinstance(saved, datasets.DatasetDict):
+                if source.split not in saved:
+                    raise DataError(
+                        f"dataset.source.split: no split '{source.split}' in {source.path}; it has: {', '.join(saved)}"
+                    )
+                saved = saved[source.split]
+            return saved
+        return datasets.load_dataset(source.path, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"{SETTING}: tried {'the folder' if folder.is_dir() else 'a local folder (there is none) and the hub for'} "
+            f"'{source.path}': {reason[0] if reason else type(error).__name__}; without a network, save the data set "
+            f"elsewhere with save_to_disk and give that folder: {SETTING}=/path/to/folder"
+        ) from error

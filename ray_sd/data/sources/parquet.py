@@ -1,0 +1,66 @@
+"""Parquet files with one encoded picture a row."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_sd.config.dataset import ParquetSource
+from ray_sd.data.locations import Location, locate
+from ray_sd.data.sources.base import SETTING, Listing, SourceRow, fingerprint, list_files
+from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
+from ray_sd.errors import DataError
+
+
+def list_parquet(source: ParquetSource, caption_column: str) -> Listing:
+    root = locate(source.path, SETTING)
+    files = list_files(root, source.path, (".parquet",))
+    if not files:
+        raise DataError(f"{SETTING}: no .parquet files in {source.path}")
+    with ThreadPoolExecutor(16) as pool:
+        groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), source), files))
+    units = [
+        pa.table({"path": [info.path], "row_group": [group], "start": [start]})
+        for info, starts in zip(files, groups, strict=True)
+        for group, start in enumerate(starts)
+    ]
+    if not units:
+        raise DataError(f"{SETTING}: the .parquet files in {source.path} hold no rows")
+    reader = ParquetReader(root, source.image_column, source.id_column, caption_column)
+    return Listing(units, reader, fingerprint(files))
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    root: Location
+    image_column: str
+    id_column: str | None
+    caption_column: str
+
+    def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
+        (part,) = unit.to_pylist()
+        path, row = part["path"], part["start"]
+        with self.root.filesystem.open_input_file(path) as stream:
+            # A buffered reader without prefetching takes a column page by page, however large the row group.
+            file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+            wanted = (self.image_column, self.id_column, self.caption_column)
+            columns = [name for name in wanted if name in file.schema_arrow.names]
+            for batch in file.iter_batches(ROWS_PER_READ, row_groups=[part["row_group"]], columns=columns):
+                yield from table_rows(batch, f"{path}#", row, self.image_column, self.id_column, self.caption_column)
+                row += len(batch)
+
+
+def _row_groups(file: Location, source: ParquetSource) -> list[int]:
+    """Number of the first row of every row group. Raises DataError for a file or columns that cannot be used."""
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            names = parquet.schema_arrow.names
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{SETTING}: {file.path} cannot be read as Parquet: {error}") from error
+    check_columns(names, source.image_column, source.id_column, file.path)
+    return list(accumulate(sizes, initial=0))[:-1]

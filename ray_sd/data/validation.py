@@ -1,0 +1,55 @@
+"""Held-out rows at fixed timesteps and noise, so that the losses of two checkpoints compare."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data.index import RowIndex
+from ray_sd.data.lanes import to_tensors
+from ray_sd.data.order import VALIDATION, row_seed
+from ray_sd.data.reader import RowReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ray_sd.methods import RowSpec
+
+
+def validation_batches(
+    index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int, world_size: int
+) -> "Iterator[dict[str, Tensor]]":
+    """This rank's part of every held-out row at every timestep of the grid, with `weight` float32 [B].
+
+    Every rank gets the same number of batches of the same size; what fills them up has weight 0, so the weighted mean
+    over all ranks does not depend on how many there are.
+    """
+    reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
+    timesteps = _timesteps(config, rows)
+    size = config.trainer.rows_per_micro_batch
+    items = [(row, number) for row in range(index.num_rows) for number in range(len(timesteps))]
+    for start in range(rank * size, _round_up(len(items), size * world_size), size * world_size):
+        part = items[start : start + size]
+        weight = np.array([1] * len(part) + [0] * (size - len(part)), dtype=np.float32)
+        part += items[:1] * (size - len(part))
+        seeds = [row_seed(config.seed, VALIDATION, f"{reader.id(row)} {number}") for row, number in part]
+        batch = reader.read([row for row, _ in part], seeds, vary=False) | {"weight": weight}
+        if rows.images == "latents":
+            batch["timesteps"] = timesteps[[number for _, number in part]]
+        yield to_tensors(batch)
+
+
+def _timesteps(config: ExperimentConfig, rows: "RowSpec") -> np.ndarray:
+    """int64: the middles of equal parts of the schedule; for an autoencoder, which has none, a single 0."""
+    if rows.images == "pixels":
+        return np.zeros(1, dtype=np.int64)
+    from ray_sd.models import load_model
+
+    total = load_model(config.model, {"scheduler"}).noise_scheduler.config.num_train_timesteps
+    count = config.trainer.validation.num_timesteps
+    return ((np.arange(count) + 0.5) / count * total).astype(np.int64)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

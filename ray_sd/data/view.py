@@ -1,0 +1,150 @@
+"""The cache's part of one configuration: its folders, and the stored view of its rows."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data.cache import CacheFolder, digest_of
+from ray_sd.data.crops import variants
+from ray_sd.data.index import RowIndex
+from ray_sd.data.locations import Location
+from ray_sd.data.sources import Listing
+
+if TYPE_CHECKING:
+    from ray_sd.methods import RowSpec
+
+FORMAT = 1
+"""Raise it when the same configuration would encode other values."""
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What became of a data set's rows."""
+
+    rows: int
+    """Usable rows, held-out ones included."""
+    held_out: int
+    encoded: int
+    """Rows of which at least one variant was encoded now."""
+    texts: int
+    """Different captions whose embeddings are in use, the empty one included."""
+    texts_encoded: int
+    cut_captions: int
+    """Different captions that are longer than the text encoder reads."""
+    rejected: int
+    reasons: dict[str, int]
+    """How many rows were rejected for what."""
+    rejected_file: str
+
+    @property
+    def reused(self) -> int:
+        return self.rows - self.encoded
+
+    def __str__(self) -> str:
+        held_out = f" ({self.held_out} held out)" if self.held_out else ""
+        parts = [f"{self.rows} rows{held_out}", f"encoded {self.encoded}, reused {self.reused} of {self.rows}"]
+        if self.texts:
+            parts.append(
+                f"captions: encoded {self.texts_encoded}, reused {self.texts - self.texts_encoded} of {self.texts}"
+            )
+        if self.cut_captions:
+            parts.append(f"{self.cut_captions} captions are longer than the text encoder reads and are cut")
+        if self.rejected:
+            parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A data set, ready to train on; small and picklable."""
+
+    train: RowIndex
+    validation: RowIndex | None
+    fingerprint: str
+    """Changes with the content of the rows: pictures, captions, transform, encoders."""
+    summary: EncodeSummary
+
+
+class View:
+    """One configuration's folders in the cache."""
+
+    def __init__(self, config: ExperimentConfig, rows: "RowSpec", root: Location, listing: Listing) -> None:
+        image, text = _image_description(config, rows), _text_description(config, rows)
+        view = {
+            "format": FORMAT,
+            "image": image,
+            "text": text,
+            "listing": listing.fingerprint,
+            **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
+            "variants": [str(variant) for variant in variants(config.dataset)],
+        }
+        self.root = root
+        self.images = CacheFolder(root, f"{rows.images}/{digest_of(image)}")
+        self.texts = CacheFolder(root, f"text/{digest_of(text)}") if rows.text == "embeddings" else None
+        self.folder = CacheFolder(root, f"views/{digest_of(view)}")
+        self._config = config
+        self._parts = [(self.images, image)] + ([(self.texts, text)] if self.texts is not None else [])
+
+    @property
+    def rejected(self) -> Location:
+        return self.folder.location / "rejected.jsonl"
+
+    def load(self) -> PreparedData | None:
+        """What an earlier run made of the same listing; None if there was none, or the cache lost a part of it."""
+        if not self._prepared.exists():
+            return None
+        stored = json.loads(self._prepared.read())
+        indices = {part: RowIndex(self.root, name, count) for part, (name, count) in stored["indices"].items()}
+        if any(index.load().missing_shards() for index in indices.values()):
+            return None
+        summary = replace(EncodeSummary(**stored["summary"]), encoded=0, texts_encoded=0)
+        return PreparedData(indices["train"], indices.get("validation"), stored["fingerprint"], summary)
+
+    def store(self, prepared: PreparedData) -> None:
+        indices = {"train": prepared.train, "validation": prepared.validation}
+        content = {
+            "summary": asdict(prepared.summary),
+            "fingerprint": prepared.fingerprint,
+            "indices": {part: [index.name, index.num_rows] for part, index in indices.items() if index is not None},
+        }
+        self._prepared.write(json.dumps(content, indent=1).encode())
+
+    def touch(self) -> None:
+        """Mark all folders as used now."""
+        for folder, description in self._parts:
+            folder.touch({"model": self._config.model.name, **description})
+        uses = [folder.name for folder, _ in self._parts]
+        self.folder.touch({"run": self._config.name, "uses": uses, "config": self._config.model_dump(mode="json")})
+
+    @property
+    def _prepared(self) -> Location:
+        return self.folder.location / "prepared.json"
+
+
+def _image_description(config: ExperimentConfig, rows: "RowSpec") -> dict[str, Any]:
+    """What all pictures in a cache folder share."""
+    from ray_sd.models import fingerprint
+
+    dataset = config.dataset
+    description = {
+        "format": FORMAT,
+        "resolution": [dataset.height, dataset.width],
+        "background": dataset.background.lower().removeprefix("#"),
+    }
+    if rows.images == "latents":
+        description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
+    return description
+
+
+def _text_description(config: ExperimentConfig, rows: "RowSpec") -> dict[str, Any]:
+    """What all captions of a data set share."""
+    from ray_sd.models import fingerprint
+
+    description: dict[str, Any] = {"format": FORMAT, "text": rows.text}
+    if rows.text == "embeddings":
+        encoder = fingerprint(config.model, "text_encoder")
+        description |= {"dtype": config.dataset.encode.dtype, "text_encoder": encoder}
+    elif rows.text == "tokens":
+        description |= {"tokenizer": fingerprint(config.model, "tokenizer")}
+    return description

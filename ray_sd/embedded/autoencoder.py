@@ -1,0 +1,94 @@
+"""What the embedded autoencoder's training starts from: `python -m ray_sd.embedded.autoencoder runs/emoji_vae_start`.
+
+With diffusers' own random weights an `AutoencoderKL` needs an hour of one core to pass a linear projection. Here every
+residual branch starts at zero, and what is left keeps as much of the picture as its channels can hold: it reaches the
+same quality in a few minutes.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+LATENT_CHANNELS = 24
+LATENT_GAIN = 3.0
+POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
+BLOCKS = (16, 32, 64, 128)
+
+
+def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> AutoencoderKL:
+    """An f8 autoencoder for 64x64 pixels, nearly linear; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(BLOCKS),
+            up_block_types=("UpDecoderBlock2D",) * len(BLOCKS),
+            block_out_channels=BLOCKS,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=4,  # more groups take the mean of too few channels away, and with it the colour
+            sample_size=64,
+            use_post_quant_conv=False,  # Stable Video Diffusion's decoder has none
+        )
+        with torch.no_grad():
+            silence_branches(autoencoder)
+            open_main_path(autoencoder)
+            set_posterior(autoencoder.quant_conv, latent_channels)
+    return autoencoder
+
+
+def silence_branches(autoencoder: AutoencoderKL) -> None:
+    """Residual and attention branches add nothing yet (arXiv:1901.09321, arXiv:1706.02677)."""
+    for name, module in autoencoder.named_modules():
+        if name.endswith((".conv2", ".to_out.0")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def open_main_path(autoencoder: AutoencoderKL) -> None:
+    """What is left between pixels and latents keeps variance: each step is as near to an isometry as its shape allows."""
+    for name, module in autoencoder.named_modules():
+        if name.endswith(".downsamplers.0.conv"):
+            orthogonal_blocks(module)
+        elif name.endswith(".upsamplers.0.conv"):
+            module.weight[:, :, 1, 1] += torch.eye(module.out_channels)
+            nn.init.zeros_(module.bias)
+        elif name.endswith(".conv_in"):
+            module.weight.mul_(0.5)
+            module.weight[:, :, 1, 1] += isometry(module)
+            nn.init.zeros_(module.bias)
+        elif name.endswith(".conv_shortcut"):
+            module.weight[:, :, 0, 0] = isometry(module)
+            nn.init.zeros_(module.bias)
+
+
+def orthogonal_blocks(downsample: nn.Conv2d) -> None:
+    """Each 2x2 block of pixels goes to orthogonal projections of it, as many as there are channels.
+
+    The kernel is 3x3 and the padding at the right and below, so its first two rows and columns lie on one block.
+    """
+    channels = downsample.out_channels
+    projections = nn.init.orthogonal_(torch.empty(channels, channels * 4))
+    nn.init.zeros_(downsample.weight)
+    nn.init.zeros_(downsample.bias)
+    downsample.weight[:, :, :2, :2] = projections.view(channels, channels, 2, 2)
+
+
+def isometry(convolution: nn.Conv2d) -> torch.Tensor:
+    """`[out, in]`: orthogonal, and scaled so that a widening layer keeps the variance of a channel."""
+    widening = convolution.out_channels / convolution.in_channels
+    return nn.init.orthogonal_(torch.empty(convolution.out_channels, convolution.in_channels), max(1.0, widening**0.5))
+
+
+def set_posterior(quant_conv: nn.Conv2d, latent_channels: int) -> None:
+    """The mean passes through with a gain; the variance is the same everywhere."""
+    nn.init.zeros_(quant_conv.weight)
+    nn.init.zeros_(quant_conv.bias)
+    quant_conv.weight[:latent_channels, :latent_channels, 0, 0] = LATENT_GAIN * torch.eye(latent_channels)
+    quant_conv.bias[latent_channels:] = POSTERIOR_LOGVAR
+
+
+if __name__ == "__main__":
+    build_start().save_pretrained(Path(sys.argv[1]))

@@ -1,0 +1,172 @@
+"""Pictures from prompts, step by step.
+
+Each picture has its own seed and its own scheduler; a step runs the U-Net once for all pictures on their way. So they
+may differ in number of steps, guidance and sampler, and may join and leave between steps. A picture equals that of
+diffusers' StableDiffusionPipeline for the same seed, scheduler and settings.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from diffusers import SchedulerMixin, UniPCMultistepScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from ray_sd.errors import ConfigError
+from ray_sd.models import DiffusionModel
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One picture to draw. Height and width in pixels are multiples of the model's latent factor; None takes its own."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs, which takes a second row of the U-Net's batch."""
+        return self.guidance_scale > 1
+
+
+@dataclass
+class Drawing:
+    """A picture on its way."""
+
+    request: ImageRequest
+    text: Tensor  # [2, L, D] (negative prompt, prompt) with guidance, else [1, L, D]
+    latents: Tensor  # [1, C, h, w]
+    scheduler: SchedulerMixin
+    generator: torch.Generator
+    step: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps
+
+
+def generate(
+    model: DiffusionModel,
+    requests: Sequence[ImageRequest],
+    batch_size: int = 4,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Draw all requests, `batch_size` at once. `on_step` is told the denoising steps done and to do, over all requests."""
+    sizes = [picture_size(model, request) for request in requests]
+    order = sorted(range(len(requests)), key=sizes.__getitem__)  # pictures of one size share batches
+    total = sum(request.num_inference_steps for request in requests)
+    done = 0
+    images: dict[int, Image.Image] = {}
+    with evaluation(model):
+        for _, of_size in groupby(order, key=sizes.__getitem__):
+            group = list(of_size)
+            for first in range(0, len(group), batch_size):
+                numbers = group[first : first + batch_size]
+                drawings = start(model, [requests[number] for number in numbers])
+                while active := [drawing for drawing in drawings if not drawing.done]:
+                    advance(model, active)
+                    done += len(active)
+                    if on_step is not None:
+                        on_step(done, total)
+                images |= zip(numbers, decode(model, drawings), strict=True)
+    return [images[number] for number in range(len(requests))]
+
+
+def picture_size(model: DiffusionModel, request: ImageRequest) -> tuple[int, int]:
+    """Height and width in pixels. Raises ConfigError for a size that has no whole latents."""
+    own = model.unet.config.sample_size
+    own_height, own_width = (own, own) if isinstance(own, int) else own
+    height = request.height or own_height * model.latent_factor
+    width = request.width or own_width * model.latent_factor
+    for side in (height, width):
+        if side % model.latent_factor:
+            raise ConfigError(
+                f"a picture of {height} x {width} pixels: both must be multiples of {model.latent_factor}"
+            )
+    return height, width
+
+
+@torch.no_grad()
+def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawing]:
+    """Encode the prompts and draw the first noise of each picture."""
+    prompts = dict.fromkeys(
+        text for request in requests for text in (request.negative_prompt, request.prompt)[0 if request.guided else 1 :]
+    )
+    device, dtype = model.unet.device, model.unet.dtype
+    embeddings = model.encode_text(model.tokenize(list(prompts)).to(device)).to(dtype)
+    text = dict(zip(prompts, embeddings, strict=True))
+    return [_start_one(model, request, text, device, dtype) for request in requests]
+
+
+def _start_one(
+    model: DiffusionModel, request: ImageRequest, text: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Drawing:
+    height, width = picture_size(model, request)
+    scheduler = model.sampler()
+    scheduler.set_timesteps(request.num_inference_steps, device=device)
+    generator = torch.Generator().manual_seed(request.seed)
+    shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
+    latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma
+    rows = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
+    return Drawing(request, torch.stack([text[row] for row in rows]), latents, scheduler, generator)
+
+
+@torch.no_grad()
+def advance(model: DiffusionModel, drawings: Sequence[Drawing]) -> None:
+    """Take one denoising step of every drawing, in one call of the U-Net; all have one size."""
+    inputs, timesteps = [], []
+    for drawing in drawings:
+        timestep = drawing.scheduler.timesteps[drawing.step]
+        scaled = drawing.scheduler.scale_model_input(drawing.latents, timestep)
+        inputs.append(scaled.expand(len(drawing.text), -1, -1, -1))
+        timesteps.append(timestep.expand(len(drawing.text)))
+    text = torch.cat([drawing.text for drawing in drawings])
+    predictions = model.unet(torch.cat(inputs), torch.cat(timesteps), encoder_hidden_states=text).sample
+    sizes = [len(drawing.text) for drawing in drawings]
+    for drawing, prediction in zip(drawings, predictions.split(sizes), strict=True):
+        _step(drawing, prediction)
+
+
+def _step(drawing: Drawing, prediction: Tensor) -> None:
+    if drawing.request.guided:
+        unconditional, conditional = prediction.chunk(2)
+        prediction = unconditional + drawing.request.guidance_scale * (conditional - unconditional)
+    scheduler = drawing.scheduler
+    noise = {} if isinstance(scheduler, UniPCMultistepScheduler) else {"generator": drawing.generator}
+    timestep = scheduler.timesteps[drawing.step]
+    drawing.latents = scheduler.step(prediction, timestep, drawing.latents, return_dict=False, **noise)[0]
+    drawing.step += 1
+
+
+@torch.no_grad()
+def decode(model: DiffusionModel, drawings: Sequence[Drawing]) -> list[Image.Image]:
+    """The pictures as they stand now; all have one size."""
+    latents = torch.cat([drawing.latents for drawing in drawings]) / model.latent_scale
+    pixels = model.vae.decode(latents.to(model.vae.dtype)).sample
+    return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+
+
+@contextmanager
+def evaluation(model: DiffusionModel) -> Iterator[None]:
+    """No dropout within; each module's mode is restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

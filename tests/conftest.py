@@ -1,0 +1,48 @@
+"""What all tests share: one Ray instance, few threads, and skips that count as failures where RAY_SD_NO_SKIP is set."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two threads a process stall two cores
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+OBJECT_STORE_BYTES = 500 * 2**20
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray instance of four logical CPUs on this machine, for every test that needs one."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    return _refuse_skip((yield))
+
+
+def _refuse_skip(report: Any) -> Any:
+    if report.skipped and os.environ.get("RAY_SD_NO_SKIP") == "1":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"RAY_SD_NO_SKIP is set, and this was skipped: {reason}"
+    return report

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from conftest import bomb_png, encoded, noise_png
+from PIL import Image
+
+from ray_sd.data.decode import RejectedError, decode
+
+
+def pixels(data: bytes, background: str = "#ffffff") -> np.ndarray:
+    picture = decode(data, background=background, max_pixels=10_000)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def test_a_picture_is_turned_upright_by_its_exif_orientation():
+    picture = Image.new("RGB", (4, 2), "blue")
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned right by 90 degrees
+    upright = pixels(encoded(picture, exif=exif))
+    assert upright.shape == (4, 2, 3)
+    assert upright[0, 1].tolist() == [255, 0, 0]
+
+
+def test_transparency_shows_the_background():
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (10, 20, 30, 255))
+    assert pixels(encoded(picture), "#ff8000").tolist() == [[[255, 128, 0], [10, 20, 30]]]
+
+
+def test_a_transparent_palette_entry_shows_the_background():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((1, 0), 1)
+    assert pixels(encoded(picture, transparency=1), "#ff0000").tolist() == [[[10, 20, 30], [255, 0, 0]]]
+
+
+def test_sixteen_bit_grey_is_scaled_rather_than_clipped():
+    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    assert pixels(encoded(Image.fromarray(values)))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_cmyk_becomes_rgb():
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    red, green, blue = pixels(encoded(cyan, "jpeg"))[4, 4].tolist()
+    assert red < 40
+    assert green > 150
+    assert blue > 150
+
+
+def test_a_single_pixel_is_a_picture():
+    assert pixels(noise_png(0, (1, 1))).shape == (1, 1, 3)
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "gif", save_all=True, append_images=frames[1:])
+    assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"no picture at all", "cannot be decoded: "),
+        (encoded(Image.new("RGB", (64, 64), "red"), "jpeg")[:400], "cannot be decoded: "),
+        (noise_png(0)[:200], "cannot be decoded: "),
+        (noise_png(0, (101, 100)), "101x100 pixels are more than dataset.max_pixels=10000"),
+    ],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "too large"],
+)
+def test_what_is_no_picture_is_rejected_with_the_reason(data: bytes, reason: str):
+    with pytest.raises(RejectedError, match=reason):
+        pixels(data)
+
+
+def test_a_decompression_bomb_is_rejected_by_its_header():
+    bomb = bomb_png()
+    assert len(bomb) < 1000
+    with pytest.raises(
+        RejectedError, match="60000x60000 pixels are more than dataset.max_pixels=100000000; not decoded"
+    ):
+        decode(bomb, background="#ffffff", max_pixels=100_000_000)

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_models import difference, draw, save_tiny_model, tiny_config
+
+from ray_sd.config import GenerateConfig
+from ray_sd.data import generation
+from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.generate import read_parameters
+from ray_sd.models import load_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("generation") / "tiny")
+
+
+def config(base: Path, output: Path, **settings: object) -> GenerateConfig:
+    return GenerateConfig.model_validate(
+        {"model": tiny_config(base), "prompt": "a cat", "output": str(output), "num_inference_steps": 3, **settings}
+    )
+
+
+def test_one_prompt_is_drawn_without_ray_with_seeds_that_count_up(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(generation, "connect", lambda: pytest.fail("Ray was started for one prompt"))
+    result = generation.draw(config(base, tmp_path, num_images=2, seed=7, negative_prompt="bad"))
+    assert result.pictures == [f"{tmp_path}/00000.png", f"{tmp_path}/00001.png"]
+    pipeline = load_model(tiny_config(base)).pipeline()
+    for seed, path in zip((7, 8), result.pictures, strict=True):
+        assert difference(Image.open(path), draw(pipeline, seed=seed, negative_prompt="bad")) <= 1
+        found = read_parameters(Path(path))
+        assert (found["prompt"], found["seed"], found["negative_prompt"]) == ("a cat", seed, "bad")
+        assert (found["num_inference_steps"], found["guidance_scale"], found["sampler"]) == (3, 7.5, "ddim")
+        assert (found["model"], found["base"]) == ("tiny", str(base))
+    assert Image.open(result.sheet).width > 2 * 64
+    assert result.sheet in result.summary()
+
+
+def test_new_pictures_are_numbered_on_and_overwrite_nothing(base: Path, tmp_path: Path):
+    first = generation.draw(config(base, tmp_path))
+    before = Path(first.pictures[0]).read_bytes()
+    second = generation.draw(config(base, tmp_path, seed=1))
+    assert second.pictures == [f"{tmp_path}/00001.png"]
+    assert Path(first.pictures[0]).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "00000.png",
+        "00001.png",
+        "sheet-00000-00000.png",
+        "sheet-00001-00001.png",
+    }
+
+
+def test_a_file_of_prompts_is_drawn_by_a_pool_like_one_by_one(base: Path, tmp_path: Path, ray_cluster):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n  ein Bär \nan owl\n", encoding="utf-8")
+    job = config(base, tmp_path / "pool", prompts_file=str(prompts), num_images=2, num_workers=2, batch_size=2)
+    result = generation.draw(job)
+    assert len(result.pictures) == 6
+    pipeline = load_model(tiny_config(base)).pipeline()
+    expected = [(prompt, seed) for prompt in ("a cat", "ein Bär", "an owl") for seed in (0, 1)]
+    for path, (prompt, seed) in zip(result.pictures, expected, strict=True):
+        found = read_parameters(Path(path))
+        assert (found["prompt"], found["seed"]) == (prompt, seed)
+        assert difference(Image.open(path), draw(pipeline, prompt, seed)) <= 1
+
+
+def test_a_model_that_workers_cannot_load_is_told_in_words(base: Path, tmp_path: Path, ray_cluster):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    broken = tiny_config(base, vae=str(base / "unet"))
+    with pytest.raises(ArtifactError, match="holds a UNet2DConditionModel; the vae must be a AutoencoderKL"):
+        generation.draw(config(base, tmp_path, prompts_file=str(prompts), model=broken))
+
+
+def test_an_adapter_that_is_none_is_told_before_workers_start(base: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    job = config(base, tmp_path, prompts_file=str(prompts), adapter=str(tmp_path))
+    with pytest.raises(ArtifactError, match="is no adapter: it has no manifest.json"):
+        generation.draw(job)
+
+
+def test_prompts_that_cannot_be_read_are_refused(base: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="prompts_file: cannot read .*nowhere.txt"):
+        generation.draw(config(base, tmp_path, prompts_file=str(tmp_path / "nowhere.txt")))
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n\n")
+    with pytest.raises(ConfigError, match="empty.txt has no prompts"):
+        generation.draw(config(base, tmp_path, prompts_file=str(empty)))

@@ -1,0 +1,230 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import LATENTS, PIXELS, bomb_png, encoded, noise_png
+from PIL import Image
+
+from ray_sd.data import PreparedData, RowIndex, prepare
+from ray_sd.data.reader import RowReader
+from ray_sd.errors import ConfigError, DataError
+from ray_sd.methods import RowSpec
+
+CAPTIONED_PIXELS = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def read_all(index: RowIndex, config: Any, rows: RowSpec) -> dict[str, dict[str, np.ndarray]]:
+    """Every row of an index by its id, first variant."""
+    reader = RowReader(index, rows, config.model, memory=1 << 20)
+    ids = [reader.id(position) for position in range(index.num_rows)]
+    batch = reader.read(range(index.num_rows), [0] * index.num_rows, vary=False)
+    return {name: {key: array[i] for key, array in batch.items()} for i, name in enumerate(ids)}
+
+
+def counts(prepared: PreparedData) -> tuple[int, int]:
+    return prepared.summary.encoded, prepared.summary.reused
+
+
+def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(folder: Path, configure: Callable):
+    import torch
+
+    from ray_sd.models import load_model
+
+    config = configure(folder, encode={"dtype": "float32", "batch_size": 4})
+    prepared = prepare(config, LATENTS)
+    rows = read_all(prepared.train, config, LATENTS)
+    assert list(rows) == [f"{i}.png" for i in range(10)]
+
+    model = load_model(config.model, {"vae", "text_encoder", "tokenizer"})
+    picture = Image.open(folder / "7.png").resize((16, 16), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        mean, std = model.encode_images(pixels)
+        text = model.encode_text(model.tokenize(["picture number 7"]))
+    assert np.allclose(rows["7.png"]["latent_mean"], mean[0], atol=1e-5)
+    assert np.allclose(rows["7.png"]["latent_std"], std[0], atol=1e-5)
+    assert np.allclose(rows["7.png"]["text_embeds"], text[0], atol=1e-5)
+
+
+def test_a_second_run_encodes_nothing_and_says_so(folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture):
+    first = prepare(configure(folder), LATENTS)
+    assert counts(first) == (10, 0)
+    assert (first.summary.texts, first.summary.texts_encoded) == (11, 11)  # the empty caption is always there
+    with caplog.at_level(logging.INFO):
+        second = prepare(configure(folder), LATENTS)
+    assert counts(second) == (0, 10)
+    assert second.summary.texts_encoded == 0
+    assert second.fingerprint == first.fingerprint
+    assert "data: 10 rows; encoded 0, reused 10 of 10; captions: encoded 0, reused 11 of 11" in caplog.text
+
+
+def test_one_changed_caption_encodes_that_caption_alone(folder: Path, configure: Callable):
+    first = prepare(configure(folder), LATENTS)
+    (folder / "3.txt").write_text("another caption")
+    second = prepare(configure(folder), LATENTS)
+    assert counts(second) == (0, 10)
+    assert second.summary.texts_encoded == 1
+    assert second.fingerprint != first.fingerprint
+
+
+def test_one_changed_picture_is_encoded_alone(folder: Path, configure: Callable):
+    config = configure(folder)
+    before = read_all(prepare(config, PIXELS).train, config, PIXELS)
+    (folder / "3.png").write_bytes(noise_png(100))
+    prepared = prepare(config, PIXELS)
+    after = read_all(prepared.train, config, PIXELS)
+    assert counts(prepared) == (1, 9)
+    changed = [name for name in before if not (before[name]["pixels"] == after[name]["pixels"]).all()]
+    assert changed == ["3.png"]
+
+
+def test_flips_are_added_to_what_the_cache_has(folder: Path, configure: Callable):
+    plain = prepare(configure(folder), PIXELS)
+    flipped = configure(folder, flip=True)
+    prepared = prepare(flipped, PIXELS)
+    shards = list((Path(flipped.cache_path) / "pixels").rglob("*.parquet"))
+    assert sum(pq.read_metadata(shard).num_rows for shard in shards) == 20
+    assert prepared.train.load().images.count(0) == 2
+    assert plain.train.load().images.count(0) == 1
+
+
+def test_a_pruned_shard_is_encoded_again(folder: Path, configure: Callable):
+    config = configure(folder, encode={"rows_per_shard": 4})
+    prepare(config, PIXELS)
+    shards = sorted((Path(config.cache_path) / "pixels").rglob("*.parquet"))
+    assert len(shards) == 3
+    lost = pq.read_metadata(shards[0]).num_rows
+    shards[0].unlink()
+    assert counts(prepare(config, PIXELS)) == (lost, 10 - lost)
+
+
+def test_a_damaged_shard_is_encoded_again(folder: Path, configure: Callable):
+    config = configure(folder)
+    prepare(config, PIXELS)
+    (shard,) = (Path(config.cache_path) / "pixels").rglob("*.parquet")
+    shard.write_bytes(b"damaged")
+    (folder / "0.txt").write_text("so that the source is read again")
+    prepared = prepare(config, PIXELS)
+    assert counts(prepared) == (10, 0)
+    assert len(read_all(prepared.train, config, PIXELS)) == 10
+
+
+def test_rows_are_in_the_order_of_their_ids_however_many_tasks_read_them(configure: Callable, tmp_path: Path):
+    table = pa.table({"image": [noise_png(i) for i in range(40)], "name": [f"{(i * 7) % 40:02}" for i in range(40)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)
+    source = {"name": "parquet", "path": str(tmp_path / "x.parquet"), "id_column": "name"}
+    index = prepare(configure(source, encode={"rows_per_shard": 7}), PIXELS).train.load()
+    assert index.ids.to_pylist() == [f"{i:02}" for i in range(40)]
+
+
+def test_rows_that_share_an_id_are_all_kept_and_numbered(configure: Callable, tmp_path: Path):
+    table = pa.table({"image": [noise_png(0), noise_png(1), noise_png(0)], "caption": ["b", "c", "a"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    config = configure({"name": "parquet", "path": str(tmp_path / "x.parquet")})
+    index = prepare(config, CAPTIONED_PIXELS).train.load()
+    names = index.ids.to_pylist()
+    twice = next(name for name in names if f"{name}#1" in names)
+    assert len(set(names)) == 3
+    assert index.captions[names.index(twice)].as_py() == ["a"]
+    assert index.captions[names.index(f"{twice}#1")].as_py() == ["b"]
+
+
+def test_the_holdout_is_chosen_by_id_and_kept_from_training(folder: Path, configure: Callable):
+    prepared = prepare(configure(folder, holdout=3), PIXELS)
+    held_out, trained = prepared.validation.load().ids.to_pylist(), prepared.train.load().ids.to_pylist()
+    assert len(held_out) == 3
+    assert sorted(held_out + trained) == [f"{i}.png" for i in range(10)]
+
+    (folder / "new.png").write_bytes(noise_png(50))
+    (folder / "new.txt").write_text("new")
+    again = prepare(configure(folder, holdout=3), PIXELS).validation.load().ids.to_pylist()
+    assert len(set(again) & set(held_out)) >= 2
+
+
+def test_a_holdout_of_everything_is_refused(folder: Path, configure: Callable):
+    with pytest.raises(DataError, match="dataset.holdout: 10 leaves none of the 10 rows to train on"):
+        prepare(configure(folder, holdout=10), PIXELS)
+
+
+def test_hostile_rows_are_rejected_with_reasons_and_the_others_are_kept(
+    folder: Path, configure: Callable, rejected: Callable
+):
+    jpeg = encoded(Image.effect_noise((64, 64), 50), "jpeg")
+    files = {
+        "bomb.png": bomb_png(),
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "zero.png": b"",
+        "text.png": b"no picture",
+        "uncaptioned.png": noise_png(70),
+        "latin.png": noise_png(71),
+        "pixel.png": noise_png(72, (1, 1)),
+        "grey16.png": encoded(Image.fromarray(np.full((8, 8), 30_000, np.uint16))),
+        "cmyk.jpg": encoded(Image.new("CMYK", (8, 8)), "jpeg"),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("a caption")
+    (folder / "uncaptioned.txt").unlink()
+    (folder / "latin.txt").write_bytes(b"\xe9")
+    config = configure(folder, max_rejected_fraction=0.5)
+    prepared = prepare(config, CAPTIONED_PIXELS)
+    reasons = rejected(prepared.summary)
+    assert prepared.summary.rows == 13
+    assert prepared.summary.rejected == len(reasons) == 6
+    assert reasons["bomb.png"].startswith("60000x60000 pixels are more than")
+    assert reasons["truncated.jpg"].startswith("cannot be decoded")
+    assert reasons["text.png"].startswith("cannot be decoded")
+    assert reasons["zero.png"] == "the file is empty"
+    assert reasons["uncaptioned.png"] == "has no caption, and dataset.caption.template gives none"
+    assert reasons["latin.png"] == "the caption is not UTF-8"
+
+    assert prepare(config, CAPTIONED_PIXELS).summary.rejected == 6  # also when nothing is read again
+    with pytest.raises(DataError, match=r"6 of 19 rows were rejected, more than dataset.max_rejected_fraction=0.1"):
+        prepare(configure(folder, max_rejected_fraction=0.1), CAPTIONED_PIXELS)
+
+
+def test_pictures_without_captions_are_refused_with_the_remedy(folder: Path, configure: Callable):
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"10 of 10 rows were rejected, so nothing is left.*dataset.caption.template"):
+        prepare(configure(folder, max_rejected_fraction=1.0), CAPTIONED_PIXELS)
+
+
+def test_the_template_captions_rows_that_have_none(folder: Path, configure: Callable):
+    (folder / "4.txt").unlink()
+    config = configure(folder, caption={"template": "a photo of a sks dog"})
+    index = prepare(config, CAPTIONED_PIXELS).train.load()
+    assert index.captions.to_pylist()[3:6] == [["picture number 3"], ["a photo of a sks dog"], ["picture number 5"]]
+
+
+@pytest.mark.parametrize("rows", [LATENTS, CAPTIONED_PIXELS], ids=["embeddings", "tokens"])
+def test_captions_beyond_the_context_are_cut_and_counted(folder: Path, configure: Callable, rows: RowSpec):
+    (folder / "0.txt").write_text("owl " * 200)
+    config = configure(folder)
+    prepared = prepare(config, rows)
+    assert prepared.summary.cut_captions == 1
+    assert "1 captions are longer than the text encoder reads and are cut" in str(prepared.summary)
+    assert prepare(config, rows).summary.cut_captions == 1  # also when nothing is encoded
+    assert len(read_all(prepared.train, config, rows)) == 10
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_words(folder: Path, configure: Callable, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    config = configure(folder).model_copy(update={"cache_path": str(tmp_path / "file" / "cache")})
+    with pytest.raises(ConfigError, match=r"cache_path: .*/file/cache cannot be written .*; set cache_path=FOLDER"):
+        prepare(config, PIXELS)
+
+
+def test_a_cache_behind_a_uri_works_like_a_folder(folder: Path, configure: Callable, tmp_path: Path):
+    config = configure(folder).model_copy(update={"cache_path": (tmp_path / "elsewhere").as_uri()})
+    assert counts(prepare(config, PIXELS)) == (10, 0)
+    prepared = prepare(config, PIXELS)
+    assert counts(prepared) == (0, 10)
+    assert len(read_all(prepared.train, config, PIXELS)) == 10

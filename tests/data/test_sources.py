@@ -1,0 +1,208 @@
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import noise_png
+
+from ray_sd.config import DatasetConfig
+from ray_sd.data.sources import SourceRow, list_source
+from ray_sd.errors import ConfigError, DataError
+
+
+def read(source: dict[str, Any], **settings: Any) -> dict[str, SourceRow]:
+    """All rows of a source by their id (or their place, where they have none)."""
+    listing = list_source(DatasetConfig(source=source, **settings))
+    rows = [row for unit in listing.units for row in listing.read(unit)]
+    return {row.id or row.path: row for row in rows}
+
+
+def captions(rows: dict[str, SourceRow]) -> dict[str, list[str]]:
+    return {name: row.captions for name, row in rows.items() if row.reason is None}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            file = path.parent / "member"
+            file.write_bytes(content)
+            tar.add(file, name)
+
+
+def test_a_folder_takes_captions_from_text_files_and_metadata(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "b.PNG", "deep/c.png", "deep/d.png", ".hidden.png"):
+        (tmp_path / name).write_bytes(noise_png(0))
+    (tmp_path / "a.txt").write_bytes("\ufeff a cät \n".encode())
+    lines = [{"file_name": "c.png", "caption": "a dog"}, {"file_name": "d.png", "caption": ["one", "two"]}]
+    (tmp_path / "deep" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = read({"name": "image_folder", "path": str(tmp_path)})
+    assert captions(rows) == {"a.png": ["a cät"], "b.PNG": [], "deep/c.png": ["a dog"], "deep/d.png": ["one", "two"]}
+    assert rows["a.png"].image == noise_png(0)
+
+
+def test_the_caption_column_names_the_key_of_metadata(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(noise_png(0))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "no", "text": "yes"}')
+    rows = read({"name": "image_folder", "path": str(tmp_path)}, caption={"column": "text"})
+    assert captions(rows) == {"a.png": ["yes"]}
+
+
+def test_metadata_that_cannot_be_used_is_reported_by_its_line(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(noise_png(0))
+    lines = ["{broken", '{"file_name": "gone.png", "caption": "x"}', '{"file_name": "a.png", "caption": 7}', "[]"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
+    assert {path.rpartition("/")[2]: reason for path, reason in listing.rejected} == {
+        "metadata.jsonl:1": "is no JSON object with a file_name",
+        "metadata.jsonl:3": "the caption is a int, not text",
+        "metadata.jsonl:4": "is no JSON object with a file_name",
+        "gone.png": "metadata.jsonl names this picture, but it is not there",
+    }
+
+
+def test_captions_that_are_not_utf8_are_rejected_with_their_row(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(noise_png(0))
+    (tmp_path / "a.txt").write_bytes("Katze über Bord".encode("latin-1"))
+    (tmp_path / "b.png").write_bytes(noise_png(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "caption": "half a pair \\ud800"}')
+    listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
+    rows = [row for unit in listing.units for row in listing.read(unit)]
+    assert {row.id: row.reason for row in rows} == {"a.png": "the caption is not UTF-8", "b.png": None}
+    assert [reason for _, reason in listing.rejected] == ["the caption is not UTF-8"]
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"dataset.source.path: no pictures in .*; they end in .png, "):
+        list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
+
+
+def test_a_file_name_that_is_not_utf8_is_left_out_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture):
+    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))).write_bytes(noise_png(0))
+    assert len(read({"name": "image_folder", "path": str(folder)})) == 10
+    assert "1 files are left out; their names are not UTF-8" in caplog.text
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"dataset.source.path: there is no .*/nowhere"):
+        list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path / "nowhere")}))
+
+
+def test_the_listing_changes_with_a_file(folder: Path):
+    config = DatasetConfig(source={"name": "image_folder", "path": str(folder)})
+    before = list_source(config).fingerprint
+    assert list_source(config).fingerprint == before
+    (folder / "3.txt").write_text("another caption")
+    assert list_source(config).fingerprint != before
+
+
+def test_a_folder_is_read_through_a_uri(folder: Path):
+    rows = read({"name": "image_folder", "path": folder.as_uri()})
+    assert captions(rows) == {f"{i}.png": [f"picture number {i}"] for i in range(10)}
+
+
+def test_a_folder_is_read_through_a_filesystem_that_only_fsspec_knows(folder: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"inside/{file.name}")
+    rows = read({"name": "image_folder", "path": f"zip://inside::{(tmp_path / 'pictures.zip').as_uri()}"})
+    assert captions(rows) == {f"{i}.png": [f"picture number {i}"] for i in range(10)}
+
+
+def test_a_uri_of_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match=r"dataset.source.path: nosuch://bucket/x: "):
+        list_source(DatasetConfig(source={"name": "image_folder", "path": "nosuch://bucket/x"}))
+
+
+def test_parquet_rows_are_read_from_bytes_and_from_structs(tmp_path: Path):
+    images = [noise_png(i) for i in range(5)]
+    table = pa.table({"image": images, "name": list("abcde"), "caption": ["one", None, "", "four", "five"]})
+    pq.write_table(table, tmp_path / "plain.parquet", row_group_size=2)
+    rows = read({"name": "parquet", "path": str(tmp_path / "plain.parquet"), "id_column": "name"})
+    assert captions(rows) == {"a": ["one"], "b": [], "c": [], "d": ["four"], "e": ["five"]}
+    assert [row.image for row in rows.values()] == images
+
+    (tmp_path / "outside.png").write_bytes(images[1])
+    structs = [{"bytes": images[0], "path": None}, {"bytes": None, "path": str(tmp_path / "outside.png")}]
+    pq.write_table(pa.table({"picture": structs}), tmp_path / "structs.parquet")
+    rows = read({"name": "parquet", "path": str(tmp_path / "structs.parquet"), "image_column": "picture"})
+    assert [row.image for row in rows.values()] == images[:2]
+    assert [row.id for row in rows.values()] == [None, None]
+
+
+def test_parquet_rows_that_cannot_be_used_are_rejected_alone(tmp_path: Path):
+    bad_text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(pa.array([0, 2, 3, 3], pa.int32()).buffers()[1]), pa.py_buffer(b"ok\xff")]
+    )
+    table = pa.table({"image": [noise_png(0), noise_png(1), None], "caption": bad_text})
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = read({"name": "parquet", "path": str(tmp_path / "x.parquet")})
+    assert [row.reason for row in rows.values()] == [None, "the caption is not UTF-8", "has no picture"]
+
+
+def test_missing_columns_are_named(tmp_path: Path):
+    pq.write_table(pa.table({"img": [b"x"], "text": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"image_column: no column 'image' in .*x.parquet; its columns are: img, text"):
+        list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"x.parquet cannot be read as Parquet"):
+        list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
+
+
+def test_webdataset_samples_are_read_with_either_kind_of_caption(tmp_path: Path):
+    members = {
+        "000.png": noise_png(0),
+        "000.txt": b"from text",
+        "001.json": json.dumps({"caption": "from json"}).encode(),
+        "001.jpg": noise_png(1),
+        "002.cls": b"7",
+        "dir/003.seg.png": noise_png(3),
+    }
+    write_tar(tmp_path / "shard-0.tar", members)
+    rows = read({"name": "webdataset", "path": str(tmp_path)})
+    assert captions(rows) == {
+        "shard-0.tar/000": ["from text"],
+        "shard-0.tar/001": ["from json"],
+        "shard-0.tar/dir/003": [],
+    }
+    assert rows["shard-0.tar/001"].image == noise_png(1)
+    assert rows["shard-0.tar/002"].reason == "has no picture, only .cls"
+
+
+def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path):
+    import datasets
+
+    images = [{"bytes": noise_png(i), "path": None} for i in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    saved = datasets.Dataset.from_dict({"image": images, "caption": ["a", "b", None]}, features=features)
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "saved"))
+    rows = read({"name": "huggingface", "path": str(tmp_path / "saved")})
+    assert [row.captions for row in rows.values()] == [["a"], ["b"], []]
+    assert [row.image for row in rows.values()] == [image["bytes"] for image in images]
+    with pytest.raises(DataError, match="no split 'test' in .*; it has: train"):
+        list_source(DatasetConfig(source={"name": "huggingface", "path": str(tmp_path / "saved"), "split": "test"}))
+
+
+def test_a_hub_id_without_network_says_in_one_line_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        list_source(DatasetConfig(source={"name": "huggingface", "path": "somebody/some-pictures"}))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(
+        "dataset.source.path: tried a local folder (there is none) and the hub for 'somebody/some-pictures': "
+    )
+    assert message.endswith("save_to_disk and give that folder: dataset.source.path=/path/to/folder")

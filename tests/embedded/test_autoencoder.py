@@ -1,0 +1,69 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ray_sd.embedded.autoencoder import build_start
+
+
+@pytest.fixture(scope="module")
+def start():
+    return build_start()
+
+
+def pixels(seed):
+    """A dark and a light quarter, so that absolute levels differ between pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    picture = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(picture, size=64, mode="nearest")
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator(start):
+    before = torch.get_rng_state()
+    again = build_start()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), again.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_residual_branches_add_nothing_at_the_start(start):
+    resnet = start.decoder.mid_block.resnets[0]
+    features = torch.randn(1, 128, 8, 8)
+    assert torch.equal(resnet(features, None), features)
+    assert torch.equal(start.encoder.mid_block.attentions[0](features), features)
+
+
+@torch.no_grad()
+def test_downsampling_keeps_orthogonal_projections_of_each_block(start):
+    convolution = start.encoder.down_blocks[0].downsamplers[0].conv
+    projections = convolution.weight[:, :, :2, :2].flatten(1)
+    torch.testing.assert_close(projections @ projections.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert convolution.weight[:, :, 2].count_nonzero() == convolution.weight[:, :, :, 2].count_nonzero() == 0
+
+
+@torch.no_grad()
+def test_the_posterior_is_narrow_beside_the_latents(start):
+    posterior = start.encode(pixels(0)).latent_dist
+    assert posterior.mean.shape == (2, 24, 8, 8)
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1353), atol=1e-4, rtol=0)
+    assert posterior.mean.std() > 4 * 0.1353
+
+
+def test_it_learns_faster_than_diffusers_own_start(start):
+    def loss_after(autoencoder, steps=12):
+        optimizer = torch.optim.AdamW(autoencoder.parameters(), 2e-3)
+        torch.manual_seed(0)
+        for step in range(steps):
+            batch = pixels(step)
+            decoded = autoencoder.decode(autoencoder.encode(batch).latent_dist.sample()).sample
+            loss = (decoded - batch).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    assert loss_after(build_start()) < 0.8 * loss_after(AutoencoderKL.from_config(start.config))
+
+
+def test_a_saved_start_loads(start, tmp_path):
+    start.save_pretrained(tmp_path)
+    assert AutoencoderKL.from_pretrained(tmp_path).config.use_post_quant_conv is False

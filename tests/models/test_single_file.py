@@ -1,0 +1,143 @@
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from ldm_layout import clip_weights, open_clip_weights, unet_weights, vae_weights
+from safetensors.torch import save_file
+from tiny_models import SCHEDULER, TEXT_ENCODER, UNET, VAE, difference, draw, tiny_config
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ray_sd.config import ModelConfig
+from ray_sd.errors import ArtifactError
+from ray_sd.models import DiffusionModel, fingerprint, load_model, single_file
+
+
+@pytest.fixture(autouse=True)
+def without_network(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("a single file asked for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """The tiny model's configuration as a layout."""
+    folder = tmp_path / "layout"
+    configs = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER, "scheduler": SCHEDULER}
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True)
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part / name).write_text(json.dumps(config))
+    return folder
+
+
+def save(model: DiffusionModel, path: Path, text: dict, dtype: torch.dtype = torch.float32) -> None:
+    weights = unet_weights(model.unet) | vae_weights(model.vae) | text
+    half = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    save_file({name: tensor.contiguous() for name, tensor in half.items()}, path)
+
+
+def file_config(tiny: Path, path: Path, layout: Path, **settings: object) -> ModelConfig:
+    config = tiny_config(path, tokenizer=str(tiny / "tokenizer"), **settings)
+    return config.model_copy(update={"layout": str(layout)})  # no shipped layout is tiny
+
+
+@pytest.mark.parametrize("text_weights", [clip_weights, open_clip_weights])
+def test_a_single_file_draws_the_same_picture_as_the_folder(tiny: Path, tmp_path: Path, layout: Path, text_weights):
+    model = load_model(tiny_config(tiny))
+    path = tmp_path / "model.safetensors"
+    save(model, path, text_weights(model.text_encoder))
+    loaded = load_model(file_config(tiny, path, layout))
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(model, part).state_dict()
+        found = getattr(loaded, part).state_dict()
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), (part, name)
+    assert difference(draw(loaded.pipeline()), draw(model.pipeline())) == 0
+
+
+def test_a_half_precision_file_loads_as_fp32(tiny: Path, tmp_path: Path, layout: Path):
+    model = load_model(tiny_config(tiny))
+    path = tmp_path / "model.safetensors"
+    save(model, path, clip_weights(model.text_encoder), torch.float16)
+    loaded = load_model(file_config(tiny, path, layout))
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded.unet.conv_in.weight, model.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_a_file_with_nothing_but_an_autoencoder_replaces_the_bases(tiny: Path, tmp_path: Path, layout: Path):
+    model = load_model(tiny_config(tiny))
+    path = tmp_path / "vae.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in vae_weights(model.vae, prefix="").items()}
+    save_file({name: tensor.contiguous() for name, tensor in doubled.items()}, path)
+    config = tiny_config(tiny, vae=str(path)).model_copy(update={"layout": str(layout)})
+    assert torch.equal(load_model(config, ("vae",)).vae.encoder.conv_in.weight, 2 * model.vae.encoder.conv_in.weight)
+
+
+def test_the_fingerprint_of_a_part_is_its_own(tiny: Path, tmp_path: Path, layout: Path):
+    model = load_model(tiny_config(tiny))
+    save(model, tmp_path / "one.safetensors", clip_weights(model.text_encoder))
+    torch.nn.init.zeros_(model.unet.conv_out.weight)
+    save(model, tmp_path / "two.safetensors", clip_weights(model.text_encoder))
+    one, two = (file_config(tiny, tmp_path / f"{name}.safetensors", layout) for name in ("one", "two"))
+    assert fingerprint(one, "unet") != fingerprint(two, "unet")
+    assert fingerprint(one, "vae") == fingerprint(two, "vae")
+    assert fingerprint(one, "text_encoder") == fingerprint(two, "text_encoder")
+
+
+def test_a_file_that_lacks_a_part_or_has_another_layout_is_refused(tiny: Path, tmp_path: Path, layout: Path):
+    model = load_model(tiny_config(tiny))
+    path = tmp_path / "model.safetensors"
+    save_file(unet_weights(model.unet), path)
+    with pytest.raises(ArtifactError, match="holds no vae .no tensor named first_stage_model.*model.vae=PATH"):
+        load_model(file_config(tiny, path, layout))
+    with pytest.raises(ArtifactError, match="the unet in .*model.safetensors is not of layout 'sd15'"):
+        load_model(tiny_config(path), ("unet",))
+    weights = unet_weights(model.unet)
+    weights.pop("model.diffusion_model.out.2.bias")
+    save_file(weights, path)
+    with pytest.raises(ArtifactError, match="the unet in .*model.safetensors lacks weights of layout"):
+        load_model(file_config(tiny, path, layout), ("unet",))
+    weights = clip_weights(model.text_encoder)
+    weights.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")
+    save_file(weights, path)
+    with pytest.raises(ArtifactError, match="the text_encoder in .*model.safetensors lacks weights of layout"):
+        load_model(file_config(tiny, path, layout), ("text_encoder",))
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path: Path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    with pytest.raises(ArtifactError, match="model.ckpt is no .safetensors file; pickled weights are not read"):
+        load_model(tiny_config(tmp_path / "model.ckpt"), ("unet",))
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(ArtifactError, match="cannot be read as .safetensors"):
+        load_model(tiny_config(tmp_path / "model.safetensors"), ("unet",))
+
+
+@pytest.mark.parametrize(
+    ("layout", "unet", "text_encoder"), [("sd15", 859_520_964, 123_060_480), ("sd21", 865_910_724, 340_387_840)]
+)
+def test_the_shipped_layouts_have_the_published_sizes(layout: str, unet: int, text_encoder: int):
+    def parameters(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    with init_empty_weights():
+        assert parameters(UNet2DConditionModel.from_config(single_file.read_config(layout, "unet"))) == unet
+        assert parameters(AutoencoderKL.from_config(single_file.read_config(layout, "vae"))) == 83_653_863
+        text = CLIPTextModel(CLIPTextConfig(**single_file.read_config(layout, "text_encoder")))
+        assert parameters(text) == text_encoder
+
+
+@pytest.mark.parametrize(("layout", "padding"), [("sd15", 49407), ("sd21", 0)])
+def test_the_shipped_tokenizer_is_clips(layout: str, padding: int):
+    tokenizer = single_file.load_tokenizer(layout)
+    assert len(tokenizer) == 49408
+    ids = tokenizer(["a photo of a cat"], padding="max_length").input_ids[0]
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [padding] * 70
+    assert tokenizer.decode(tokenizer("Café au lait, 20% off!").input_ids[1:-1]) == "café au lait , 2 0 % off !"

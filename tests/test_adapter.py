@@ -1,0 +1,129 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import difference, draw, random_batch, save_tiny_model, tiny, tiny_config  # noqa: F401
+
+from ray_sd.adapter import AdapterManifest, read_manifest, write_manifest
+from ray_sd.config import ExperimentConfig, TrainerConfig
+from ray_sd.errors import ArtifactError
+from ray_sd.methods import build_method, load_adapter
+from ray_sd.models import fingerprint, load_model
+
+
+def export(base: Path, folder: Path, method: dict, **model: object) -> AdapterManifest:
+    """An adapter as a run leaves it, after one step."""
+    config = ExperimentConfig.model_validate(
+        {
+            "name": "run",
+            "dataset": {"source": {"name": "image_folder", "path": "pictures"}},
+            "model": tiny_config(base, **model).model_dump(),
+            "method": method,
+        }
+    )
+    torch.manual_seed(0)
+    verbs = build_method(config.method)
+    trained = load_model(config.model, verbs.components())
+    verbs.prepare(trained, TrainerConfig())
+    optimizer = torch.optim.AdamW(verbs.parameter_groups(trained, TrainerConfig(learning_rate=0.05)))
+    for step in range(3):
+        verbs.objective(trained, random_batch(seed=step)).backward()
+        optimizer.step()
+    verbs.export(trained, folder)
+    fingerprints = {component: fingerprint(config.model, component) for component in verbs.relies_on()}
+    return write_manifest(
+        folder, config=config, step=3, fingerprints=fingerprints, data_fingerprint="d1", metrics={"loss": 0.5}
+    )
+
+
+@pytest.fixture(scope="module")
+def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    export(tiny, folder, {"name": "lora", "rank": 4})
+    return folder
+
+
+def test_the_manifest_says_what_the_adapter_is(tiny: Path, lora: Path):  # noqa: F811
+    manifest = read_manifest(lora)
+    assert (manifest.kind, manifest.family, manifest.step) == ("lora", "stable_diffusion", 3)
+    assert (manifest.base.name, manifest.base.source) == ("tiny", str(tiny))
+    assert manifest.base.fingerprints == {
+        part: fingerprint(tiny_config(tiny), part) for part in ("unet", "text_encoder")
+    }
+    assert (manifest.data_fingerprint, manifest.metrics) == ("d1", {"loss": 0.5})
+    assert manifest.config["method"]["rank"] == 4
+    assert manifest.versions["torch"] == torch.__version__
+    assert set(manifest.files) == {"pytorch_lora_weights.safetensors", "kohya/lora.safetensors"}
+
+
+def test_an_adapter_loads_by_its_folder_alone(tiny: Path, lora: Path):  # noqa: F811
+    model = load_model(tiny_config(tiny))
+    before = draw(model.pipeline())
+    assert load_adapter(model, lora) == 64
+    plain = load_model(tiny_config(tiny)).pipeline()
+    plain.load_lora_weights(lora)
+    assert difference(draw(model.pipeline()), draw(plain)) == 0
+    assert difference(draw(plain), before) > 10
+
+
+def test_whole_weights_load_by_their_folder_alone(tiny: Path, tmp_path: Path):  # noqa: F811
+    manifest = export(tiny, tmp_path, {"name": "full"})
+    assert set(manifest.files) == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    model = load_model(tiny_config(tiny))
+    before = draw(model.pipeline())
+    assert load_adapter(model, str(tmp_path)) > 100
+    assert difference(draw(model.pipeline()), before) > 10
+
+
+def test_an_adapter_of_another_base_is_refused_unless_allowed(lora: Path, tmp_path: Path):
+    other = load_model(tiny_config(save_tiny_model(tmp_path, seed=1), name="another"))
+    words = "lora was made for the base 'tiny' .*tiny.*, and the unet of 'another' is another"
+    with pytest.raises(ArtifactError, match=words):
+        load_adapter(other, lora)
+    assert load_adapter(other, lora, allow_other_base=True) == 64
+
+
+def test_another_autoencoder_or_sampler_is_no_other_base(tiny: Path, lora: Path, tmp_path: Path):  # noqa: F811
+    other = save_tiny_model(tmp_path, seed=1)
+    config = tiny_config(tiny, vae=str(other), scheduler={"sampler": "euler"})
+    assert load_adapter(load_model(config), lora) == 64
+
+
+def change_manifest(folder: Path, **values: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "is no adapter: it has no manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda folder: change_manifest(folder, step="many"), "manifest.json is damaged"),
+        (lambda folder: change_manifest(folder, format_version=99), "has format 99, this version of ray_sd reads 1"),
+        (lambda folder: change_manifest(folder, kind="lokr"), "of kind 'lokr'; this version knows lora, full"),
+        (lambda folder: change_manifest(folder, family="flux"), "for a model of family flux, not stable_diffusion"),
+        (
+            lambda folder: (folder / "pytorch_lora_weights.safetensors").unlink(),
+            "lacks pytorch_lora_weights.safetensors, which its manifest.json lists",
+        ),
+        (
+            lambda folder: (folder / "kohya/lora.safetensors").write_bytes(b"else"),
+            "lora.safetensors is damaged: its content is not what manifest.json lists",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_words(tiny: Path, lora: Path, tmp_path: Path, change, words: str):  # noqa: F811
+    folder = tmp_path / "copy"
+    shutil.copytree(lora, folder)
+    change(folder)
+    with pytest.raises(ArtifactError, match=words):
+        load_adapter(load_model(tiny_config(tiny), ("unet", "text_encoder", "tokenizer")), folder)
+
+
+def test_an_assembled_base_is_described_by_its_parts(tiny: Path, tmp_path: Path):  # noqa: F811
+    manifest = export(tiny, tmp_path, {"name": "lora", "rank": 2}, vae=str(tiny / "vae"))
+    assert manifest.base.source == f"{tiny}, vae={tiny / 'vae'}"

@@ -1,0 +1,111 @@
+"""Imports go downward, and Ray and DeepSpeed stay where they belong."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["config", "adapter", "models", "methods", "generate", "data", "train", "tune", "jobs"]
+BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
+SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "serve"}
+RAY_IN = {"data", "train", "tune", "serve", "jobs"}
+DEEPSPEED_IN = "ray_sd/train/engine.py"
+NOT_IN_CONFIG = {"torch", "ray", "diffusers", "transformers", "deepspeed", "peft"}
+
+FILES = [
+    file.relative_to(ROOT).as_posix() for folder in ("ray_sd", "jobs") for file in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_obey_the_layers(path: str):
+    assert list(violations(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "program", "words"),
+    [
+        ("ray_sd/models/base.py", "from ray_sd.methods import METHODS", "models may not import methods"),
+        ("ray_sd/models/base.py", "def f():\n    import ray_sd.train.run", "models may not import train"),
+        ("ray_sd/models/base.py", "from ..train import run", "models may not import train"),
+        ("ray_sd/models/base.py", "from ray_sd import data", "models may not import data"),
+        ("ray_sd/config/base.py", "from ray_sd.adapter import read_manifest", "config may not import adapter"),
+        ("ray_sd/config/base.py", "import torch.nn", "config may not import torch"),
+        ("ray_sd/embedded/sprites.py", "import ray_sd.data", "embedded may not import data"),
+        ("ray_sd/serve/app.py", "import ray_sd.train", "serve may not import train"),
+        ("ray_sd/train/run.py", "import ray_sd.serve", "train may not import serve"),
+        ("ray_sd/generate/sample.py", "import ray", "generate may not import ray"),
+        ("ray_sd/train/loop.py", "from deepspeed import zero", "only ray_sd/train/engine.py may import deepspeed"),
+        ("ray_sd/train/run.py", "import jobs.train", "train may not import jobs"),
+    ],
+)
+def test_a_violation_is_found(path: str, program: str, words: str):
+    assert list(violations(path, program)) == [words]
+
+
+@pytest.mark.parametrize(
+    ("path", "program"),
+    [
+        ("ray_sd/train/engine.py", "import deepspeed, ray\nfrom ray_sd.methods import METHODS"),
+        (
+            "ray_sd/serve/app.py",
+            "import ray\nfrom ray_sd.generate import generate\nfrom ray_sd.config import ModelConfig",
+        ),
+        ("jobs/train.py", "from ray_sd.train.run import fit"),
+        ("ray_sd/models/base.py", "from ray_sd import __version__\nimport ray_sd.embedded\nfrom .noise import snr"),
+    ],
+)
+def test_downward_imports_are_fine(path: str, program: str):
+    assert list(violations(path, program)) == []
+
+
+def violations(path: str, program: str) -> Iterator[str]:
+    part = _part(Path(path).with_suffix("").parts)
+    for module in _imported(path, program):
+        package, own = module[0], _part(module)
+        if package == "deepspeed" and path != DEEPSPEED_IN:
+            yield f"only {DEEPSPEED_IN} may import deepspeed"
+        elif package == "ray" and part not in RAY_IN:
+            yield f"{part} may not import ray"
+        elif part == "config" and package in NOT_IN_CONFIG:
+            yield f"config may not import {package}"
+        elif package in ("ray_sd", "jobs") and own != part and not _allowed(part, own):
+            yield f"{part} may not import {own}"
+
+
+def _allowed(part: str, imported: str) -> bool:
+    if imported in BOTTOM:
+        return True
+    if part == "serve":
+        return imported in SERVE_MAY_IMPORT
+    if part == "jobs":
+        return True
+    return part in LAYERS and imported in LAYERS and LAYERS.index(imported) < LAYERS.index(part)
+
+
+def _part(module: tuple[str, ...]) -> str:
+    """`ray_sd.models.base` -> `models`; the package itself, which holds its version only, counts as `errors`."""
+    if module[0] == "jobs":
+        return "jobs"
+    return module[1] if len(module) > 1 and module[1] != "__init__" else "errors"
+
+
+def _imported(path: str, program: str) -> Iterator[tuple[str, ...]]:
+    """Modules that a file imports anywhere, `from package import module` counted as the module."""
+    here = Path(path).with_suffix("").parts
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: -node.level] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            if base == ("ray_sd",):
+                yield from (base if _is_name_of_package(alias.name) else (*base, alias.name) for alias in node.names)
+            else:
+                yield base
+
+
+def _is_name_of_package(name: str) -> bool:
+    return name.startswith("__")

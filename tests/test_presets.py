@@ -1,0 +1,103 @@
+"""Every preset that ships."""
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from ray_sd.config import ExperimentConfig, GenerateConfig
+from ray_sd.config.compose import PRESETS, compose_presets, preset_groups
+from ray_sd.config.documentation import preset_description
+from ray_sd.config.load import load_config
+from ray_sd.config.settings import below
+
+GROUPS = preset_groups("train")
+ALL = [(group, name) for group, names in GROUPS.items() for name in names]
+COMPLETE = {"dataset": ["dataset.source.path=photos"], "experiment": ["dataset.source.path=photos"]}
+
+
+def names(group: str) -> list[str]:
+    return GROUPS[group]
+
+
+def test_every_file_belongs_to_a_group():
+    known = {PRESETS / group / f"{name}.yaml" for group, name in ALL}
+    assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / "train.yaml", PRESETS / "generate.yaml"}
+
+
+@pytest.mark.parametrize(("group", "name"), ALL)
+def test_preset_says_what_it_is(group: str, name: str):
+    assert preset_description(PRESETS / group / f"{name}.yaml").endswith((".", "?"))
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_experiment_is_a_configuration(name: str):
+    composed = compose_presets("train", {"experiment": name})
+    settings = [] if "path" in composed["dataset"]["source"] else ["dataset.source.path=photos"]
+    assert load_config([f"experiment={name}", *settings]).name == name
+
+
+@pytest.mark.parametrize(("group", "name"), [pair for pair in ALL if pair[0] != "experiment"])
+def test_preset_fits_its_schema(group: str, name: str):
+    """Alone, so that no experiment covers for what it lacks or gets wrong."""
+    settings = compose_presets(
+        "train", {group: name} if group in ("tracker", "trainer") else {**_model(group), group: name}
+    )
+    annotation: Any = ExperimentConfig
+    value: Any = settings
+    for key in group.split("/"):
+        annotation, value = below(annotation, value, key), value.get(key, {})
+    if group == "dataset":
+        value["source"].setdefault("path", "photos")
+    if group in ("model/vae", "model/scheduler", "model/text_encoder"):
+        assert value, "an empty preset changes nothing"
+    TypeAdapter(annotation).validate_python(value if "name" in value or group != "method" else {"name": name, **value})
+
+
+def _model(group: str) -> dict[str, str]:
+    return {"model": "emoji"} if group.startswith("model/") else {}
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_model_generates(name: str):
+    assert load_config([f"model={name}", "prompt=a cat"], GenerateConfig).model.name
+
+
+@pytest.mark.parametrize("method", names("method"))
+@pytest.mark.parametrize("trainer", names("trainer"))
+def test_methods_go_with_trainers(method: str, trainer: str):
+    load_config(["name=x", "model=emoji", "dataset=owl", f"method={method}", f"trainer={trainer}"])
+
+
+def test_zero_snr_schedule_turns_a_model_to_v_prediction():
+    noise = load_config(["experiment=smoke", "model/scheduler=zero_snr"]).model.scheduler.noise
+    assert (noise.prediction_type, noise.rescale_betas_zero_snr, noise.timestep_spacing) == (
+        "v_prediction",
+        True,
+        "trailing",
+    )
+
+
+def test_tiny_random_v_differs_in_its_prediction_only():
+    epsilon, v = (load_config(["experiment=smoke", f"model={name}"]).model for name in ("tiny_random", "tiny_random_v"))
+    assert (epsilon.scheduler.noise.prediction_type, v.scheduler.noise.prediction_type) == ("epsilon", "v_prediction")
+    assert (epsilon.unet, epsilon.vae, epsilon.text_encoder) == (v.unet, v.vae, v.text_encoder)
+
+
+def test_pretraining_starts_from_random_weights_but_for_the_autoencoder():
+    config = load_config(["experiment=pretrain_emoji"])
+    assert config.model.base is None
+    assert config.model.unet.architecture is not None
+    assert config.model.text_encoder.architecture is not None
+    assert config.model.vae.path == "embedded/emoji"
+    assert config.model.scheduler.noise.prediction_type == "v_prediction"
+
+
+def test_pretrained_parts_fit_together():
+    model = load_config(["experiment=train_vae_emoji"]).model
+    vae, unet, text = (part.architecture for part in (model.vae, model.unet, model.text_encoder))
+    assert unet["in_channels"] == unet["out_channels"] == vae["latent_channels"]
+    assert unet["cross_attention_dim"] == text["hidden_size"]
+    assert vae["sample_size"] == unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    assert not vae["use_post_quant_conv"]  # so that the weights can become a video model's
+    assert unet["use_linear_projection"]

@@ -1,0 +1,54 @@
+"""The commands in the documents compose, and the errors that they show are the errors that are printed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ray_sd.config import ExperimentConfig, GenerateConfig
+from ray_sd.config.load import load_config, run_job
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS = {"train": ExperimentConfig, "encode": ExperimentConfig, "generate": GenerateConfig}
+DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
+TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
+COMMAND = r"python jobs/(train|encode|generate)\.py ([^\n`#]+)"
+SHOWN_ERROR = re.compile(rf"\$ {COMMAND}\n\s*error: ([^\n]*)")
+
+WRONG = SHOWN_ERROR.findall(TEXT)
+RIGHT = sorted(set(re.findall(COMMAND, SHOWN_ERROR.sub("", TEXT))))
+
+
+@pytest.mark.parametrize(("job", "arguments"), RIGHT)
+def test_command_in_the_documents_composes(
+    job: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "my_presets" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndefaults: [demo, _self_]\nname: mine\n")
+    with pytest.raises(SystemExit) as stopped:
+        load_config([*shlex.split(arguments), "--print-config"], SCHEMAS[job])
+    assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize(("job", "arguments", "error"), WRONG)
+def test_error_in_the_documents_is_the_error_that_is_printed(
+    job: str, arguments: str, error: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_job(lambda argv: load_config(argv, SCHEMAS[job]), shlex.split(arguments)) == 2
+    beginning, _, _ = error.partition("…")
+    assert capsys.readouterr().err.startswith(f"error: {beginning}")
+
+
+def test_documents_show_commands_and_errors():
+    assert len(RIGHT) > 5
+    assert len(WRONG) > 1
+
+
+def test_documents_name_presets_that_exist():
+    for group, names in re.findall(r"^\| `(\w+)=` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        presets = {file.stem for file in (ROOT / "ray_sd" / "presets" / group).glob("*.yaml")}
+        named = {name for name in re.findall(r"`(\w+)`", names) if "=" not in name}
+        assert named <= presets, group
