@@ -177,10 +177,11 @@ def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[
 
 
 def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
-    if config.adapter is not None and "://" not in config.adapter:
-        folder = Path(config.adapter).expanduser().resolve()
-        read_manifest(folder)  # what is wrong with it is found before workers start
-        config = config.model_copy(update={"adapter": str(folder)})
+    if config.adapter is not None:
+        with _local_folder(config.adapter) as folder:
+            read_manifest(folder)  # what is wrong with it is found before workers start
+        if "://" not in config.adapter:
+            config = config.model_copy(update={"adapter": str(folder)})
     connect()
     rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))
@@ -200,10 +201,10 @@ def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Itera
 @contextmanager
 def _local_folder(path: str) -> Iterator[Path]:
     """The folder, copied to this machine for as long as it is read if `path` is a URI."""
-    if "://" not in path:
-        yield Path(path).expanduser()
-        return
     source = locate(path, "adapter")
+    if isinstance(source.filesystem, fs.LocalFileSystem):
+        yield Path(source.path)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         fs.copy_files(
             source.path, scratch, source_filesystem=source.filesystem, destination_filesystem=fs.LocalFileSystem()

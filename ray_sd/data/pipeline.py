@@ -106,7 +106,7 @@ def _has_none(table: pa.Table, dataset: DatasetConfig, present: pa.Array) -> np.
 def _found(table: pa.Table, dataset: DatasetConfig, present: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """bool [N, variants]"""
     found = pc.is_in(_image_keys(table, dataset).values, value_set=present)
-    return found.to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    return found.to_numpy(zero_copy_only=False).reshape(len(table), len(variants(dataset)))
 
 
 def _image_keys(table: pa.Table, dataset: DatasetConfig) -> pa.ListArray:

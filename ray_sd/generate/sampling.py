@@ -117,7 +117,10 @@ def _start_one(
 ) -> Drawing:
     height, width = picture_size(model, request)
     scheduler = model.sampler()
-    scheduler.set_timesteps(request.num_inference_steps, device=device)
+    try:
+        scheduler.set_timesteps(request.num_inference_steps, device=device)
+    except ValueError as error:
+        raise ConfigError(f"the sampler cannot take {request.num_inference_steps} steps: {error}") from error
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
     latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma

@@ -62,8 +62,11 @@ class Architecture:
 Location = Folder | SingleFile | Architecture
 
 
-def find_component(config: ModelConfig, component: str) -> Location:
-    """Find a component, fetching it from the hub if need be. Raises ArtifactError where there is none."""
+def find_component(config: ModelConfig, component: str, weights: bool = True) -> Location:
+    """Find a component, fetching it from the hub if need be. Raises ArtifactError where there is none.
+
+    Without `weights` only its configuration is fetched.
+    """
     source = _source(config, component)
     if source.path is None:
         return Architecture(source.architecture or {}, _component_seed(config.seed, component))
@@ -73,7 +76,7 @@ def find_component(config: ModelConfig, component: str) -> Location:
             raise ArtifactError(f"{root} is no .safetensors file; pickled weights are not read")
         return SingleFile(root, config.layout)
     folder = _find_subfolder(config, component, source, root)
-    if _is_hub_id(source.path):
+    if weights and _is_hub_id(source.path):
         _fetch_weights(config, component, source.path, folder.relative_to(root))
     return Folder(folder, config.variant)
 
@@ -117,7 +120,7 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
 
 def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
     """A component's configuration, without its weights."""
-    location = find_component(config, component)
+    location = find_component(config, component, weights=False)
     match location:
         case Architecture(architecture):
             return architecture
@@ -209,21 +212,13 @@ def _fetch_weights(config: ModelConfig, component: str, hub_id: str, subfolder: 
         folder = _fetch(config, component, hub_id, [f"{prefix}*.{config.variant}*.safetensors"]) / subfolder
         if any(folder.glob(f"*.{config.variant}*.safetensors")):
             return
-    _fetch(config, component, hub_id, [f"{prefix}*.safetensors"], ignore=["*.*.safetensors"])
+    _fetch(config, component, hub_id, [f"{prefix}*.safetensors"], ignore="*.*.safetensors")
 
 
-def _fetch(
-    config: ModelConfig, component: str, hub_id: str, patterns: list[str], ignore: list[str] | None = None
-) -> Path:
+def _fetch(config: ModelConfig, component: str, hub_id: str, patterns: list[str], ignore: str | None = None) -> Path:
+    revision = config.revision if hub_id == config.base else None
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id,
-                revision=config.revision if hub_id == config.base else None,
-                allow_patterns=patterns,
-                ignore_patterns=ignore,
-            )
-        )
+        return _snapshot(hub_id, revision, tuple(patterns), ignore)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         setting = "base" if hub_id == config.base else component
         raise ArtifactError(
@@ -231,6 +226,16 @@ def _fetch(
             f"({_first_line(error)}), and no local folder has that name; download it elsewhere and give its folder: "
             f"model.{setting}=/path/to/folder"
         ) from error
+
+
+@lru_cache(maxsize=64)
+def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...], ignore: str | None) -> Path:
+    """Fetch files once a process: a load asks several times."""
+    return Path(
+        huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignore
+        )
+    )
 
 
 @contextmanager

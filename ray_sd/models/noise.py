@@ -41,7 +41,7 @@ def draw_rows(row_seed: Tensor, shape: Sequence[int], num_train_timesteps: int) 
 
 
 def row_generators(row_seed: Tensor) -> list[torch.Generator]:
-    """One CPU generator for each seed of int64 [B]."""
+    """One CPU generator for each seed of int64 [B], of which torch takes the lower 32 bits."""
     return [torch.Generator().manual_seed(seed) for seed in row_seed.tolist()]
 
 

@@ -37,8 +37,11 @@ STABLE_DIFFUSION = {
 }
 """Noise schedule of a model that is assembled from parts and names no scheduler."""
 
-LATENT_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-"""What every scheduler on Stable Diffusion's latents needs; the diffusers pipeline imposes the first and the last."""
+DEFAULTS = {"set_alpha_to_one": False}
+"""Stable Diffusion's value of what a saved scheduler may leave out."""
+
+IMPOSED = {"clip_sample": False, "steps_offset": 1}
+"""What diffusers' StableDiffusionPipeline sets whatever the saved scheduler says: latents are not within [-1, 1]."""
 
 
 def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
@@ -51,7 +54,7 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     overrides = config.scheduler.noise.model_dump(exclude_none=True)
     if "beta_schedule" in overrides or "beta_start" in overrides or "beta_end" in overrides:
         overrides["trained_betas"] = None
-    scheduler = DDPMScheduler.from_config({**saved, **LATENT_DIFFUSION}, **overrides)
+    scheduler = DDPMScheduler.from_config({**DEFAULTS, **saved, **IMPOSED}, **overrides)
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ArtifactError(

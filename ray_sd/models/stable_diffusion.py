@@ -59,6 +59,11 @@ class StableDiffusion(DiffusionModel):
     def _check_fit(self) -> None:
         """Raise ArtifactError where the parts cannot work together."""
         name = self.config.name
+        for setting in ("addition_embed_type", "class_embed_type", "time_cond_proj_dim"):
+            if self.unet is not None and self.unet.config[setting] is not None:
+                raise ArtifactError(
+                    f"model '{name}': the U-Net takes conditions besides text ({setting}); it is none of Stable Diffusion 1 or 2"
+                )
         if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
             raise ArtifactError(
                 f"model '{name}': the U-Net takes {self.unet.config.in_channels} channels and gives "

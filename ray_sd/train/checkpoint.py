@@ -141,6 +141,6 @@ def _file(rank: int, world_size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         return "no space left on the device; free some and resume with resume=true"
     return str(error)

@@ -12,9 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found by itself, but with a warning in every process
 
-import deepspeed  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -22,9 +22,9 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from ray_sd.config import TrainerConfig  # noqa: E402
+from ray_sd.config import TrainerConfig
 
 PARAMETER = "parameter"
 EMA = "ema"

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray.train
@@ -12,25 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import PreparedData, validation_batches
+from ray_sd.data import validation_batches
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train import checkpoint
 from ray_sd.train.engine import Engine
+from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
 from ray_sd.train.schedule import learning_rate_factor
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import validation_loss
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """What the driver hands to every worker."""
-
-    config: ExperimentConfig
-    data: PreparedData
-    initial_checkpoint: str | None
-    """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
 
 
 class Objective(nn.Module):
@@ -47,7 +37,7 @@ class Objective(nn.Module):
         return self.method.validation_losses(self.model, batch)
 
 
-def train_loop(job: TrainingJob) -> None:
+def train(job: TrainingJob) -> None:
     """Train from the latest checkpoint to `trainer.max_steps`."""
     config, trainer = job.config, job.config.trainer
     context = ray.train.get_context()

@@ -19,10 +19,10 @@ from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
-from ray_sd.train.loop import TrainingJob, train_loop
+from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
-from ray_sd.train.validation import draw, load_trained
+from ray_sd.train.validation import load_trained
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,8 @@ def validation_loss(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> flo
     return float(total[0] / total[1])
 
 
-def draw(checkpoint: ray.train.Checkpoint, *, config: dict) -> dict[str, str]:
-    """Ray Train's validation task: draw the validation prompts with a checkpoint's weights.
-
-    config: an ExperimentConfig as plain data. Returns where the contact sheet is, under `samples`.
-    """
-    experiment = ExperimentConfig.model_validate(config)
+def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig) -> dict[str, str]:
+    """Draw the validation prompts with a checkpoint's weights; returns where the contact sheet is, under `samples`."""
     with checkpoint.as_directory() as folder:
         model, step = load_trained(experiment, Path(folder))
     settings = experiment.trainer.validation

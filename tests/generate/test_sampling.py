@@ -116,3 +116,10 @@ def test_half_precision_draws_nearly_the_same(tiny: Path):
 def test_a_size_without_whole_latents_is_refused(tiny: Path):
     with pytest.raises(ConfigError, match="a picture of 60 x 64 pixels: both must be multiples of 8"):
         generate(load_model(tiny_config(tiny)), [ImageRequest("a cat", height=60)])
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1001), ("lcm", 51)])
+def test_more_steps_than_the_sampler_has_are_refused(tiny: Path, sampler: str, steps: int):
+    model = load_model(tiny_config(tiny, scheduler={"sampler": sampler}))
+    with pytest.raises(ConfigError, match=f"the sampler cannot take {steps} steps: "):
+        generate(model, [ImageRequest("a cat", num_inference_steps=steps)])

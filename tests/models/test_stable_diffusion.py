@@ -132,6 +132,13 @@ def test_noise_settings_replace_the_saved_ones(tiny: Path):
     assert scheduler.config.clip_sample is False
 
 
+def test_what_a_saved_scheduler_says_of_its_last_step_is_kept(tiny: Path, tmp_path: Path):
+    save_tiny_model(tmp_path, set_alpha_to_one=True, clip_sample=True, steps_offset=0)
+    sampler = load_model(tiny_config(tmp_path), ("scheduler",)).sampler("ddim")
+    assert sampler.config.set_alpha_to_one is True
+    assert (sampler.config.clip_sample, sampler.config.steps_offset) == (False, 1)  # as StableDiffusionPipeline has it
+
+
 def test_zero_terminal_snr_with_a_base_that_predicts_the_noise_is_refused(tiny: Path):
     config = tiny_config(tiny, scheduler={"noise": {"rescale_betas_zero_snr": True}})
     with pytest.raises(
@@ -172,6 +179,7 @@ def test_samplers_have_the_schedule_of_training(tiny: Path, name: str):
         ("text_encoder", {"vocab_size": 100, "eos_token_id": 9}, "514 kinds of tokens, the text encoder takes 100"),
         ("text_encoder", {"max_position_embeddings": 8}, "16 tokens a caption, the text encoder takes 8"),
         ("unet", {"in_channels": 9}, "takes 9 channels and gives 4; inpainting"),
+        ("unet", {"time_cond_proj_dim": 32}, "takes conditions besides text .time_cond_proj_dim."),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(tiny: Path, component: str, change: dict, words: str):

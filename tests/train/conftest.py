@@ -21,16 +21,16 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def settings(pictures: Path, tmp_path: Path) -> list[str]:
-    """Command line of a short LoRA run of the tiny model in a folder of its own."""
-    return [
+@pytest.fixture(scope="session")
+def run_settings(pictures: Path) -> Callable[[Path], list[str]]:
+    """Command line of a short LoRA run of the tiny model that keeps to one folder."""
+    return lambda folder: [
         "experiment=smoke",
         "dataset=image_folder",
         f"dataset.source.path={pictures}",
         "dataset.resolution=64",
-        f"storage_path={tmp_path / 'runs'}",
-        f"cache_path={tmp_path / 'cache'}",
+        f"storage_path={folder / 'runs'}",
+        f"cache_path={folder / 'cache'}",
         "tracker=none",
         "trainer.log_every=1",
         "trainer.threads_per_worker=1",
@@ -38,5 +38,11 @@ def settings(pictures: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
+def settings(run_settings: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    return run_settings(tmp_path)
+
+
+@pytest.fixture
 def configure(settings: list[str]) -> Callable[..., ExperimentConfig]:
+    """Build a configuration from further settings."""
     return lambda *more: load_config([*settings, *more])

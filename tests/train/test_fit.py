@@ -15,17 +15,36 @@ import torch
 from safetensors.torch import load_file
 
 from ray_sd.adapter import read_manifest
+from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.train.run import fit
+from ray_sd.train.run import TrainingResult, fit
 
 REPOSITORY = Path(__file__).parents[2]
-LONG = ("trainer.max_steps=40", "trainer.checkpoint.every_steps=4", "trainer.learning_rate=1e-2")
-TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2", "trainer.ema_decay=0.9", "method.dropout=0.1")
+LONG = (
+    "trainer.max_steps=40",
+    "trainer.checkpoint.every_steps=4",
+    "trainer.learning_rate=1e-2",
+    "trainer.ema_decay=0.9",
+    "method.caption_dropout=0.2",
+)
+TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_settings, tmp_path_factory, ray_cluster) -> TrainingResult:
+    """A run of 40 steps that nothing happened to, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return fit(load_config([*run_settings(folder), "name=undisturbed", *LONG, *TWO_WORKERS, "trainer.checkpoint.keep=10"]))
 
 
 def test_a_run_leaves_an_adapter_metrics_and_pictures(configure, ray_cluster):
-    config = configure("name=whole", "dataset.holdout=2", "trainer.validation.prompts=[a cat, a dog]",
-                       "trainer.validation.num_inference_steps=2", "trainer.validation.every_steps=2")
+    config = configure(
+        "name=whole",
+        "dataset.holdout=2",
+        "trainer.validation.prompts=[a cat, a dog]",
+        "trainer.validation.num_inference_steps=2",
+        "trainer.validation.every_steps=2",
+    )
     result = fit(config)
     assert result.step == 4
     manifest = read_manifest(Path(result.adapter))
@@ -57,8 +76,7 @@ def test_unwritable_storage_is_refused_before_ray_starts(configure, tmp_path):
         fit(configure("name=nowhere", f"storage_path={tmp_path / 'file' / 'runs'}"))
 
 
-def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, ray_cluster):
-    undisturbed = fit(configure("name=undisturbed", *LONG, *TWO_WORKERS))
+def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, undisturbed):
     config = configure("name=disturbed", *LONG, *TWO_WORKERS, "trainer.max_failures=1")
     run = Path(config.storage_path) / "disturbed"
     killed: list[bool] = []
@@ -76,42 +94,35 @@ def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, ray_clust
     _assert_equal(undisturbed.adapter, disturbed.adapter)
 
 
-def test_a_killed_driver_resumes_to_the_same_adapter(configure, settings, tmp_path, ray_cluster):
-    undisturbed = fit(configure("name=undisturbed", *LONG))
-    command = [sys.executable, "jobs/train.py", *settings, "name=killed", *LONG]
+def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undisturbed):
+    command = [sys.executable, "jobs/train.py", *settings, "name=killed", *LONG, *TWO_WORKERS]
     run = tmp_path / "runs" / "killed"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log, env=environment
-        )
+        driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log)
         _wait_for(run / "checkpoint-00000008")
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     assert not (run / "checkpoint-00000040").exists()
-    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "resume=true" in refused.stderr
-    resumed = subprocess.run([*command, "resume=true"], cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    resumed = subprocess.run([*command, "resume=true"], cwd=REPOSITORY, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(line)["step"] for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
     _assert_equal(undisturbed.adapter, run / "adapter")
 
 
-def test_a_run_starts_from_another_runs_checkpoint_with_other_workers_and_stage(configure, ray_cluster):
-    two = ("trainer.num_workers=2", "trainer.zero.stage=2")
-    whole = fit(configure("name=whole", "trainer.max_steps=8", *two))
-    half = fit(configure("name=half", "trainer.max_steps=4", *two))
-    rest = fit(configure("name=rest", "trainer.max_steps=8", "trainer.zero.stage=0", f"resume={half.checkpoint}"))
-    assert rest.step == 8
-    _assert_equal(whole.adapter, rest.adapter, tolerance=1e-5)
+def test_a_run_goes_on_from_another_runs_checkpoint_with_other_workers_and_stage(configure, undisturbed):
+    checkpoint = Path(undisturbed.run) / "checkpoint-00000028"
+    rest = fit(configure("name=rest", *LONG, "trainer.zero.stage=0", f"resume={checkpoint}"))
+    assert rest.step == 40
+    _assert_equal(undisturbed.adapter, rest.adapter, tolerance=1e-5)
 
 
-def test_a_checkpoint_of_another_method_is_refused_in_words(configure, ray_cluster):
-    half = fit(configure("name=rank16"))
+def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturbed):
     with pytest.raises(ArtifactError, match="rank changed"):
-        fit(configure("name=rank4", "method.rank=4", "trainer.max_failures=0", f"resume={half.checkpoint}"))
+        fit(configure("name=rank4", "method.rank=4", "trainer.max_failures=0", f"resume={undisturbed.checkpoint}"))
 
 
 def _wait_for(path: Path) -> None:

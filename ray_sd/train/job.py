@@ -1,0 +1,32 @@
+"""What the driver sends into the cluster. Imports no torch, so that Ray's own processes, which unpickle it, start quickly."""
+
+from dataclasses import dataclass
+
+import ray.train
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.data import PreparedData
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What every training worker is given."""
+
+    config: ExperimentConfig
+    data: PreparedData
+    initial_checkpoint: str | None
+    """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
+
+
+def train_loop(job: TrainingJob) -> None:
+    """Runs on every worker."""
+    from ray_sd.train.loop import train
+
+    train(job)
+
+
+def draw(checkpoint: ray.train.Checkpoint, *, config: dict) -> dict[str, str]:
+    """Ray Train's validation task. config: an ExperimentConfig as plain data."""
+    from ray_sd.train.validation import draw_samples
+
+    return draw_samples(checkpoint, ExperimentConfig.model_validate(config))
