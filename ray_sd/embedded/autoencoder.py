@@ -1,8 +1,7 @@
 """What the embedded autoencoder's training starts from: `python -m ray_sd.embedded.autoencoder runs/emoji_vae_start`.
 
-With diffusers' own random weights an `AutoencoderKL` needs an hour of one core to pass a linear projection. Here every
-residual branch starts at zero, and what is left keeps as much of the picture as its channels can hold: it reaches the
-same quality in a few minutes.
+With diffusers' own random weights the latents hold little of the picture at first, and many steps go into opening a way
+through. Here every residual branch starts at zero, and what is left keeps as much as its channels can hold.
 """
 
 import sys

@@ -8,6 +8,7 @@ on any number of workers and at any ZeRO stage.
 import errno
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,13 +39,23 @@ def save(engine: Engine, folder: Path, *, step: int, rank: int, world_size: int,
         "files": {name: _file(owner[name], world_size) for name in names},
         "config": config.model_dump(mode="json"),
     }
-    try:
+    with storage_errors(step, str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(mine, folder / _file(rank, world_size))
         if rank == 0:
             (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+@contextmanager
+def storage_errors(step: int, where: str) -> Iterator[None]:
+    """Turn a failure to store a checkpoint into an ArtifactError in words."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"checkpoint at step {step} cannot be written to {folder}: {_reason(error)}") from error
+        raise ArtifactError(
+            f"the checkpoint of step {step} cannot be stored in {where}: {_reason(error)}; "
+            "earlier checkpoints are untouched, and resume=true goes on from them"
+        ) from error
 
 
 def restore(engine: Engine, folder: Path) -> int:
@@ -142,5 +153,5 @@ def _file(rank: int, world_size: int) -> str:
 
 def _reason(error: Exception) -> str:
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
-        return "no space left on the device; free some and resume with resume=true"
+        return "no space left on the device"
     return str(error)

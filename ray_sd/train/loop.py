@@ -105,12 +105,13 @@ def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: in
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint.save(engine, folder, step=step, rank=rank, world_size=world_size, config=config)
-        ray.train.report(
-            monitor.latest | {"step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"checkpoint-{step:08d}",
-            validation=bool(config.trainer.validation.prompts),
-        )
+        with checkpoint.storage_errors(step, config.storage_path):
+            ray.train.report(
+                monitor.latest | {"step": step},
+                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+                checkpoint_dir_name=f"checkpoint-{step:08d}",
+                validation=bool(config.trainer.validation.prompts),
+            )
     monitor.after_checkpoint()
 
 

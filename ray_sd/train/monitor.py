@@ -38,10 +38,9 @@ class Monitor:
             self._logs = run.local / LOGS if run.local else Path(tempfile.mkdtemp(prefix="ray_sd-logs-"))
             self._trackers = open_trackers(config, self._logs, start)
             self._seen = set(self._pictures())
-            self._bar = tqdm_ray.tqdm(
-                desc=config.name, total=self._trainer.max_steps * self._trainer.batch_size, unit="image"
-            )
-            self._bar.update(start * self._trainer.batch_size)
+            # Counts what this start has to do: images done before would make the rate and the time left wrong.
+            images = (self._trainer.max_steps - start) * self._trainer.batch_size
+            self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit="image")
 
     def record(self, loss: Tensor) -> None:
         """Add one micro-batch's loss."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.train.checkpoint import read_index
 from ray_sd.train.run import TrainingResult, fit
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +36,9 @@ TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2")
 def undisturbed(run_settings, tmp_path_factory, ray_cluster) -> TrainingResult:
     """A run of 40 steps that nothing happened to, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return fit(load_config([*run_settings(folder), "name=undisturbed", *LONG, *TWO_WORKERS, "trainer.checkpoint.keep=10"]))
+    return fit(
+        load_config([*run_settings(folder), "name=undisturbed", *LONG, *TWO_WORKERS, "trainer.checkpoint.keep=10"])
+    )
 
 
 def test_a_run_leaves_an_adapter_metrics_and_pictures(configure, ray_cluster):
@@ -123,6 +127,28 @@ def test_a_run_goes_on_from_another_runs_checkpoint_with_other_workers_and_stage
 def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturbed):
     with pytest.raises(ArtifactError, match="rank changed"):
         fit(configure("name=rank4", "method.rank=4", "trainer.max_failures=0", f"resume={undisturbed.checkpoint}"))
+
+
+def test_a_full_disk_ends_in_words_and_the_run_goes_on_once_there_is_room(configure, small_disk, ray_cluster):
+    settings = ("name=full", f"storage_path={small_disk}", "trainer.max_steps=6", "trainer.checkpoint.every_steps=2",
+                "trainer.max_failures=0", "method.rank=8", "trainer.checkpoint.keep=5")  # fmt: skip
+    with pytest.raises(ArtifactError, match="step 4 cannot be stored .*: no space left on the device"):
+        fit(configure(*settings))
+    assert read_index(small_disk / "full" / "checkpoint-00000002")["step"] == 2
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert fit(configure(*settings, "resume=true")).step == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def _wait_for(path: Path) -> None:
