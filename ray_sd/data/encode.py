@@ -86,23 +86,13 @@ class TextEncoder:
         table = table.append_column("embedding", pa.array([row.tobytes() for row in embeddings], pa.binary()))
         shapes = pa.array([embeddings.shape[1:]] * len(table), pa.list_(pa.int32()))
         table = table.append_column("shape", shapes)
-        return table.append_column("excess_tokens", excess_tokens(self._model, captions))
+        return table.append_column("excess_tokens", pa.array(excess_tokens(self._model, captions), pa.int32()))
 
 
-class TokenCounter:
-    """An actor that adds `excess_tokens` to tables of TEXT."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._model = _load(config, {"tokenizer"}, num_actors=1)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.table({"excess_tokens": excess_tokens(self._model, table["caption"].to_pylist())})
-
-
-def excess_tokens(model: Any, captions: list[str]) -> pa.Array:
+def excess_tokens(model: Any, captions: list[str]) -> list[int]:
     """Tokens that each caption has too many for the text encoder; 0 where it fits."""
     ids = model.tokenizer(captions, verbose=False).input_ids
-    return pa.array([max(0, len(row) - model.tokenizer.model_max_length) for row in ids], pa.int32())
+    return [max(0, len(row) - model.tokenizer.model_max_length) for row in ids]
 
 
 def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str]) -> pa.Table:

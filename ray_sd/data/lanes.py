@@ -86,7 +86,7 @@ class LaneIterator:
     def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int) -> None:
         trainer = config.trainer
         self._index, self._config, self._rows = index, config, rows
-        self._lanes = Lanes(
+        self.lanes = Lanes(
             num_rows=index.num_rows,
             seed=config.seed,
             shuffle_rows=config.dataset.shuffle_rows,
@@ -101,7 +101,7 @@ class LaneIterator:
 
         One reader works ahead for the whole call. Its process ends with the iterator.
         """
-        per_step = self._lanes.accumulation_steps
+        per_step = self.lanes.accumulation_steps
         blocks = _numbers(start_step * per_step, stop_step * per_step)
         if not blocks:
             return
@@ -110,12 +110,12 @@ class LaneIterator:
             LaneReader,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(self._index, self._config, self._rows, self._lanes),
+            fn_constructor_args=(self._index, self._config, self._rows, self.lanes),
             compute=ActorPoolStrategy(size=1),
             num_cpus=READER_CPUS,
         )
         yield from dataset.iterator().iter_torch_batches(
-            batch_size=self._lanes.micro_batch_size,
+            batch_size=self.lanes.micro_batch_size,
             collate_fn=_Collate(),
             device="cpu",
             prefetch_batches=PREFETCHED,

@@ -17,7 +17,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
-from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, TokenCounter, text_key, write_shard
+from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, excess_tokens, text_key, write_shard
 from ray_sd.data.examine import examine
 from ray_sd.data.sources import Listing
 
@@ -109,15 +109,11 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
 
 def count_cut_captions(config: ExperimentConfig, captions: pa.Array) -> int:
     """How many of different captions are longer than the text encoder reads."""
-    dataset = ordered_dataset(_blocks(pa.table({"caption": captions})), BLOCK_BYTES).map_batches(
-        TokenCounter,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_constructor_args=(config.model,),
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=ENCODE_CPUS,
-    )
-    return sum(pc.sum(pc.greater(table["excess_tokens"], 0)).as_py() or 0 for table in _stream(dataset))
+    from ray_sd.models import load_model
+
+    model = load_model(config.model, {"tokenizer"})
+    parts = (part["caption"].to_pylist() for part in _blocks(pa.table({"caption": captions})))
+    return sum(excess > 0 for part in parts for excess in excess_tokens(model, part))
 
 
 def _blocks(table: pa.Table) -> list[pa.Table]:

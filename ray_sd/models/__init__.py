@@ -8,7 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel
-from ray_sd.models.components import fingerprint
+from ray_sd.models.fingerprints import fingerprint
 from ray_sd.models.stable_diffusion import StableDiffusion
 
 FAMILIES: dict[str, type[DiffusionModel]] = {"stable_diffusion": StableDiffusion}

@@ -1,4 +1,4 @@
-"""Where a model's components are, how they are loaded, and what identifies their content."""
+"""Where a model's components are, and how they are loaded."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
@@ -32,7 +32,6 @@ CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_co
 CLIP_LENGTH = 77
 NO_LENGTH = 1_000_000
 """transformers gives a tokenizer without a length a larger one than this."""
-BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -130,27 +129,6 @@ def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
             return json.loads((path / CONFIG_FILES.get(component, "config.json")).read_text())
 
 
-def fingerprint(config: ModelConfig, component: str) -> str:
-    """Hex digest that changes with a component's content: weights and configuration, or architecture and seed.
-
-    It does not depend on where the files lie nor on how the weights are divided among them. The text encoder's
-    includes its tokenizer's.
-    """
-    location = find_component(config, component)
-    digest = hashlib.blake2b(digest_size=16)
-    match location:
-        case Architecture(architecture, seed):
-            digest.update(f"{seed} {json.dumps(architecture, sort_keys=True)}".encode())
-        case SingleFile(path, layout):
-            digest.update(f"{layout} {_tensors_digest((path,), single_file.PREFIXES[component])}".encode())
-        case Folder(path):
-            for part in _folder_content(component, location):
-                digest.update(part.encode())
-    if component == "text_encoder":
-        digest.update(fingerprint(config, "tokenizer").encode())
-    return digest.hexdigest()
-
-
 def _component_seed(seed: int, component: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {component}".encode(), digest_size=7).digest())
 
@@ -187,7 +165,7 @@ def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource
         folders = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
         override = "model.scheduler.path" if component == "scheduler" else f"model.{component}"
         raise ArtifactError(
-            f"model '{config.name}': {folder} holds no {component} (no {_config_file(component)} there; folders in {root}: "
+            f"model '{config.name}': {folder} holds no {component} (no {config_file(component)} there; folders in {root}: "
             f"{folders}); give one by {override}=PATH"
         )
     return folder
@@ -196,10 +174,10 @@ def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource
 def _holds(folder: Path, component: str) -> bool:
     if component == "tokenizer":
         return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return (folder / _config_file(component)).is_file()
+    return (folder / config_file(component)).is_file()
 
 
-def _config_file(component: str) -> str:
+def config_file(component: str) -> str:
     return {"tokenizer": "vocab.json"}.get(component, CONFIG_FILES.get(component, "config.json"))
 
 
@@ -274,7 +252,7 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Module:
     _check_class(component, cls, folder.path)
-    files = _weight_files(component, folder)
+    files = weight_files(component, folder)
     variant = folder.variant if folder.variant and f".{folder.variant}" in files[0].name else None
     try:
         with _no_progress_bar():
@@ -315,7 +293,7 @@ def _check_class(component: str, cls: type[nn.Module], folder: Path) -> None:
         raise ArtifactError(f"{folder} holds a {found}; the {component} must be a {cls.__name__}")
 
 
-def _weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
+def weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
     """The safetensors files of a component: those of the variant if there are any, the plain ones otherwise."""
     files = sorted(folder.path.glob("*.safetensors"))
     of_variant = [
@@ -328,40 +306,6 @@ def _weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
             f"no .safetensors weights for the {component} in {folder.path} (found: {found}); pickled weights are not read"
         )
     return tuple(of_variant or plain)
-
-
-def _folder_content(component: str, folder: Folder) -> Iterator[str]:
-    if component == "tokenizer":
-        for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-            if (folder.path / name).is_file():
-                yield f"{name} {hashlib.blake2b((folder.path / name).read_bytes()).hexdigest()}"
-        return
-    content = json.loads((folder.path / _config_file(component)).read_text())
-    kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in BOOKKEEPING}
-    yield json.dumps(kept, sort_keys=True)
-    if component != "scheduler":
-        yield _tensors_digest(_weight_files(component, folder), ("",))
-
-
-def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
-    stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _cached_tensors_digest(files, prefixes, stats)
-
-
-@lru_cache(maxsize=64)
-def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
-    """Digest of the named tensors, in the order of their names."""
-    owners: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            owners |= {name: file for name in list(tensors.keys()) if name.startswith(prefixes)}
-    digest = hashlib.blake2b(digest_size=16)
-    handles = {file: safe_open(file, "pt") for file in files}
-    for name in sorted(owners):
-        tensor = handles[owners[name]].get_tensor(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,7 @@
+import functools
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,44 +62,46 @@ def bomb_png(side: int = 60_000) -> bytes:
 
 
 def _with_checksum(png: bytes, header: int) -> bytes:
-    import zlib
-
     checksum = zlib.crc32(png[header - 4 : header + 13]).to_bytes(4)
     return png[: header + 13] + checksum + png[header + 17 :]
 
 
+def captioned_pictures(folder: Path) -> Path:
+    """Ten captioned pictures."""
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.png").write_bytes(noise_png(i))
+        (folder / f"{i}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+def experiment(
+    cache: Path, source: Path | dict[str, Any], trainer: dict[str, Any] | None = None, **dataset: Any
+) -> ExperimentConfig:
+    """An experiment on a folder (or another source), with settings of `trainer` and of `dataset`."""
+    if isinstance(source, Path):
+        source = {"name": "image_folder", "path": str(source)}
+    return ExperimentConfig.model_validate(
+        {
+            "name": "test",
+            "cache_path": str(cache),
+            "dataset": {"source": source, "resolution": 16, **dataset},
+            "model": TINY_MODEL,
+            "method": {"name": "lora"},
+            "trainer": trainer or {},
+        }
+    )
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten captioned pictures."""
-    path = tmp_path / "pictures"
-    path.mkdir()
-    for i in range(10):
-        (path / f"{i}.png").write_bytes(noise_png(i))
-        (path / f"{i}.txt").write_text(f"picture number {i}")
-    return path
+    return captioned_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Callable[..., ExperimentConfig]:
-    """An experiment on a folder (or another source), with settings of `dataset` and then of `trainer`."""
-
-    def configure(
-        source: Path | dict[str, Any], trainer: dict[str, Any] | None = None, **dataset: Any
-    ) -> ExperimentConfig:
-        if isinstance(source, Path):
-            source = {"name": "image_folder", "path": str(source)}
-        return ExperimentConfig.model_validate(
-            {
-                "name": "test",
-                "cache_path": str(tmp_path / "cache"),
-                "dataset": {"source": source, "resolution": 16, **dataset},
-                "model": TINY_MODEL,
-                "method": {"name": "lora"},
-                "trainer": trainer or {},
-            }
-        )
-
-    return configure
+    """`experiment` with a cache of the test's own."""
+    return functools.partial(experiment, tmp_path / "cache")
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import LATENTS, PIXELS, bomb_png, encoded, noise_png
+from conftest import LATENTS, PIXELS, bomb_png, captioned_pictures, encoded, experiment, noise_png
 from PIL import Image
 
+from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, RowIndex, prepare
 from ray_sd.data.reader import RowReader
 from ray_sd.errors import ConfigError, DataError
@@ -32,18 +33,30 @@ def counts(prepared: PreparedData) -> tuple[int, int]:
     return prepared.summary.encoded, prepared.summary.reused
 
 
-def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(folder: Path, configure: Callable):
+@pytest.fixture(scope="module")
+def encoded_folder(
+    tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> tuple[ExperimentConfig, PreparedData]:
+    path = tmp_path_factory.mktemp("encoded")
+    config = experiment(
+        path / "cache", captioned_pictures(path / "pictures"), encode={"dtype": "float32", "batch_size": 4}
+    )
+    return config, prepare(config, LATENTS)
+
+
+def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(encoded_folder: tuple):
     import torch
 
     from ray_sd.models import load_model
 
-    config = configure(folder, encode={"dtype": "float32", "batch_size": 4})
-    prepared = prepare(config, LATENTS)
+    config, prepared = encoded_folder
+    assert counts(prepared) == (10, 0)
+    assert (prepared.summary.texts, prepared.summary.texts_encoded) == (11, 11)  # the empty caption is always there
     rows = read_all(prepared.train, config, LATENTS)
     assert list(rows) == [f"{i}.png" for i in range(10)]
 
     model = load_model(config.model, {"vae", "text_encoder", "tokenizer"})
-    picture = Image.open(folder / "7.png").resize((16, 16), Image.Resampling.LANCZOS)
+    picture = Image.open(Path(config.dataset.source.path) / "7.png").resize((16, 16), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
         mean, std = model.encode_images(pixels)
@@ -53,21 +66,19 @@ def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(fold
     assert np.allclose(rows["7.png"]["text_embeds"], text[0], atol=1e-5)
 
 
-def test_only_what_changed_is_encoded_again(folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture):
-    first = prepare(configure(folder), LATENTS)
-    assert counts(first) == (10, 0)
-    assert (first.summary.texts, first.summary.texts_encoded) == (11, 11)  # the empty caption is always there
+def test_only_what_changed_is_encoded_again(encoded_folder: tuple, caplog: pytest.LogCaptureFixture):
+    config, first = encoded_folder
     with caplog.at_level(logging.INFO):
-        second = prepare(configure(folder), LATENTS)
+        second = prepare(config, LATENTS)
     assert counts(second) == (0, 10)
-    assert second.summary.texts_encoded == 0
     assert second.fingerprint == first.fingerprint
     assert "data: 10 rows; encoded 0, reused 10 of 10; captions: encoded 0, reused 11 of 11" in caplog.text
 
-    (folder / "3.txt").write_text("another caption")
-    third = prepare(configure(folder), LATENTS)
+    (Path(config.dataset.source.path) / "3.txt").write_text("owl " * 200)
+    third = prepare(config, LATENTS)
     assert counts(third) == (0, 10)
     assert third.summary.texts_encoded == 1
+    assert third.summary.cut_captions == 1
     assert third.fingerprint != first.fingerprint
 
 
@@ -201,15 +212,14 @@ def test_the_template_captions_rows_that_have_none(folder: Path, configure: Call
     assert index.captions.to_pylist()[3:6] == [["picture number 3"], ["a photo of a sks dog"], ["picture number 5"]]
 
 
-@pytest.mark.parametrize("rows", [LATENTS, CAPTIONED_PIXELS], ids=["embeddings", "tokens"])
-def test_captions_beyond_the_context_are_cut_and_counted(folder: Path, configure: Callable, rows: RowSpec):
+def test_captions_beyond_the_context_are_cut_and_counted(folder: Path, configure: Callable):
     (folder / "0.txt").write_text("owl " * 200)
     config = configure(folder)
-    prepared = prepare(config, rows)
+    prepared = prepare(config, CAPTIONED_PIXELS)
     assert prepared.summary.cut_captions == 1
     assert "1 captions are longer than the text encoder reads and are cut" in str(prepared.summary)
-    assert prepare(config, rows).summary.cut_captions == 1  # also when nothing is encoded
-    assert len(read_all(prepared.train, config, rows)) == 10
+    assert prepare(config, CAPTIONED_PIXELS).summary.cut_captions == 1  # also when nothing is read again
+    assert read_all(prepared.train, config, CAPTIONED_PIXELS)["0.png"]["input_ids"].shape == (24,)
 
 
 def test_a_cache_that_cannot_be_written_is_refused_in_words(folder: Path, configure: Callable, tmp_path: Path):

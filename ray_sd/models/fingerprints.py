@@ -1,0 +1,71 @@
+"""What identifies a component's content, wherever its files lie."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ray_sd.config import ModelConfig
+from ray_sd.models import single_file
+from ray_sd.models.components import Architecture, Folder, SingleFile, config_file, find_component, weight_files
+
+BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def fingerprint(config: ModelConfig, component: str) -> str:
+    """Hex digest that changes with a component's content: weights and configuration, or architecture and seed.
+
+    It does not depend on where the files lie nor on how the weights are divided among them. The text encoder's
+    includes its tokenizer's.
+    """
+    location = find_component(config, component)
+    digest = hashlib.blake2b(digest_size=16)
+    match location:
+        case Architecture(architecture, seed):
+            digest.update(f"{seed} {json.dumps(architecture, sort_keys=True)}".encode())
+        case SingleFile(path, layout):
+            digest.update(f"{layout} {_tensors_digest((path,), single_file.PREFIXES[component])}".encode())
+        case Folder(path):
+            for part in _folder_content(component, location):
+                digest.update(part.encode())
+    if component == "text_encoder":
+        digest.update(fingerprint(config, "tokenizer").encode())
+    return digest.hexdigest()
+
+
+def _folder_content(component: str, folder: Folder) -> Iterator[str]:
+    if component == "tokenizer":
+        for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+            if (folder.path / name).is_file():
+                yield f"{name} {hashlib.blake2b((folder.path / name).read_bytes()).hexdigest()}"
+        return
+    content = json.loads((folder.path / config_file(component)).read_text())
+    kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in BOOKKEEPING}
+    yield json.dumps(kept, sort_keys=True)
+    if component != "scheduler":
+        yield _tensors_digest(weight_files(component, folder), ("",))
+
+
+def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
+    stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _cached_tensors_digest(files, prefixes, stats)
+
+
+@lru_cache(maxsize=64)
+def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
+    """Digest of the named tensors, in the order of their names."""
+    owners: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            owners |= {name: file for name in list(tensors.keys()) if name.startswith(prefixes)}
+    digest = hashlib.blake2b(digest_size=16)
+    handles = {file: safe_open(file, "pt") for file in files}
+    for name in sorted(owners):
+        tensor = handles[owners[name]].get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
