@@ -49,7 +49,7 @@ embedded: $(STAMP)
 	python -m ray_sd.embedded.autoencoder runs/emoji_vae_start
 	python jobs/train.py experiment=train_vae_emoji
 	python jobs/train.py experiment=finish_vae_emoji
-	python -m ray_sd.embedded.release vae runs/finish_vae_emoji/adapter
+	python jobs/release_emoji.py runs/finish_vae_emoji/adapter
 	python jobs/train.py experiment=pretrain_emoji
-	python -m ray_sd.embedded.release pipeline runs/pretrain_emoji/adapter
+	python jobs/release_emoji.py runs/pretrain_emoji/adapter
 	python benchmarks/embedded_quality.py

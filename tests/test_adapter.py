@@ -4,44 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import difference, draw, random_batch, save_tiny_model, tiny, tiny_config  # noqa: F401
+from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny, tiny_config  # noqa: F401
 
-from ray_sd.adapter import AdapterManifest, read_manifest, write_manifest
-from ray_sd.config import ExperimentConfig, TrainerConfig
+from ray_sd.adapter import read_manifest
 from ray_sd.errors import ArtifactError
-from ray_sd.methods import build_method, load_adapter
+from ray_sd.methods import load_adapter
 from ray_sd.models import fingerprint, load_model
-
-
-def export(base: Path, folder: Path, method: dict, **model: object) -> AdapterManifest:
-    """An adapter as a run leaves it, after one step."""
-    config = ExperimentConfig.model_validate(
-        {
-            "name": "run",
-            "dataset": {"source": {"name": "image_folder", "path": "pictures"}},
-            "model": tiny_config(base, **model).model_dump(),
-            "method": method,
-        }
-    )
-    torch.manual_seed(0)
-    verbs = build_method(config.method)
-    trained = load_model(config.model, verbs.components())
-    verbs.prepare(trained, TrainerConfig())
-    optimizer = torch.optim.AdamW(verbs.parameter_groups(trained, TrainerConfig(learning_rate=0.05)))
-    for step in range(3):
-        verbs.objective(trained, random_batch(seed=step)).backward()
-        optimizer.step()
-    verbs.export(trained, folder)
-    fingerprints = {component: fingerprint(config.model, component) for component in verbs.relies_on()}
-    return write_manifest(
-        folder, config=config, step=3, fingerprints=fingerprints, data_fingerprint="d1", metrics={"loss": 0.5}
-    )
 
 
 @pytest.fixture(scope="module")
 def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("adapters") / "lora"
-    export(tiny, folder, {"name": "lora", "rank": 4})
+    export_adapter(tiny, folder, {"name": "lora", "rank": 4})
     return folder
 
 
@@ -69,7 +43,7 @@ def test_an_adapter_loads_by_its_folder_alone(tiny: Path, lora: Path):  # noqa: 
 
 
 def test_whole_weights_load_by_their_folder_alone(tiny: Path, tmp_path: Path):  # noqa: F811
-    manifest = export(tiny, tmp_path, {"name": "full"})
+    manifest = export_adapter(tiny, tmp_path, {"name": "full"})
     assert set(manifest.files) == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     model = load_model(tiny_config(tiny))
     before = draw(model.pipeline())
@@ -125,5 +99,5 @@ def test_a_damaged_folder_is_refused_in_words(tiny: Path, lora: Path, tmp_path: 
 
 
 def test_an_assembled_base_is_described_by_its_parts(tiny: Path, tmp_path: Path):  # noqa: F811
-    manifest = export(tiny, tmp_path, {"name": "lora", "rank": 2}, vae=str(tiny / "vae"))
+    manifest = export_adapter(tiny, tmp_path, {"name": "lora", "rank": 2}, vae=str(tiny / "vae"))
     assert manifest.base.source == f"{tiny}, vae={tiny / 'vae'}"

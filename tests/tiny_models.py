@@ -10,7 +10,10 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ray_sd.config import ModelConfig
+from ray_sd.adapter import AdapterManifest, write_manifest
+from ray_sd.config import ExperimentConfig, ModelConfig, TrainerConfig
+from ray_sd.methods import build_method
+from ray_sd.models import fingerprint, load_model
 
 UNET = {
     "sample_size": 8,
@@ -117,3 +120,28 @@ def draw(pipeline: StableDiffusionPipeline, prompt: str = "a cat", seed: int = 1
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     return pipeline(prompt, generator=generator, **{"num_inference_steps": 3, **settings}).images[0]
+
+
+def export_adapter(base: Path, folder: Path, method: dict, **model: object) -> AdapterManifest:
+    """An adapter as a run leaves it, after three large steps."""
+    config = ExperimentConfig.model_validate(
+        {
+            "name": "run",
+            "dataset": {"source": {"name": "image_folder", "path": "pictures"}},
+            "model": tiny_config(base, **model).model_dump(),
+            "method": method,
+        }
+    )
+    torch.manual_seed(0)
+    verbs = build_method(config.method)
+    trained = load_model(config.model, verbs.components())
+    verbs.prepare(trained, TrainerConfig())
+    optimizer = torch.optim.AdamW(verbs.parameter_groups(trained, TrainerConfig(learning_rate=0.05)))
+    for step in range(3):
+        verbs.objective(trained, random_batch(seed=step)).backward()
+        optimizer.step()
+    verbs.export(trained, folder)
+    fingerprints = {component: fingerprint(config.model, component) for component in verbs.relies_on()}
+    return write_manifest(
+        folder, config=config, step=3, fingerprints=fingerprints, data_fingerprint="d1", metrics={"loss": 0.5}
+    )

@@ -8,6 +8,7 @@ every row once, and a counter is all there is to resume.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 READER_CPUS = 0.1
 """Little, so that readers run beside training workers that took nearly all of a small machine."""
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
+BYTES_UNDER_WAY = 128 << 20
 MICRO_BATCHES_PER_TASK = 64
 MAX_TASKS = 1000
 PREFETCHED = 4
@@ -85,7 +87,7 @@ class LaneIterator:
 
     def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int) -> None:
         trainer = config.trainer
-        self._index, self._config, self._rows = index, config, rows
+        self._index, self._config, self._rows = index, config, _light(rows)
         self.lanes = Lanes(
             num_rows=index.num_rows,
             seed=config.seed,
@@ -105,7 +107,7 @@ class LaneIterator:
         blocks = _numbers(start_step * per_step, stop_step * per_step)
         if not blocks:
             return
-        dataset = ordered_dataset(blocks, BLOCK_BYTES)
+        dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY)
         dataset = dataset.map_batches(
             LaneReader,
             batch_size=None,
@@ -132,7 +134,7 @@ class LaneConfig(DataConfig):
 
     def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec") -> None:
         super().__init__()
-        self._index, self._config, self._rows = index, config, rows
+        self._index, self._config, self._rows = index, config, _light(rows)
 
     def configure(
         self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
@@ -157,6 +159,11 @@ def to_tensors(batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":
 
     half = {np.dtype(np.float16): np.float32}
     return {name: torch.from_numpy(array.astype(half.get(array.dtype, array.dtype))) for name, array in batch.items()}
+
+
+def _light(rows: "RowSpec") -> Any:
+    """The same values without their class, with which a process would import all models just to unpickle it."""
+    return SimpleNamespace(images=rows.images, text=rows.text, caption_dropout=rows.caption_dropout)
 
 
 def _numbers(start: int, stop: int) -> list[pa.Table]:

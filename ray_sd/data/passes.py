@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
+BYTES_UNDER_WAY = 96 << 20
+BATCHES_UNDER_WAY = 4
+"""An encoder's batches that may wait for it, where they are larger than `BYTES_UNDER_WAY`."""
 LOG_SECONDS = 10
 TEXTS_PER_BLOCK = 256
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
@@ -53,7 +56,7 @@ def encode_images(config: ExperimentConfig, rows: "RowSpec", listing: Listing, f
     entries = folder.entries()
     # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
     known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
-    dataset = ordered_dataset(listing.units, BLOCK_BYTES).map_batches(
+    dataset = _dataset(listing.units, config).map_batches(
         examine,
         batch_size=None,
         batch_format="pyarrow",
@@ -98,7 +101,7 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
     missing = pc.invert(pc.is_in(keys, value_set=entries["key"]))
     table = pa.table({"key": keys, "caption": captions}, schema=TEXT).filter(missing)
     if len(table):
-        dataset = ordered_dataset(_blocks(table), BLOCK_BYTES)
+        dataset = _dataset(_blocks(table), config)
         dataset = _encode(dataset, config, TextEncoder)
         tables = _write(dataset, config, folder, {"embedding": settings.dtype}, row_bytes=1 << 18)
         entries = pa.concat_tables([entries, *(table.select(entries.column_names) for table in tables)])
@@ -118,6 +121,13 @@ def count_cut_captions(config: ExperimentConfig, captions: pa.Array) -> int:
 
 def _blocks(table: pa.Table) -> list[pa.Table]:
     return [table.slice(start, TEXTS_PER_BLOCK) for start in range(0, len(table), TEXTS_PER_BLOCK)]
+
+
+def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Dataset:
+    settings = config.dataset.encode
+    batch = 3 * config.dataset.height * config.dataset.width * settings.batch_size * settings.num_actors
+    limit = max(BYTES_UNDER_WAY, BATCHES_UNDER_WAY * batch)
+    return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
 
 
 def _encode(dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type) -> ray.data.Dataset:

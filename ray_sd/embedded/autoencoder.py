@@ -5,15 +5,21 @@ through. Here every residual branch starts at zero, and what is left keeps as mu
 """
 
 import sys
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import nn
 
 LATENT_CHANNELS = 24
 LATENT_GAIN = 3.0
 POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
+PICTURES_AT_ONCE = 128
 BLOCKS = (16, 32, 64, 128)
 
 
@@ -87,6 +93,39 @@ def set_posterior(quant_conv: nn.Conv2d, latent_channels: int) -> None:
     nn.init.zeros_(quant_conv.bias)
     quant_conv.weight[:latent_channels, :latent_channels, 0, 0] = LATENT_GAIN * torch.eye(latent_channels)
     quant_conv.bias[latent_channels:] = POSTERIOR_LOGVAR
+
+
+@torch.no_grad()
+def mean_square(autoencoder: AutoencoderKL, pictures: Path) -> torch.Tensor:
+    """Mean square of each latent channel, [C]."""
+    total, count = torch.zeros(autoencoder.config.latent_channels), 0
+    for pixels in _batches(pictures):
+        latents = autoencoder.encode(pixels).latent_dist.mean
+        total += latents.square().mean(dim=(2, 3)).sum(dim=0)
+        count += len(pixels)
+    return total / count
+
+
+@torch.no_grad()
+def rescale_latents(autoencoder: AutoencoderKL, scale: torch.Tensor) -> None:
+    """Divide the latents' channels by `scale` [C] in the encoder's last layer, and multiply in the decoder's first.
+
+    Reconstructions stay the same, for both layers are linear and the decoder's first pads with zeros.
+    """
+    channels = len(scale)
+    encoder, decoder = autoencoder.quant_conv, autoencoder.decoder.conv_in
+    encoder.weight[:channels] /= scale.view(-1, 1, 1, 1)
+    encoder.bias[:channels] /= scale
+    encoder.bias[channels:] -= 2 * scale.log()
+    decoder.weight *= scale.view(1, -1, 1, 1)
+    autoencoder.register_to_config(scaling_factor=1.0)
+
+
+def _batches(pictures: Path) -> Iterator[torch.Tensor]:
+    for path in sorted(pictures.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(PICTURES_AT_ONCE, columns=["image"]):
+            arrays = [np.asarray(Image.open(BytesIO(data.as_py()))) for data in batch["image"]]
+            yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 if __name__ == "__main__":

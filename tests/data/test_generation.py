@@ -1,8 +1,9 @@
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
-from tiny_models import difference, draw, save_tiny_model, tiny_config
+from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_config
 
 from ray_sd.config import GenerateConfig
 from ray_sd.data import generation
@@ -35,6 +36,22 @@ def test_one_prompt_is_drawn_without_ray_with_seeds_that_count_up(base: Path, tm
         assert (found["model"], found["base"]) == ("tiny", str(base))
     assert Image.open(result.sheet).width > 2 * 64
     assert result.sheet in result.summary()
+
+
+def test_an_adapter_is_loaded_from_a_folder_and_from_a_uri(base: Path, tmp_path: Path):
+    folder = tmp_path / "adapter"
+    export_adapter(base, folder, {"name": "lora", "rank": 4})
+    fsspec.filesystem("memory").put(str(folder), "/adapters/mine", recursive=True)
+    pipeline = load_model(tiny_config(base)).pipeline()
+    pipeline.load_lora_weights(folder)
+    pipeline.set_adapters("default_0", 0.5)
+    expected = draw(pipeline, seed=0)
+    for adapter in (str(folder), "memory://adapters/mine"):
+        result = generation.draw(config(base, tmp_path, adapter=adapter, adapter_scale=0.5))
+        assert difference(Image.open(result.pictures[0]), expected) <= 1
+        assert read_parameters(Path(result.pictures[0]))["adapter"] == adapter
+    plain = generation.draw(config(base, tmp_path))
+    assert difference(Image.open(plain.pictures[0]), expected) > 5
 
 
 def test_new_pictures_are_numbered_on_and_overwrite_nothing(base: Path, tmp_path: Path):

@@ -1,7 +1,6 @@
 import torch
 
-from ray_sd.embedded.autoencoder import build_start
-from ray_sd.embedded.release import rescale_latents
+from ray_sd.embedded.autoencoder import build_start, rescale_latents
 
 
 def test_rescaled_latents_have_unit_scale_and_decode_to_the_same_pictures():

@@ -1,0 +1,58 @@
+"""Put trained adapters into the package, in half precision: `python jobs/release_emoji.py runs/pretrain_emoji/adapter`.
+
+An autoencoder becomes `ray_sd/embedded/emoji/vae`. Its latents are rescaled so that every channel has a mean square of
+one over the training pictures: the scaling factor is then 1, and no channel drowns in noise before the others do.
+A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_sd.adapter import read_manifest
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.load import run_job, validate
+from ray_sd.errors import ConfigError
+
+FOLDER = Path("ray_sd/embedded/emoji")
+PICTURES = Path("runs/data/emoji")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1:
+        raise ConfigError("give one adapter folder, as in runs/pretrain_emoji/adapter")
+    adapter = Path(argv[0])
+    manifest = read_manifest(adapter)
+    release = {"autoencoder": release_autoencoder, "full": release_pipeline}
+    if manifest.kind not in release:
+        raise ConfigError(f"{adapter} is of method '{manifest.kind}'; only autoencoder and full are released")
+    release[manifest.kind](adapter, validate(manifest.config, ExperimentConfig))
+
+
+def release_autoencoder(adapter: Path, config: ExperimentConfig) -> None:
+    from diffusers import AutoencoderKL
+
+    from ray_sd.embedded.autoencoder import mean_square, rescale_latents
+    from ray_sd.methods.weights import save_component
+
+    autoencoder = AutoencoderKL.from_pretrained(adapter / "vae").eval()
+    rescale_latents(autoencoder, mean_square(autoencoder, PICTURES).sqrt())
+    save_component(autoencoder.half(), FOLDER / "vae")
+
+
+def release_pipeline(adapter: Path, config: ExperimentConfig) -> None:
+    from ray_sd.methods import load_adapter
+    from ray_sd.methods.weights import save_component
+    from ray_sd.models import load_model
+
+    model = load_model(config.model)
+    load_adapter(model, adapter)
+    for name in ("unet", "text_encoder"):
+        save_component(getattr(model, name).half(), FOLDER / name)
+    pipeline = model.pipeline()
+    pipeline.scheduler.save_pretrained(FOLDER / "scheduler")
+    pipeline.save_config(FOLDER)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
