@@ -1,10 +1,14 @@
 """Ray Data sets made of small tables, set up as all of this package needs them."""
 
 import logging
+import time
 
 import pyarrow as pa
 import ray.data
 from ray.data import ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+STEP_SECONDS = 0.05
 
 
 def ordered_dataset(blocks: list[pa.Table], *, block_bytes: int, bytes_under_way: int) -> ray.data.Dataset:
@@ -19,7 +23,19 @@ def ordered_dataset(blocks: list[pa.Table], *, block_bytes: int, bytes_under_way
     dataset = ray.data.from_blocks([block.combine_chunks() for block in blocks])
     dataset.context.target_max_block_size = block_bytes
     dataset.context.enable_progress_bars = False
+    dataset.context.custom_execution_callback_classes.append(Pace)
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(object_store_memory=bytes_under_way)
     return dataset
+
+
+class Pace(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between its steps.
+
+    The loop waits for blocks, but not while it holds blocks back: then it takes a whole core, and the interpreter lock,
+    from the training loop in whose process it runs.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(STEP_SECONDS)
