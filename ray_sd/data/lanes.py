@@ -57,6 +57,11 @@ class Lanes:
         positions = range(step * self.batch_size + lane, step * self.batch_size + lane + self.micro_batch_size)
         return [(p // self.num_rows, int(self._order(p // self.num_rows)[p % self.num_rows])) for p in positions]
 
+    @property
+    def micro_batches_at_once(self) -> int:
+        """Micro-batches that Ray Data handles as one, since each thing it handles takes a millisecond or more."""
+        return max(1, ROWS_AT_ONCE // self.micro_batch_size)
+
     def _order(self, epoch: int) -> np.ndarray:
         return _cached_order(self.seed, epoch, self.num_rows, self.shuffle_rows)
 
@@ -75,8 +80,10 @@ class LaneReader:
         self._lanes = lanes
 
     def __call__(self, numbers: pa.Table) -> Iterator[dict[str, np.ndarray]]:
-        for number in numbers["micro_batch"].to_pylist():
-            places = self._lanes.rows(number)
+        together = self._lanes.micro_batches_at_once
+        for first in range(0, len(numbers), together):
+            part = numbers["micro_batch"].slice(first, together).to_pylist()
+            places = [place for number in part for place in self._lanes.rows(number)]
             seeds = [row_seed(self._seed, epoch, self._reader.id(row)) for epoch, row in places]
             yield self._reader.read([row for _, row in places], seeds)
 
@@ -116,9 +123,9 @@ class LaneIterator:
             num_cpus=READER_CPUS,
         )
         size = self.lanes.micro_batch_size
-        # Ray Data takes about a millisecond a batch, so it hands over several micro-batches at once.
-        rows_at_once = size * max(1, ROWS_AT_ONCE // size)
-        for rows in dataset.iter_batches(batch_size=rows_at_once, batch_format="numpy", prefetch_batches=1):
+        for rows in dataset.iter_batches(
+            batch_size=size * self.lanes.micro_batches_at_once, batch_format="numpy", prefetch_batches=1
+        ):
             for first in range(0, len(rows["row_seed"]), size):
                 yield to_tensors({name: array[first : first + size] for name, array in rows.items()})
 

@@ -1,7 +1,5 @@
 import json
-import os
-import subprocess
-import sys
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from ray_sd.config.cache import CachePruneConfig
+from ray_sd.config.load import run_job
 from ray_sd.data.cache import KEY, CacheFolder, Field, open_cache, row_key
 from ray_sd.data.prune import DAY, cache_table, list_cache, prune_cache
 from ray_sd.data.reader import ShardReader
@@ -111,25 +110,20 @@ def test_pruning_by_name_refuses_an_unknown_folder(cache: str):
         prune_cache(CachePruneConfig(cache_path=cache, folder="text/new"))
 
 
-def test_the_job_lists_and_prunes(cache: str):
-    root = Path(__file__).resolve().parents[2]
+def test_the_job_lists_and_prunes(cache: str, capsys: pytest.CaptureFixture[str]):
+    main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "jobs" / "encode.py"))["main"]
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(root / "jobs" / "encode.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
-
-    listed = run("list", f"cache_path={cache}")
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == [
-        "folder",
-        "text/new",
-        "views/of-old",
-        "latents/old",
-    ]
-    pruned = run("prune", f"cache_path={cache}", "folder=text/new")
-    assert pruned.stdout.splitlines()[0] == "removed 1 folders"
-    refused = run("prune", f"cache_path={cache}")
-    assert refused.returncode == 2
-    assert refused.stderr == "error: nothing to prune; give folder=…, older_than_days=… or max_gb=…\n"
+    assert run_job(main, ["list", f"cache_path={cache}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["folder", "text/new", "views/of-old", "latents/old"]
+    assert run_job(main, ["prune", f"cache_path={cache}", "folder=text/new"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "removed 1 folders"
+    assert run_job(main, ["prune", f"cache_path={cache}"]) == 2
+    assert capsys.readouterr().err == "error: nothing to prune; give folder=…, older_than_days=… or max_gb=…\n"
+    assert run_job(main, ["prune", "older_than=3"]) == 2
+    assert "older_than: no such setting" in capsys.readouterr().err
+    assert run_job(main, ["list", "everything"]) == 2
+    assert capsys.readouterr().err == "error: everything: settings are written key=value; they are: cache_path\n"
 
 
 def test_a_cache_that_is_not_there_is_empty(tmp_path: Path, configure: Callable):

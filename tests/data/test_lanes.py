@@ -96,7 +96,9 @@ def prepared(
 def read(data: PreparedData, config: ExperimentConfig, rows: RowSpec, rank: int, start: int, stop: int) -> list[Batch]:
     """What the reader of a rank makes of its micro-batches, without an actor."""
     reader = LaneReader(data.train, config, rows, LaneIterator(data.train, config, rows, rank).lanes)
-    return [to_tensors(batch) for batch in reader(pa.table({"micro_batch": range(start, stop)}))]
+    parts = [to_tensors(part) for part in reader(pa.table({"micro_batch": range(start, stop)}))]
+    columns = {name: joined(parts, name).split(config.trainer.rows_per_micro_batch) for name in parts[0]}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def joined(parts: list[Batch], name: str) -> torch.Tensor:

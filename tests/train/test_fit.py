@@ -1,8 +1,6 @@
 """Whole runs: from pictures to an adapter, through failures."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -102,10 +100,14 @@ def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undistu
     command = [sys.executable, "jobs/train.py", *settings, "name=killed", *LONG, *TWO_WORKERS]
     run = tmp_path / "runs" / "killed"
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         _wait_for(run / "checkpoint-00000008")
-        os.killpg(driver.pid, signal.SIGKILL)
+        cluster = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
         driver.wait()
+        _, left = psutil.wait_procs(cluster, timeout=30)
+        for process in left:
+            process.kill()
     assert not (run / "checkpoint-00000040").exists()
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
@@ -144,7 +146,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system with room for one checkpoint and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
