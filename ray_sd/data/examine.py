@@ -57,7 +57,7 @@ def examine(
     known = ray.get(known_keys)
     records: list[dict[str, Any]] = []
     size = 0
-    for row in _rows(read, unit):
+    for row in source_rows(read, unit):
         for record in _records(row, config, needs_captions, known):
             records.append(record)
             size += len(record.get("pixels", b""))
@@ -67,14 +67,15 @@ def examine(
     yield pa.Table.from_pylist(records, PICTURE)
 
 
-def _rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
+def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
+    """The rows of a unit; one whose file is damaged ends with a row that says so."""
     path = str(unit.column(0)[0])
     number = 0
     try:
         for row in read(unit):
             number += 1
             yield row
-    except Exception as error:  # noqa: BLE001 - a damaged file ends early and is reported as a row.
+    except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a library raise
         yield SourceRow(path, path, b"", [], f"cannot be read after {number} rows: {type(error).__name__}: {error}")
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
 BYTES_UNDER_WAY = 96 << 20
 BATCHES_UNDER_WAY = 4
-"""An encoder's batches that may wait for it, where they are larger than `BYTES_UNDER_WAY`."""
+"""What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
 TEXTS_PER_BLOCK = 256
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
@@ -126,7 +126,7 @@ def _blocks(table: pa.Table) -> list[pa.Table]:
 def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Dataset:
     settings = config.dataset.encode
     batch = 3 * config.dataset.height * config.dataset.width * settings.batch_size * settings.num_actors
-    limit = max(BYTES_UNDER_WAY, BATCHES_UNDER_WAY * batch)
+    limit = max(BYTES_UNDER_WAY * settings.num_actors, BATCHES_UNDER_WAY * batch)
     return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
 
 

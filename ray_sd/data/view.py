@@ -1,6 +1,7 @@
 """The cache's part of one configuration: its folders, and the stored view of its rows."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from ray_sd.data.sources import Listing
 
 if TYPE_CHECKING:
     from ray_sd.methods import RowSpec
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raise it when the same configuration would encode other values."""
@@ -94,11 +97,17 @@ class View:
         """What an earlier run made of the same listing; None if there was none, or the cache lost a part of it."""
         if not self._prepared.exists():
             return None
-        stored = json.loads(self._prepared.read())
-        indices = {part: RowIndex(self.root, name, count) for part, (name, count) in stored["indices"].items()}
-        if any(index.load().missing_shards() for index in indices.values()):
+        try:
+            stored = json.loads(self._prepared.read())
+            indices = {part: RowIndex(self.root, name, count) for part, (name, count) in stored["indices"].items()}
+            missing = [shard for index in indices.values() for shard in index.load().missing_shards()]
+            summary = replace(EncodeSummary(**stored["summary"]), encoded=0, texts_encoded=0)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("data: the source is read again, since %s cannot be used: %s", self._prepared.path, error)
             return None
-        summary = replace(EncodeSummary(**stored["summary"]), encoded=0, texts_encoded=0)
+        if missing:
+            logger.info("data: the cache lost %d shards; the source is read again", len(set(missing)))
+            return None
         return PreparedData(indices["train"], indices.get("validation"), stored["fingerprint"], summary)
 
     def store(self, prepared: PreparedData) -> None:

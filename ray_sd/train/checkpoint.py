@@ -53,7 +53,7 @@ def storage_errors(step: int, where: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"the checkpoint of step {step} cannot be stored in {where}: {_reason(error)}; "
+            f"the checkpoint of step {step} cannot be stored in {where}: {storage_reason(error)}; "
             "earlier checkpoints are untouched, and resume=true goes on from them"
         ) from error
 
@@ -101,6 +101,17 @@ def read_index(folder: Path) -> dict:
     return index
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint folder has all its files, none of them cut off."""
+    try:
+        for file in set(read_index(folder)["files"].values()):
+            with safe_open(folder / file, framework="pt"):
+                pass
+    except (ArtifactError, OSError, SafetensorError, ValueError):
+        return False
+    return True
+
+
 def _owners(parameters: dict[str, nn.Parameter], world_size: int) -> dict[str, int]:
     """Which rank writes which parameter: the largest first, each to the rank with least so far."""
     load = [0] * world_size
@@ -131,7 +142,7 @@ def _tensors(
                 )
             yield name, values
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"checkpoint {folder} is damaged: {_reason(error)}") from error
+        raise ArtifactError(f"checkpoint {folder} is damaged: {storage_reason(error)}") from error
 
 
 def _check_names(expected: set[str], found: set[str], folder: Path) -> None:
@@ -151,7 +162,8 @@ def _file(rank: int, world_size: int) -> str:
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _reason(error: Exception) -> str:
+def storage_reason(error: Exception) -> str:
+    """What was wrong with storage, in words."""
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         return "no space left on the device"
     return str(error)

@@ -1,5 +1,6 @@
 """One training run from configuration to adapter folder."""
 
+import json
 import logging
 import os
 import tempfile
@@ -16,9 +17,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
-from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
+from ray_sd.train.checkpoint import is_whole, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
@@ -27,6 +29,7 @@ from ray_sd.train.validation import load_trained
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
 
 
 def _check_resume(config: ExperimentConfig, run: RunFolder) -> str | None:
-    """Returns the checkpoint of another run to start from, if one was asked for."""
+    """Returns the checkpoint to start from that Ray Train does not find by itself: another run's, if one was asked for."""
     if config.resume is True and not run.used():
         raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
     if config.resume is not True and run.used():
@@ -108,11 +111,32 @@ def _check_resume(config: ExperimentConfig, run: RunFolder) -> str | None:
             f"name: the run '{config.name}' exists in {run.path}; go on with it by resume=true, or choose another name=…"
         )
     if not isinstance(config.resume, str):
-        return None
+        return _mend(run) if config.resume else None
     path = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
     if "://" not in path and not (Path(path) / "index.json").is_file():
         raise ConfigError(f"resume: {config.resume} is no checkpoint folder; it has no index.json")
     return path
+
+
+def _mend(run: RunFolder) -> str | None:
+    """Make a run resumable whose list of checkpoints is cut off; returns the newest whole checkpoint then.
+
+    Ray Train writes that list in place, so a disk that is full takes it, though the checkpoints are there.
+    """
+    content = run.read(SNAPSHOT)
+    if content is None:
+        return None
+    try:
+        json.loads(content)
+    except ValueError:
+        run.delete(SNAPSHOT)
+        for name in run.checkpoints():
+            found = ray.train.Checkpoint(f"{run.path}/{name}")
+            with found.as_directory() as folder:
+                if is_whole(Path(folder)):
+                    logger.warning("%s was cut off; going on from %s", SNAPSHOT, name)
+                    return found.path
+    return None
 
 
 def _scaling(config: ExperimentConfig) -> ray.train.ScalingConfig:
@@ -158,15 +182,14 @@ def _export(config: ExperimentConfig, data: PreparedData, run: RunFolder, result
 
 
 def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
-    """The first worker error that was meant for a person, else the whole failure in one line."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause = getattr(failure, "_base_exc", failure)
+    """The first failure that was meant for a person, else what failed in one line."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    for cause in causes:
         if isinstance(cause, RaySdError):
             return cause
-    first = next(iter(failures.values()), error)
-    reason = str(getattr(first, "_base_exc", first)).strip().splitlines()
-    return RaySdError(
-        f"training stopped: {reason[-1] if reason else type(first).__name__}; "
-        f"checkpoints are in {run.path}, and resume=true goes on from the last"
-    )
+    goes_on = f"checkpoints are in {run.path}, and resume=true goes on from the last"
+    if isinstance(causes[0], OSError):
+        return ArtifactError(f"{run.path} cannot be written: {storage_reason(causes[0])}; {goes_on}")
+    reason = str(causes[0]).strip().splitlines()
+    return RaySdError(f"training stopped: {reason[-1] if reason else type(causes[0]).__name__}; {goes_on}")

@@ -26,6 +26,22 @@ class RunFolder:
         selector = fs.FileSelector(self._root, allow_not_found=True)
         return bool(self._filesystem.get_file_info(selector))
 
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoint folders, the newest first."""
+        found = self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted((info.base_name for info in found if info.base_name.startswith("checkpoint-")), reverse=True)
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file, or None where there is none."""
+        try:
+            with self._filesystem.open_input_stream(f"{self._root}/{name}") as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        self._filesystem.delete_file(f"{self._root}/{name}")
+
     def upload(self, source: Path, name: str) -> str:
         """Copy a local file or folder into the run folder as `name`; return where it is."""
         target = f"{self._root}/{name}"

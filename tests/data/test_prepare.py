@@ -124,6 +124,17 @@ def test_a_damaged_shard_is_encoded_again(folder: Path, configure: Callable):
     assert len(read_all(prepared.train, config, PIXELS)) == 10
 
 
+def test_a_damaged_view_is_made_again(folder: Path, configure: Callable):
+    config = configure(folder)
+    prepare(config, PIXELS)
+    for file in (Path(config.cache_path) / "views").rglob("train.index"):
+        file.unlink()
+    assert counts(prepare(config, PIXELS)) == (0, 10)
+    for file in (Path(config.cache_path) / "views").rglob("prepared.json"):
+        file.write_text("{")
+    assert counts(prepare(config, PIXELS)) == (0, 10)
+
+
 def test_rows_are_in_the_order_of_their_ids_however_many_tasks_read_them(configure: Callable, tmp_path: Path):
     table = pa.table({"image": [noise_png(i) for i in range(40)], "name": [f"{(i * 7) % 40:02}" for i in range(40)]})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)

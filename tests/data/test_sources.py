@@ -11,6 +11,7 @@ import pytest
 from conftest import noise_png
 
 from ray_sd.config import DatasetConfig
+from ray_sd.data.examine import source_rows
 from ray_sd.data.sources import SourceRow, list_source
 from ray_sd.errors import ConfigError, DataError
 
@@ -176,6 +177,23 @@ def test_webdataset_samples_are_read_with_either_kind_of_caption(tmp_path: Path)
     }
     assert rows["shard-0.tar/001"].image == noise_png(1)
     assert rows["shard-0.tar/002"].reason == "has no picture, only .cls"
+
+
+def test_names_in_a_tar_that_are_not_utf8_are_escaped(tmp_path: Path):
+    write_tar(tmp_path / "x.tar", {"b\udcfcr.png": noise_png(0), "b\udcfcr.txt": b"a bear"})
+    assert captions(read({"name": "webdataset", "path": str(tmp_path)})) == {"x.tar/b\\xfcr": ["a bear"]}
+
+
+def test_a_truncated_tar_gives_what_is_before_the_damage(tmp_path: Path):
+    write_tar(tmp_path / "x.tar", {f"{i}.png": noise_png(i) for i in range(5)})
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: 3 * len(whole) // 10])
+    config = DatasetConfig(source={"name": "webdataset", "path": str(tmp_path)}, resolution=16)
+    listing = list_source(config)
+    rows = list(source_rows(listing.read, listing.units[0]))
+    assert len(rows) >= 2
+    assert rows[-1].reason.startswith(f"cannot be read after {len(rows) - 1} rows: ")
+    assert {row.reason for row in rows[:-1]} == {None}
 
 
 def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path):

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturb
 def test_a_full_disk_ends_in_words_and_the_run_goes_on_once_there_is_room(configure, small_disk, ray_cluster):
     settings = ("name=full", f"storage_path={small_disk}", "trainer.max_steps=6", "trainer.checkpoint.every_steps=2",
                 "trainer.max_failures=0", "method.rank=8", "trainer.checkpoint.keep=5")  # fmt: skip
-    with pytest.raises(ArtifactError, match="step 4 cannot be stored .*: no space left on the device"):
+    with pytest.raises(ArtifactError, match="cannot be (stored|written).*: no space left on the device"):
         fit(configure(*settings))
     assert read_index(small_disk / "full" / "checkpoint-00000002")["step"] == 2
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)

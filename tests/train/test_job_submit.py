@@ -2,10 +2,12 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,15 @@ from ray_sd.adapter import read_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
+# Clusters are protected by a token; the jobs' python is this one.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+    "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    # Ray notes the machine's cluster below this folder, where later tests would find it and join it. Sockets lie
+    # there, too, and their paths must be short.
+    "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-"),
+}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -24,13 +35,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 def head(tmp_path_factory) -> Iterator[str]:
     """Address of the job server of a head of two CPUs."""
     port, dashboard = _free_port(), _free_port()
-    environment = os.environ | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
-    environment.pop("RAY_ADDRESS", None)
     with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
         process = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
-             "--ray-client-server-port=0", "--object-store-memory=500000000"],
-            env=environment, stdout=log, stderr=log, start_new_session=True,
+             f"--ray-client-server-port={_free_port()}", "--object-store-memory=500000000"],
+            env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
             _wait_until_open(dashboard, process)
@@ -41,10 +50,9 @@ def head(tmp_path_factory) -> Iterator[str]:
 
 
 def test_a_submitted_job_trains_with_the_repository_as_working_directory(head, settings, tmp_path):
-    submitted = subprocess.run(
+    submitted = _submit(
         [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--",
-         "python", "jobs/train.py", *settings, "name=submitted", "trainer.num_workers=2"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=400,
+         "python", "jobs/train.py", *settings, "name=submitted", "trainer.num_workers=2"]
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout
@@ -53,6 +61,16 @@ def test_a_submitted_job_trains_with_the_repository_as_working_directory(head, s
     assert read_manifest(adapter).step == 4
     lines = (tmp_path / "runs" / "submitted" / "logs" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def _submit(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Submit once the head's job agent is there, which takes some seconds more than its dashboard."""
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def _free_port() -> int:

@@ -81,6 +81,12 @@ def fingerprint(files: Iterable[fs.FileInfo]) -> str:
     return digest.hexdigest()
 
 
+def printable(name: str | bytes) -> str:
+    """A name as text that every file can hold; what is not UTF-8 in it is written as escapes."""
+    data = name.encode(errors="surrogateescape") if isinstance(name, str) else name
+    return data.decode(errors="backslashreplace")
+
+
 def relative_path(path: str, root: Location) -> str:
     """`path` below `root`; of a root that is itself a file, its name."""
     return path.removeprefix(root.path.rstrip("/")).lstrip("/") or path.rpartition("/")[2]

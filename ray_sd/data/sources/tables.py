@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import locate
-from ray_sd.data.sources.base import SETTING, SourceRow, caption_texts
+from ray_sd.data.sources.base import SETTING, SourceRow, caption_texts, printable
 from ray_sd.errors import DataError
 
 ROWS_PER_READ = 16
@@ -27,11 +27,11 @@ def table_rows(
 ) -> Iterator[SourceRow]:
     """Rows of a table whose pictures are bytes or `{bytes, path}`."""
     images = batch.column(image)
-    ids = batch.column(row_id) if row_id is not None else None
     # As bytes, since text that is not UTF-8 would fail the whole batch.
+    ids = _as_bytes(batch.column(row_id)) if row_id is not None else None
     texts = _as_bytes(batch.column(caption)) if caption in batch.schema.names else None
     for i in range(batch.num_rows):
-        name = str(ids[i].as_py()) if ids is not None and ids[i].is_valid else None
+        name = _name(ids[i].as_py()) if ids is not None else None
         where = f"{path}{start + i}"
         try:
             captions = caption_texts(texts[i].as_py()) if texts is not None else []
@@ -48,6 +48,12 @@ def _as_bytes(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
+
+
+def _name(value: Any) -> str | None:
+    if value is None:
+        return None
+    return printable(value) if isinstance(value, bytes) else str(value)
 
 
 def _image_bytes(value: Any) -> bytes:

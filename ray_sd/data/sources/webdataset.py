@@ -19,6 +19,7 @@ from ray_sd.data.sources.base import (
     caption_texts,
     fingerprint,
     list_files,
+    printable,
     relative_path,
 )
 from ray_sd.errors import DataError
@@ -68,7 +69,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Neighbouring members with the same key, by suffix; the key is the path up to the first dot of the file's name."""
     current, members = "", dict[str, bytes]()
     for member in tar:
-        path = PurePosixPath(member.name)
+        path = PurePosixPath(printable(member.name))
         stem, dot, suffix = path.name.partition(".")
         if not member.isfile() or not stem or not dot:
             continue
