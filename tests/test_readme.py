@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = {"train": ExperimentConfig, "encode": ExperimentConfig, "generate": GenerateConfig}
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
 TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
-COMMAND = r"python jobs/(train|encode|generate)\.py ([^\n`#]+)"
+COMMAND = r"python jobs/(train|encode|generate)\.py (?!list|prune)([^\n`#]+)"  # the cache's verbs compose nothing
 SHOWN_ERROR = re.compile(rf"\$ {COMMAND}\n\s*error: ([^\n]*)")
 
 WRONG = SHOWN_ERROR.findall(TEXT)
