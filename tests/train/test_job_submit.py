@@ -37,10 +37,23 @@ def head(tmp_path_factory) -> Iterator[str]:
     port, dashboard = _free_port(), _free_port()
     with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
-             f"--ray-client-server-port={_free_port()}", "--object-store-memory=500000000"],
-            env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [
+                RAY,
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=2",
+                f"--port={port}",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={_free_port()}",
+                f"--dashboard-agent-listen-port={_free_port()}",
+                "--object-store-memory=500000000",
+            ],
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             _wait_until_open(dashboard, process)
             yield f"http://127.0.0.1:{dashboard}"
@@ -51,9 +64,22 @@ def head(tmp_path_factory) -> Iterator[str]:
 
 def test_a_submitted_job_trains_with_the_repository_as_working_directory(head, settings, tmp_path):
     submitted = _submit(
-        [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--",
-         "python", "jobs/train.py", *settings, "name=submitted", "trainer.num_workers=2"]
-    )  # fmt: skip
+        [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            head,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "jobs/train.py",
+            *settings,
+            "name=submitted",
+            "trainer.num_workers=2",
+        ]
+    )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout
     adapter = tmp_path / "runs" / "submitted" / "adapter"
