@@ -4,7 +4,7 @@ Every training sprite is generated once, the backgrounds taken in turn. Three fi
 
 - `retrieval_top1`: the share of pictures whose nearest training sprite is the one asked for. Pictures are compared as
   16x16 averages of 4x4 pixels, by squared distance over the three channels, with all training sprites on the background
-  that was asked for.
+  that was asked for, each as it is and mirrored, since the model learnt both.
 - `background_accuracy`: the share whose border (the median of the outermost two pixels) is nearest to the colour asked
   for, among the colours of the training set.
 - `vae_psnr_db`: mean PSNR of the autoencoder's reconstructions (posterior mean) of sprites it has never seen, on every
@@ -139,8 +139,10 @@ def pictures_on(sprites: Sequence[Sprite], backgrounds: Sequence[Colour]) -> np.
 
 
 def nearest(picture: np.ndarray, training: np.ndarray) -> int:
-    difference = averaged(training) - averaged(picture[None])
-    return int((difference**2).sum(axis=(1, 2, 3)).argmin())
+    """Index of the nearest training picture or mirrored training picture."""
+    candidates = averaged(np.stack([training, training[:, :, ::-1]]).reshape(-1, *training.shape[1:]))
+    distances = ((candidates - averaged(picture[None])) ** 2).sum(axis=(1, 2, 3))
+    return int(distances.argmin()) % len(training)
 
 
 def averaged(pictures: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def _free_name() -> str:
 def _next_steps(adapter: str) -> str:
     return f"""
 What next:
-  draw with it      python jobs/generate.py model=emoji adapter={adapter} prompt='an owl on a purple background' num_images=4
+  draw with it      python jobs/generate.py model=emoji adapter={adapter} prompt='a owl on a purple background' num_images=4
   curves            tensorboard --logdir {FOLDER}
   your own photos   python jobs/train.py experiment=lora name=my-dog dataset.source.path=PHOTOS \\
                         dataset.caption.template='a photo of a sks dog'   (needs a GPU and the sd15 weights)
