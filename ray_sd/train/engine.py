@@ -5,6 +5,7 @@ The only file that imports deepspeed. Whatever gathers state is collective: ever
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,8 @@ EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed calls collectives by their older names.
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

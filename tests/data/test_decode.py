@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from conftest import bomb_png, encoded, noise_png
 from PIL import Image
+from sample_pictures import bomb_png, encoded, noise_png
 
 from ray_sd.data.decode import RejectedError, decode
 

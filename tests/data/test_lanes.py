@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from conftest import LATENTS, PIXELS, captioned_pictures, experiment
+from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, prepare, training_data, validation_batches

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import LATENTS, PIXELS, bomb_png, captioned_pictures, encoded, experiment, noise_png
 from PIL import Image
+from sample_pictures import LATENTS, PIXELS, bomb_png, captioned_pictures, encoded, experiment, noise_png
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, RowIndex, prepare

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import noise_png
+from sample_pictures import noise_png
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.examine import source_rows
