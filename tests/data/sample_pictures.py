@@ -1,3 +1,5 @@
+"""Pictures, sound and broken, and configurations that read them."""
+
 import functools
 import io
 import json

@@ -1,0 +1,1 @@
+from sample_pictures import configure, folder, rejected  # noqa: F401
