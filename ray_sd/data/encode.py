@@ -3,7 +3,6 @@
 What is slow to import is imported by the actors, since the tasks live in other processes and need none of it.
 """
 
-import logging
 import os
 from typing import Any
 
@@ -81,7 +80,7 @@ class TextEncoder:
         captions = table["caption"].to_pylist()
         with torch.inference_mode():
             device = next(self._model.parameters()).device
-            embeddings = self._model.encode_text(self._model.tokenize(captions).to(device))
+            embeddings = self._model.encode_text(self._model.tokenize(captions, warn=False).to(device))
         embeddings = embeddings.float().cpu().numpy().astype(self._dtype)
         table = table.append_column("embedding", pa.array([row.tobytes() for row in embeddings], pa.binary()))
         shapes = pa.array([embeddings.shape[1:]] * len(table), pa.list_(pa.int32()))
@@ -117,7 +116,6 @@ def _load(config: ModelConfig, components: set[str], num_actors: int) -> Any:
 
     from ray_sd.models import load_model
 
-    logging.getLogger("ray_sd.models").setLevel(logging.ERROR)  # The summary counts cut captions.
     model = load_model(config, components)
     if torch.cuda.is_available():
         return model.to("cuda")

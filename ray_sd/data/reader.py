@@ -1,7 +1,6 @@
 """Reading chosen rows of the cache into arrays."""
 
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ class RowReader:
             batch["text_embeds"] = np.stack([self._texts.row(*place)["embedding"] for place in places])
         elif self._tokenizer is not None:
             captions = [self._index.captions[text[0]][text[1]].as_py() if text is not None else "" for text in texts]
-            batch["input_ids"] = self._tokenizer.tokenize(captions).numpy()
+            batch["input_ids"] = self._tokenizer.tokenize(captions, warn=False).numpy()
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
 
@@ -127,5 +126,4 @@ def _load_tokenizer(config: ModelConfig) -> Any:
     # Slow to import, and only needed where captions are tokenized at every step.
     from ray_sd.models import load_model
 
-    logging.getLogger("ray_sd.models").setLevel(logging.ERROR)  # The summary counted cut captions.
     return load_model(config, {"tokenizer"})

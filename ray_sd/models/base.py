@@ -53,8 +53,8 @@ class DiffusionModel(nn.Module, ABC):
         """Mean and standard deviation, each [B, C, h, w] and unscaled, of the posterior of pixels [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids int64 [B, L], padded and cut to the text encoder's length; cut captions are counted in the log."""
+    def tokenize(self, captions: Sequence[str], warn: bool = True) -> Tensor:
+        """Token ids int64 [B, L], padded and cut to the text encoder's length; with `warn` a log line counts cut captions."""
 
     @abstractmethod
     def encode_text(self, input_ids: Tensor) -> Tensor:

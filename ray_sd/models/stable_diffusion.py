@@ -97,14 +97,15 @@ class StableDiffusion(DiffusionModel):
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
+    def tokenize(self, captions: Sequence[str], warn: bool = True) -> Tensor:
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        cut = sum(len(ids) > length for ids in self.tokenizer(list(captions), verbose=False).input_ids)
-        if cut:
-            logger.warning("%d of %d captions cut to the text encoder's %d tokens", cut, len(captions), length)
+        if warn:
+            cut = sum(len(ids) > length for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+            if cut:
+                logger.warning("%d of %d captions cut to the text encoder's %d tokens", cut, len(captions), length)
         return tokens.input_ids
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
