@@ -88,7 +88,9 @@ def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]
     siblings = list(owner.model_fields) if owner is not None else []
     hint = suggestion(key, siblings)
     if not hint:
-        elsewhere = [setting.path for setting in settings_below(schema) if setting.path.endswith(f".{key}")]
+        # Another variant of the same union may have it, under the very path that this one refuses.
+        paths = [setting.path for setting in settings_below(schema)]
+        elsewhere = [other for other in paths if other.endswith(f".{key}") and other != path]
         hint = (
             f"; did you mean '{elsewhere[0]}'?"
             if elsewhere
