@@ -81,7 +81,7 @@ def test_config_dir_adds_presets_and_replaces_those_of_the_same_name(tmp_path: P
 def test_last_of_several_config_dirs_wins(tmp_path: Path):
     for name, rank in (("first", 1), ("second", 2)):
         (tmp_path / name / "method").mkdir(parents=True)
-        (tmp_path / name / "method" / "lora.yaml").write_text(f"name: lora\nrank: {rank}\n")
+        (tmp_path / name / "method" / "lora_linear.yaml").write_text(f"name: lora\nrank: {rank}\n")
     folders = ["--config-dir", str(tmp_path / "first"), "--config-dir", str(tmp_path / "second")]
     assert load_config([*folders, *DEMO]).method.rank == 2
 
