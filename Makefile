@@ -42,7 +42,7 @@ bench: $(STAMP)
 docs: $(STAMP)
 	python -m ray_sd.config.documentation
 
-# The embedded models, trained again from nothing in two hours of two cores. Replaces what lies in ray_sd/embedded/emoji.
+# The embedded models, trained again from nothing, in hours on two cores. Replaces what lies in ray_sd/embedded/emoji.
 embedded: $(STAMP)
 	python jobs/prepare_emoji.py selection=autoencoder out=runs/data/emoji_vae
 	python jobs/prepare_emoji.py selection=two_core out=runs/data/emoji
