@@ -4,7 +4,7 @@ Every training sprite is generated once, the backgrounds taken in turn. Three fi
 
 - `retrieval_top1`: the share of pictures whose nearest training sprite is the one asked for. Pictures are compared as
   16x16 averages of 4x4 pixels, by squared distance over the three channels, with all training sprites on the background
-  that was asked for, each as it is and mirrored, since the model learnt both.
+  that was asked for.
 - `background_accuracy`: the share whose border (the median of the outermost two pixels) is nearest to the colour asked
   for, among the colours of the training set.
 - `vae_psnr_db`: mean PSNR of the autoencoder's reconstructions (posterior mean) of sprites it has never seen, on every
@@ -12,21 +12,17 @@ Every training sprite is generated once, the backgrounds taken in turn. Three fi
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from report import RESULTS, print_table, write_result
 from tqdm import tqdm
 
-import ray_sd
 import ray_sd.embedded
 from ray_sd.embedded.sprites import (
     IMAGE_SIZE,
@@ -44,7 +40,8 @@ BARS = {"retrieval_top1": 0.95, "background_accuracy": 0.98, "vae_psnr_db": 26.0
 CELL = 4
 BORDER = 2
 SHEET_COLUMNS = 20
-HERE = Path(__file__).parent
+SHEET = RESULTS / "embedded_quality.png"
+SETTINGS = ("sprites", "num_inference_steps", "guidance_scale", "seed", "threads")
 
 
 def main() -> None:
@@ -58,19 +55,18 @@ def main() -> None:
 
     began = time.perf_counter()
     prompts = [caption(sprite.name, colour) for sprite, colour in zip(learnt, wanted, strict=True)]
-    shown = slice(0, options.limit)
-    generated = generate(pipeline, prompts[shown], options)
+    generated = generate(pipeline, prompts, options)
     seconds = time.perf_counter() - began
 
     training = {colour: pictures_on(learnt, [rgb] * len(learnt)) for colour, rgb in colours.items()}
-    found = [nearest(picture, training[colour]) for picture, colour in zip(generated, wanted[shown], strict=True)]
+    found = [nearest(picture, training[colour]) for picture, colour in zip(generated, wanted, strict=True)]
     backgrounds = [background(picture) for picture in generated]
     unseen = unseen_sprites(sprites)
     pairs = [(sprite, rgb) for sprite in unseen for rgb in colours.values()]
     psnr = reconstruction_psnr(pipeline.vae, pictures_on(*zip(*pairs, strict=True)), options.batch_size)
 
     hits = [index == answer for index, answer in enumerate(found)]
-    matches = [seen == colour for seen, colour in zip(backgrounds, wanted[shown], strict=True)]
+    matches = [seen == colour for seen, colour in zip(backgrounds, wanted, strict=True)]
     figures = {
         "retrieval_top1": round(float(np.mean(hits)), 4),
         "background_accuracy": round(float(np.mean(matches)), 4),
@@ -80,14 +76,14 @@ def main() -> None:
         "unseen_pictures": len(psnr),
         "seconds_per_image": round(seconds / len(found), 3),
     }
-    sheet = options.out.with_suffix(".png")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(generated, hits).save(sheet, optimize=True)
-    print_table(figures)
+    SHEET.parent.mkdir(exist_ok=True)
+    contact_sheet(generated, hits).save(SHEET, optimize=True)
+    print_table(
+        f"Embedded model, {len(found)} sprites", ["figure", "value"], [[k, f"{v:g}"] for k, v in figures.items()]
+    )
     missed = [f"{learnt[i].name} (like {learnt[found[i]].name})" for i, hit in enumerate(hits) if not hit]
-    print(f"not retrieved: {', '.join(missed) or 'none'}\npictures: {sheet}")
-    options.out.write_text(json.dumps(record(options, figures), indent=2) + "\n")
-    print(json.dumps(figures))
+    print(f"not retrieved: {', '.join(missed) or 'none'}\npictures: {SHEET}")
+    write_result("embedded_quality", figures, BARS, {name: getattr(options, name) for name in SETTINGS})
 
 
 def parse_options() -> argparse.Namespace:
@@ -101,8 +97,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="picture i starts from the noise of seed + i")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--limit", type=int, help="generate only the first sprites")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "embedded_quality.json")
     return parser.parse_args()
 
 
@@ -139,10 +133,9 @@ def pictures_on(sprites: Sequence[Sprite], backgrounds: Sequence[Colour]) -> np.
 
 
 def nearest(picture: np.ndarray, training: np.ndarray) -> int:
-    """Index of the nearest training picture or mirrored training picture."""
-    candidates = averaged(np.stack([training, training[:, :, ::-1]]).reshape(-1, *training.shape[1:]))
-    distances = ((candidates - averaged(picture[None])) ** 2).sum(axis=(1, 2, 3))
-    return int(distances.argmin()) % len(training)
+    """Index of the nearest training picture."""
+    distances = ((averaged(training) - averaged(picture[None])) ** 2).sum(axis=(1, 2, 3))
+    return int(distances.argmin())
 
 
 def averaged(pictures: np.ndarray) -> np.ndarray:
@@ -181,33 +174,6 @@ def contact_sheet(pictures: np.ndarray, hits: list[bool]) -> Image.Image:
             pixels[:, [0, -1]] = 0
         sheet.paste(Image.fromarray(pixels), (index % SHEET_COLUMNS * IMAGE_SIZE, index // SHEET_COLUMNS * IMAGE_SIZE))
     return sheet
-
-
-def print_table(figures: dict[str, float]) -> None:
-    print(f"{'figure':22}{'value':>10}{'bar':>8}  reached")
-    for name, value in figures.items():
-        bar = BARS.get(name)
-        print(f"{name:22}{value:>10}" + (f"{bar:>8}  {'yes' if value >= bar else 'no'}" if bar is not None else ""))
-
-
-def record(options: argparse.Namespace, figures: dict[str, float]) -> dict:
-    kept = ("sprites", "num_inference_steps", "guidance_scale", "seed", "limit", "threads")
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "ray_sd": ray_sd.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "diffusers", "transformers")},
-        },
-        "machine": {
-            "processor": platform.machine(),
-            "threads": options.threads,
-            "accelerator": accelerator,
-        },
-        "settings": {name: getattr(options, name) for name in kept},
-        "figures": figures,
-    }
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = settings_of(Path(scratch), options)
-        config = load_config([*settings, "name=bare"], ExperimentConfig)
+        run = settings_of(Path(scratch), options)
+        config = load_config([*run, "name=bare"], ExperimentConfig)
         rates: dict[str, list[float]] = {"bare loop": [], "one worker": [], "two workers": [], "encode each step": []}
         for repeat in range(options.repeats):
             rates["bare loop"].append(bare_loop(config, options, encode=False))
-            rates["one worker"].append(run_job(Path(scratch), settings, f"one-{repeat}", 1, options))
-            rates["two workers"].append(run_job(Path(scratch), settings, f"two-{repeat}", 2, options))
+            rates["one worker"].append(run_job(Path(scratch), run, f"one-{repeat}", 1, options))
+            rates["two workers"].append(run_job(Path(scratch), run, f"two-{repeat}", 2, options))
             rates["encode each step"].append(bare_loop(config, options, encode=True))
     measured = {name: statistics.median(values) for name, values in rates.items()}
     bare, one, two, encode = measured.values()
@@ -65,17 +65,20 @@ def main() -> None:
         ["way", "images/s", "over bare loop"],
         [[name, f"{rate:.1f}", f"{rate / bare:.3f}"] for name, rate in measured.items()],
     )
+    settings = {name: getattr(options, name) for name in ("model", "resolution", "batch", "steps", "warmup", "repeats")}
     bars = BARS | {"over_encode_each_step": 0.95 * figures["ideal_over_encode_each_step"]}
-    write_result("train_throughput", figures, bars)
+    write_result("train_throughput", figures, bars, settings)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="emoji", help="model preset")
     parser.add_argument("--resolution", type=int, default=64, help="pixels along a side")
-    parser.add_argument("--batch", type=int, default=16, help="rows a worker")
+    parser.add_argument("--batch", type=int, default=32, help="rows a worker")
     parser.add_argument("--steps", type=int, default=120, help="measured steps of each way")
-    parser.add_argument("--warmup", type=int, default=20, help="steps before measuring")
+    parser.add_argument(
+        "--warmup", type=int, default=60, help="steps before measuring; Ray's own processes still start then"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
     return parser.parse_args()
 

@@ -7,16 +7,10 @@ python jobs/encode.py prune older_than_days=30 | max_gb=50 | folder=latents/8c1d
 
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.config.base import Schema
 from ray_sd.config.cache import CacheListConfig, CachePruneConfig
-from ray_sd.config.load import load_config, run_job, validate
-from ray_sd.config.overrides import apply_overrides
-from ray_sd.errors import ConfigError
-
-Settings = TypeVar("Settings", bound=Schema)
+from ray_sd.config.load import load_config, load_settings, run_job
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,11 +18,11 @@ def main(argv: Sequence[str]) -> None:
     if verb == "list":
         from ray_sd.data.prune import cache_table, list_cache
 
-        print(cache_table(list_cache(read_settings(argv[1:], CacheListConfig).cache_path)))
+        print(cache_table(list_cache(load_settings(argv[1:], CacheListConfig).cache_path)))
     elif verb == "prune":
         from ray_sd.data.prune import cache_table, prune_cache
 
-        settings = read_settings(argv[1:], CachePruneConfig)
+        settings = load_settings(argv[1:], CachePruneConfig)
         folders = prune_cache(settings)
         print(f"{'would remove' if settings.dry_run else 'removed'} {len(folders)} folders")
         print(cache_table(folders))
@@ -38,15 +32,6 @@ def main(argv: Sequence[str]) -> None:
         from ray_sd.methods import build_method
 
         prepare(config, build_method(config.method).rows())
-
-
-def read_settings(argv: Sequence[str], schema: type[Settings]) -> Settings:
-    """Settings of a schema that has no presets. Raises ConfigError."""
-    if bad := [setting for setting in argv if "=" not in setting]:
-        raise ConfigError(f"{bad[0]}: settings are written key=value; they are: {', '.join(schema.model_fields)}")
-    data: dict[str, object] = {}
-    apply_overrides(data, dict(setting.split("=", 1) for setting in argv), schema)
-    return validate(data, schema)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-from ray_sd.config.load import run_job, validate
+from ray_sd.config.load import load_settings, run_job
 from ray_sd.embedded.sprites import SpritesConfig, prepare
-from ray_sd.errors import ConfigError
 
 
-def main(arguments: Sequence[str]) -> None:
-    settings = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"{argument!r} is no setting; write key=value, as in selection=two_core")
-        settings[key] = value
-    print(prepare(validate(settings, SpritesConfig)), "pictures")
+def main(argv: Sequence[str]) -> None:
+    print(prepare(load_settings(argv, SpritesConfig)), "pictures")
 
 
 if __name__ == "__main__":

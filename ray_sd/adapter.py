@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ray_sd import __version__
 from ray_sd.config import ExperimentConfig
@@ -47,8 +47,8 @@ class AdapterManifest(BaseModel):
     """Fingerprint of the training rows."""
     step: int
     """Optimizer steps taken."""
-    metrics: dict[str, float]
-    """Last measurements."""
+    metrics: dict[str, float | None]
+    """Last measurements; null where one was not finite."""
     versions: dict[str, str]
     """Versions of ray_sd and of the packages that it was made with."""
     files: dict[str, str]
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> AdapterManifest:
                 f"{folder} has format {content['format_version']}, this version of ray_sd reads {FORMAT_VERSION}; update ray_sd"
             )
         manifest = AdapterManifest.model_validate(content)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     for name, expected in manifest.files.items():
         file = path.parent / name

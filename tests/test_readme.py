@@ -5,11 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 from ray_sd.config import ExperimentConfig, GenerateConfig
 from ray_sd.config.load import load_config, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 SCHEMAS = {"train": ExperimentConfig, "encode": ExperimentConfig, "generate": GenerateConfig}
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
 TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
@@ -48,7 +51,30 @@ def test_documents_show_commands_and_errors():
 
 
 def test_documents_name_presets_that_exist():
-    for group, names in re.findall(r"^\| `(\w+)=` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
+    for group, names in re.findall(r"^\| `(\w+)=` \| (.*) \|$", README, re.MULTILINE):
         presets = {file.stem for file in (ROOT / "ray_sd" / "presets" / group).glob("*.yaml")}
         named = {name for name in re.findall(r"`(\w+)`", names) if "=" not in name}
         assert named <= presets, group
+
+
+def test_memory_in_the_readme_follows_from_the_number_of_parameters():
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel.from_config(ROOT / "ray_sd" / "models" / "layouts" / "sd15" / "unet")
+        sdxl = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    small, large = sd15.num_parameters(), sdxl.num_parameters()
+    words = " ".join(README.split())
+    assert f"({small / 1e6:.0f} M parameters) thus starts at {2 * small / 1e9:.1f} GB" in words
+    assert f"({large / 1e9:.1f} B) at {2 * large / 1e9:.1f} GB" in words
+    assert f"all weights start at {16 * small / 1e9:.0f} GB and {16 * large / 1e9:.0f} GB" in words

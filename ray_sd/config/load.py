@@ -23,6 +23,7 @@ ROOTS: dict[type[Schema], str] = {ExperimentConfig: "train", GenerateConfig: "ge
 Root = TypeVar("Root", bound=Schema)
 
 
+# mypy knows no default for a type variable's parameter.
 def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig) -> Root:  # type: ignore[assignment]
     """The configuration that a command line asks for.
 
@@ -41,6 +42,15 @@ def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig)
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def load_settings(arguments: Sequence[str], schema: type[Root]) -> Root:
+    """Settings `key=value` of a schema that has no presets. Raises ConfigError with one line a problem."""
+    if bad := [argument for argument in arguments if "=" not in argument]:
+        raise ConfigError(f"{bad[0]}: settings are written key=value; they are: {', '.join(schema.model_fields)}")
+    data: dict[str, Any] = {}
+    apply_overrides(data, dict(argument.split("=", 1) for argument in arguments), schema)
+    return validate(data, schema)
 
 
 def validate(data: dict[str, Any], schema: type[Root], groups: dict[str, list[str]] | None = None) -> Root:

@@ -50,6 +50,7 @@ def _defaults(owner: type[Schema] | None, key: str) -> dict[str, Any]:
     default = owner.model_fields[key].get_default(call_default_factory=True)
     if not isinstance(default, Schema):
         return {}
+    # All kinds of a setting with variants have a `name`; a default is left out of what was set.
     kind = {"name": default.name} if variants(owner.model_fields[key].annotation) else {}  # type: ignore[attr-defined]
     return kind | default.model_dump(exclude_unset=True)
 

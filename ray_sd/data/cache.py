@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_sd.data.locations import Location, locate
-from ray_sd.errors import ConfigError
+from ray_sd.data.locations import Location
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +43,6 @@ def row_key(*parts: str) -> bytes:
 def digest_of(description: dict[str, Any]) -> str:
     """Fingerprint of a description in plain data."""
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def open_cache(cache_path: str) -> Location:
-    """The cache's root. Raises ConfigError where it cannot be written."""
-    root = locate(cache_path, "cache_path")
-    probe = root / f".writable-{uuid.uuid4().hex}"
-    try:
-        probe.write(b"")
-        probe.filesystem.delete_file(probe.path)
-    except OSError as error:
-        raise ConfigError(f"cache_path: {cache_path} cannot be written ({error}); set cache_path=FOLDER") from error
-    return root
 
 
 @dataclass(frozen=True)

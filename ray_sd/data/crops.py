@@ -68,6 +68,7 @@ def _num_windows(crop: Crop) -> int:
 def _place(picture: Image.Image, height: int, width: int, horizontal: float, vertical: float) -> Box:
     """The largest window of the shape, at a share [0, 1] of the room that it leaves on each axis."""
     scale = min(picture.width / width, picture.height / height)
-    left = (picture.width - width * scale) * horizontal
-    top = (picture.height - height * scale) * vertical
+    # What fills an axis may come out a rounding error larger than the picture.
+    left = max(0.0, picture.width - width * scale) * horizontal
+    top = max(0.0, picture.height - height * scale) * vertical
     return left, top, min(left + width * scale, picture.width), min(top + height * scale, picture.height)

@@ -8,6 +8,8 @@ from PIL import Image, ImageOps
 
 # The limit is dataset.max_pixels, held against the header below; Pillow's own would refuse what the user allowed.
 Image.MAX_IMAGE_PIXELS = None
+# Formats that hold other files (ICO, ICNS) would hide sizes from the header, and EPS would start a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 
 class RejectedError(Exception):
@@ -22,7 +24,7 @@ def decode(data: bytes, *, background: str, max_pixels: int) -> Image.Image:
     if not data:
         raise RejectedError("the file is empty")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             warnings.simplefilter("ignore")
             width, height = picture.size
             if width * height > max_pixels:

@@ -4,6 +4,7 @@ What is slow to import is imported by the actors, since the tasks live in other 
 """
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def text_key(caption: str) -> bytes:
 
 class ImageEncoder:
     """An actor that replaces `pixels` in tables of PICTURE by `mean` and `std` of the autoencoder's posterior."""
+
+    components = frozenset({"vae"})
 
     def __init__(self, config: ModelConfig, dtype: str, num_actors: int) -> None:
         self._config = config
@@ -59,7 +62,7 @@ class ImageEncoder:
 
         if self._model is None:
             # Not before there is work: where everything is cached, no encoder is loaded.
-            self._model = _load(self._config, {"vae"}, self._num_actors)
+            self._model = _load(self._config, self.components, self._num_actors)
         with torch.inference_mode():
             device = next(self._model.parameters()).device
             scaled = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
@@ -70,8 +73,10 @@ class ImageEncoder:
 class TextEncoder:
     """An actor that adds `embedding` and `excess_tokens` to tables of TEXT."""
 
+    components = frozenset({"text_encoder", "tokenizer"})
+
     def __init__(self, config: ModelConfig, dtype: str, num_actors: int) -> None:
-        self._model = _load(config, {"text_encoder", "tokenizer"}, num_actors)
+        self._model = _load(config, self.components, num_actors)
         self._dtype = np.dtype(dtype)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -110,7 +115,7 @@ def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str])
     return pa.concat_tables([located(present.drop_columns(list(dtypes)), shard), located(rest, None)])
 
 
-def _load(config: ModelConfig, components: set[str], num_actors: int) -> Any:
+def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
     """The model on this actor's GPU, or with its share of the CPU's cores, one share being left to decoding."""
     import torch
 

@@ -13,7 +13,7 @@ from ray_sd.config import DatasetConfig
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.crops import Variant, cut, variants
 from ray_sd.data.decode import RejectedError, decode
-from ray_sd.data.sources import SourceRow
+from ray_sd.data.sources import UNREADABLE, SourceRow
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 256
@@ -68,15 +68,18 @@ def examine(
 
 
 def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
-    """The rows of a unit; one whose file is damaged ends with a row that says so."""
+    """The rows of a unit; where its file is damaged, a row that says so stands for each that is lost, as far as known."""
     path = str(unit.column(0)[0])
+    known = unit["rows"][0].as_py() if "rows" in unit.column_names else 0
     number = 0
     try:
         for row in read(unit):
             number += 1
             yield row
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a library raise
-        yield SourceRow(path, path, b"", [], f"cannot be read after {number} rows: {type(error).__name__}: {error}")
+        reason = f"{UNREADABLE} after {number} rows: {type(error).__name__}: {error}"
+        for _ in range(max(1, known - number)):
+            yield SourceRow(path, path, b"", [], reason)
 
 
 def _records(row: SourceRow, config: DatasetConfig, needs_captions: bool, known: np.ndarray) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from ray_sd import __version__
 from ray_sd.adapter import read_manifest
 from ray_sd.config import GenerateConfig
 from ray_sd.data.cluster import connect, has_gpus
-from ray_sd.data.locations import Location, locate
+from ray_sd.data.locations import Location, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
 from ray_sd.methods import load_adapter
@@ -54,7 +54,7 @@ def draw(config: GenerateConfig) -> GenerationResult:
     Raises ConfigError for a file without prompts, ArtifactError for a model or adapter that cannot be used.
     """
     requests = list(_requests(config))
-    output = locate(config.output, "output")
+    output = writable_folder(config.output, "output")
     number = _next_number(output)
     names, thumbnails = [], []
     for position, png in _pictures(config, requests):
@@ -162,18 +162,24 @@ def _next_number(output: Location) -> int:
 
 
 def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
-    """Position and PNG of each request, as they get done."""
+    """Position and PNG of each request, as they get done: what is drawn is kept if the rest is not."""
     if config.prompts_file is not None:
         yield from _draw_in_pool(config, requests)
         return
     model = load_for_generation(config)
+    steps = config.num_inference_steps
     with Progress(transient=True) as progress:
-        task = progress.add_task("denoising")
-        images = generate(
-            model, requests, config.batch_size, lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    for position, (request, image) in enumerate(zip(requests, images, strict=True)):
-        yield position, png_bytes(image, parameters(config, request))
+        task = progress.add_task("denoising", total=steps * len(requests))
+        for first in range(0, len(requests), config.batch_size):
+            batch = requests[first : first + config.batch_size]
+            images = generate(
+                model,
+                batch,
+                len(batch),
+                lambda done, _, first=first: progress.update(task, completed=first * steps + done),
+            )
+            for position, (request, image) in enumerate(zip(batch, images, strict=True), first):
+                yield position, png_bytes(image, parameters(config, request))
 
 
 def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:

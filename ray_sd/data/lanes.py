@@ -8,7 +8,6 @@ every row once, and a counter is all there is to resume.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import epoch_order, row_seed
@@ -27,7 +27,6 @@ from ray_sd.data.view import PreparedData
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ray_sd.methods import RowSpec
 
 READER_CPUS = 0.1
 """Little, so that readers run beside training workers that took nearly all of a small machine."""
@@ -74,7 +73,7 @@ def _cached_order(seed: int, epoch: int, num_rows: int, window: int) -> np.ndarr
 class LaneReader:
     """A Ray Data actor that reads micro-batches of one rank, given their numbers."""
 
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", lanes: Lanes) -> None:
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec, lanes: Lanes) -> None:
         self._reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
         self._seed = config.seed
         self._lanes = lanes
@@ -91,9 +90,9 @@ class LaneReader:
 class LaneIterator:
     """What a training worker gets as its shard."""
 
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int) -> None:
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int) -> None:
         trainer = config.trainer
-        self._index, self._config, self._rows = index, config, _light(rows)
+        self._index, self._config, self._rows = index, config, rows
         self.lanes = Lanes(
             num_rows=index.num_rows,
             seed=config.seed,
@@ -133,9 +132,9 @@ class LaneIterator:
 class LaneConfig(DataConfig):
     """Gives every training worker its lanes, where Ray Train would split a stream among them."""
 
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: "RowSpec") -> None:
+    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec) -> None:
         super().__init__()
-        self._index, self._config, self._rows = index, config, _light(rows)
+        self._index, self._config, self._rows = index, config, rows
 
     def configure(
         self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
@@ -147,7 +146,7 @@ class LaneConfig(DataConfig):
 
 
 def training_data(
-    prepared: PreparedData, config: ExperimentConfig, rows: "RowSpec"
+    prepared: PreparedData, config: ExperimentConfig, rows: RowSpec
 ) -> tuple[dict[str, ray.data.Dataset], LaneConfig]:
     """What a TorchTrainer takes as `datasets` and `dataset_config`; a worker's shard `train` is then a LaneIterator."""
     # Ray Train wants a data set for each shard; it is never executed.
@@ -160,11 +159,6 @@ def to_tensors(batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":
 
     half = {np.dtype(np.float16): np.float32}
     return {name: torch.from_numpy(array.astype(half.get(array.dtype, array.dtype))) for name, array in batch.items()}
-
-
-def _light(rows: "RowSpec") -> Any:
-    """The same values without their class, with which a process would import all models just to unpickle it."""
-    return SimpleNamespace(images=rows.images, text=rows.text, caption_dropout=rows.caption_dropout)
 
 
 def _numbers(start: int, stop: int) -> list[pa.Table]:

@@ -93,6 +93,18 @@ def locate(path: str, setting: str) -> Location:
         return Location(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root)
 
 
+def writable_folder(path: str, setting: str) -> Location:
+    """`locate`, for a folder that something will be written to. Raises ConfigError where nothing can be."""
+    root = locate(path, setting)
+    probe = root / f".writable-{uuid.uuid4().hex}"
+    try:
+        probe.write(b"")
+        probe.filesystem.delete_file(probe.path)
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} cannot be written ({error}); set {setting}=FOLDER") from error
+    return root
+
+
 def _has_readable_path(info: fs.FileInfo) -> bool:
     try:
         return bool(info.path)

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +13,13 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, excess_tokens, text_key, write_shard
-from ray_sd.data.examine import examine
+from ray_sd.data.examine import PICTURE, examine
 from ray_sd.data.sources import Listing
-
-if TYPE_CHECKING:
-    from ray_sd.methods import RowSpec
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +28,7 @@ BYTES_UNDER_WAY = 96 << 20
 BATCHES_UNDER_WAY = 4
 """What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
+_HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")])
 TEXTS_PER_BLOCK = 256
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 """Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
@@ -50,7 +48,7 @@ class ImagePass:
     """Keys that were encoded now."""
 
 
-def encode_images(config: ExperimentConfig, rows: "RowSpec", listing: Listing, folder: CacheFolder) -> ImagePass:
+def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, folder: CacheFolder) -> ImagePass:
     """Read every unit of the source and bring all variants of its pictures into the cache folder."""
     settings = config.dataset.encode
     entries = folder.entries()
@@ -75,9 +73,9 @@ def encode_images(config: ExperimentConfig, rows: "RowSpec", listing: Listing, f
     else:
         tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
 
-    heads, rejected, new = [], [], []
+    heads, rejected, new = [_HEADS.empty_table()], [], [entries.slice(0, 0)]
     for table in tables:
-        heads.append(table.filter(pc.is_valid(table["captions"])).select(["id", "image", "captions"]))
+        heads.append(table.filter(pc.is_valid(table["captions"])).select(_HEADS.names))
         rejected += table.filter(pc.is_valid(table["reason"])).select(["path", "reason"]).to_pylist()
         new.append(table.filter(pc.is_valid(table["key"])).select(["key", "shard", "row"]))
     fresh = pa.concat_tables(new)
@@ -130,7 +128,13 @@ def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Datas
     return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
 
 
-def _encode(dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type) -> ray.data.Dataset:
+def _encode(
+    dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type[ImageEncoder | TextEncoder]
+) -> ray.data.Dataset:
+    from ray_sd.models import load_model
+
+    # What is wrong with it is told in words here; Ray would wrap an actor's error in a traceback.
+    load_model(config.model, encoder.components)
     settings = config.dataset.encode
     use_gpu = has_gpus() if config.trainer.use_gpu is None else config.trainer.use_gpu
     return dataset.map_batches(

@@ -4,45 +4,45 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
-from ray_sd.data.cache import KEY, open_cache
+from ray_sd.config.rows import RowSpec
+from ray_sd.data.cache import KEY
 from ray_sd.data.cluster import connect
 from ray_sd.data.crops import variants
 from ray_sd.data.encode import text_key
 from ray_sd.data.examine import image_key
 from ray_sd.data.index import RowIndex, place, write_index
+from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
-from ray_sd.data.sources import list_source
+from ray_sd.data.sources import UNREADABLE, list_source
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
-
-if TYPE_CHECKING:
-    from ray_sd.methods import RowSpec
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: ExperimentConfig, rows: "RowSpec") -> PreparedData:
+def prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     """Read the source, encode what the cache does not have, and index the rows. Runs on the driver.
 
-    A source whose listing (names, sizes, times) is known is not read again.
+    A source whose listing (names, sizes, times) is known is not read again, unless some of it could not be read.
     Raises ConfigError for a cache that cannot be written; DataError where nothing can be read, too much is rejected,
     or nothing is left to train on.
     """
-    root = open_cache(config.cache_path)
+    root = writable_folder(config.cache_path, "cache_path")
     listing = list_source(config.dataset)
     view = View(config, rows, root, listing)
     prepared = view.load()
     if prepared is None:
         connect()
         prepared = _index(config, rows, view, encode_images(config, rows, listing, view.images))
-        view.store(prepared)
+        if not any(reason.startswith(UNREADABLE) for reason in prepared.summary.reasons):
+            view.store(prepared)
     summary = prepared.summary
     _check_rejected(config.dataset, summary.rows, summary.reasons, summary.rejected_file)
     view.touch()
@@ -50,7 +50,7 @@ def prepare(config: ExperimentConfig, rows: "RowSpec") -> PreparedData:
     return prepared
 
 
-def _index(config: ExperimentConfig, rows: "RowSpec", view: View, images: ImagePass) -> PreparedData:
+def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePass) -> PreparedData:
     """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
     dataset = config.dataset
     usable = _has_all(images.rows, dataset, images.entries["key"])
@@ -91,7 +91,7 @@ def _index(config: ExperimentConfig, rows: "RowSpec", view: View, images: ImageP
         rejected_file=view.rejected.path,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
-    return PreparedData(train, validation, _fingerprint(table, view), summary)
+    return PreparedData(train, validation, _fingerprint(table, dataset, view), summary)
 
 
 def _has_all(table: pa.Table, dataset: DatasetConfig, present: pa.ChunkedArray) -> np.ndarray:
@@ -172,8 +172,9 @@ def _write_indices(
     return train, write_index(view.root, f"{view.folder.name}/validation.index", held_out, metadata)
 
 
-def _fingerprint(table: pa.Table, view: View) -> str:
-    digest = hashlib.blake2b(f"{view.images.name} {view.texts and view.texts.name}".encode(), digest_size=16)
+def _fingerprint(table: pa.Table, dataset: DatasetConfig, view: View) -> str:
+    kinds = " ".join(map(str, variants(dataset)))
+    digest = hashlib.blake2b(f"{view.images.name} {view.texts and view.texts.name} {kinds}".encode(), digest_size=16)
     for row in table.to_batches(max_chunksize=4096):
         digest.update(json.dumps(row.select(["id", "image", "captions"]).to_pylist()).encode())
     return digest.hexdigest()

@@ -68,7 +68,9 @@ def prune_cache(config: CachePruneConfig) -> list[CachedFolder]:
 def cache_table(folders: Iterable[CachedFolder]) -> str:
     """Folders as lines of text."""
     lines = [f"{'folder':<26} {'rows':>10} {'MB':>10} {'used, days ago':>15}"]
-    lines += [f"{f.name:<26} {f.rows:>10,} {f.nbytes / 1e6:>10,.1f} {f.age_days:>15.1f}" for f in folders]
+    for folder in folders:
+        rows = f"{folder.rows:,}" if folder.rows else "-"  # views have none
+        lines.append(f"{folder.name:<26} {rows:>10} {folder.nbytes / 1e6:>10,.1f} {folder.age_days:>15.1f}")
     return "\n".join(lines)
 
 

@@ -3,18 +3,16 @@
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from ray_sd.config import ModelConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import draw
-
-if TYPE_CHECKING:
-    from ray_sd.methods import RowSpec
 
 OPEN_FILES = 64
 
@@ -22,7 +20,7 @@ OPEN_FILES = 64
 class RowReader:
     """Reads rows of an index as arrays, in the precision that the cache stores."""
 
-    def __init__(self, index: RowIndex, rows: "RowSpec", model: ModelConfig, memory: int) -> None:
+    def __init__(self, index: RowIndex, rows: RowSpec, model: ModelConfig, memory: int) -> None:
         """memory: bytes of row groups to keep."""
         self._index = index.load()
         self._rows = rows

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import to_tensors
 from ray_sd.data.order import VALIDATION, row_seed
@@ -14,11 +15,9 @@ from ray_sd.data.reader import RowReader
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ray_sd.methods import RowSpec
-
 
 def validation_batches(
-    index: RowIndex, config: ExperimentConfig, rows: "RowSpec", rank: int, world_size: int
+    index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int, world_size: int
 ) -> "Iterator[dict[str, Tensor]]":
     """This rank's part of every held-out row at every timestep of the grid, with `weight` float32 [B].
 
@@ -40,7 +39,7 @@ def validation_batches(
         yield to_tensors(batch)
 
 
-def _timesteps(config: ExperimentConfig, rows: "RowSpec") -> np.ndarray:
+def _timesteps(config: ExperimentConfig, rows: RowSpec) -> np.ndarray:
     """int64: the middles of equal parts of the schedule; for an autoencoder, which has none, a single 0."""
     if rows.images == "pixels":
         return np.zeros(1, dtype=np.int64)

@@ -3,17 +3,15 @@
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import Listing
-
-if TYPE_CHECKING:
-    from ray_sd.methods import RowSpec
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class PreparedData:
 class View:
     """One configuration's folders in the cache."""
 
-    def __init__(self, config: ExperimentConfig, rows: "RowSpec", root: Location, listing: Listing) -> None:
+    def __init__(self, config: ExperimentConfig, rows: RowSpec, root: Location, listing: Listing) -> None:
         image, text = _image_description(config, rows), _text_description(config, rows)
         view = {
             "format": FORMAT,
@@ -131,7 +129,7 @@ class View:
         return self.folder.location / "prepared.json"
 
 
-def _image_description(config: ExperimentConfig, rows: "RowSpec") -> dict[str, Any]:
+def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all pictures in a cache folder share."""
     from ray_sd.models import fingerprint
 
@@ -146,7 +144,7 @@ def _image_description(config: ExperimentConfig, rows: "RowSpec") -> dict[str, A
     return description
 
 
-def _text_description(config: ExperimentConfig, rows: "RowSpec") -> dict[str, Any]:
+def _text_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all captions of a data set share."""
     from ray_sd.models import fingerprint
 

@@ -8,7 +8,7 @@ from ray_sd import config
 from ray_sd.adapter import AdapterManifest, read_manifest
 from ray_sd.errors import ArtifactError
 from ray_sd.methods.autoencoder import Autoencoder
-from ray_sd.methods.base import Method, RowSpec
+from ray_sd.methods.base import Method
 from ray_sd.methods.full import Full
 from ray_sd.methods.lora import Lora
 from ray_sd.models import DiffusionModel, fingerprint
@@ -53,4 +53,4 @@ def _check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, 
             )
 
 
-__all__ = ["METHODS", "Method", "RowSpec", "build_method", "load_adapter"]
+__all__ = ["METHODS", "Method", "build_method", "load_adapter"]

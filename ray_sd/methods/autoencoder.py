@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import AutoencoderMethod
+from ray_sd.config.rows import RowSpec
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import weights
-from ray_sd.methods.base import Method, RowSpec, enable_gradient_checkpointing
+from ray_sd.methods.base import Method, enable_gradient_checkpointing
 from ray_sd.models import DiffusionModel
 from ray_sd.models.noise import randn_rows, row_generators
 

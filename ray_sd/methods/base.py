@@ -1,7 +1,6 @@
 """The verbs of a method: what it learns from, what it trains, and what it leaves behind."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,16 +8,8 @@ from torch import Tensor
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import FullMethod, LoraMethod
+from ray_sd.config.rows import RowSpec
 from ray_sd.models import DiffusionLoss, DiffusionModel
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """What a training row holds."""
-
-    images: Literal["latents", "pixels"]
-    text: Literal["embeddings", "tokens", "none"]
-    caption_dropout: float
 
 
 class Method(ABC):

@@ -126,7 +126,15 @@ def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
         case SingleFile(_, layout):
             return single_file.read_config(layout, component)
         case Folder(path):
-            return json.loads((path / CONFIG_FILES.get(component, "config.json")).read_text())
+            return read_json(path / CONFIG_FILES.get(component, "config.json"))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration file. Raises ArtifactError where it cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read as JSON: {error}") from error
 
 
 def _component_seed(seed: int, component: str) -> int:
@@ -286,7 +294,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _check_class(component: str, cls: type[nn.Module], folder: Path) -> None:
-    content = json.loads((folder / "config.json").read_text())
+    content = read_json(folder / "config.json")
     found = content.get("_class_name") or ", ".join(content.get("architectures") or [])
     accepted = {cls.__name__, "CLIPModel"} if issubclass(cls, PreTrainedModel) else {cls.__name__}
     if found and found not in accepted:

@@ -7,11 +7,20 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ray_sd.config import ModelConfig
+from ray_sd.errors import ArtifactError
 from ray_sd.models import single_file
-from ray_sd.models.components import Architecture, Folder, SingleFile, config_file, find_component, weight_files
+from ray_sd.models.components import (
+    Architecture,
+    Folder,
+    SingleFile,
+    config_file,
+    find_component,
+    read_json,
+    weight_files,
+)
 
 BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
@@ -27,6 +36,8 @@ def fingerprint(config: ModelConfig, component: str) -> str:
     match location:
         case Architecture(architecture, seed):
             digest.update(f"{seed} {json.dumps(architecture, sort_keys=True)}".encode())
+        case SingleFile(_, layout) if component not in single_file.PREFIXES:
+            digest.update(json.dumps([layout, single_file.read_config(layout, component)], sort_keys=True).encode())
         case SingleFile(path, layout):
             digest.update(f"{layout} {_tensors_digest((path,), single_file.PREFIXES[component])}".encode())
         case Folder(path):
@@ -43,7 +54,7 @@ def _folder_content(component: str, folder: Folder) -> Iterator[str]:
             if (folder.path / name).is_file():
                 yield f"{name} {hashlib.blake2b((folder.path / name).read_bytes()).hexdigest()}"
         return
-    content = json.loads((folder.path / config_file(component)).read_text())
+    content = read_json(folder.path / config_file(component))
     kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in BOOKKEEPING}
     yield json.dumps(kept, sort_keys=True)
     if component != "scheduler":
@@ -58,14 +69,14 @@ def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
 @lru_cache(maxsize=64)
 def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
     """Digest of the named tensors, in the order of their names."""
-    owners: dict[str, Path] = {}
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            owners |= {name: file for name in list(tensors.keys()) if name.startswith(prefixes)}
     digest = hashlib.blake2b(digest_size=16)
-    handles = {file: safe_open(file, "pt") for file in files}
-    for name in sorted(owners):
-        tensor = handles[owners[name]].get_tensor(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    try:
+        handles = {file: safe_open(file, "pt") for file in files}
+        owners = {name: file for file in files for name in list(handles[file].keys()) if name.startswith(prefixes)}
+        for name in sorted(owners):
+            tensor = handles[owners[name]].get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"the weights in {files[0].parent} cannot be read as .safetensors: {error}") from error
     return digest.hexdigest()

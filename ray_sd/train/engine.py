@@ -30,6 +30,8 @@ from ray_sd.config import TrainerConfig
 PARAMETER = "parameter"
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SMALL = 50_000_000
+"""Trained elements of which a second copy of the gradients is worth less memory than what saving it costs in time."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed calls collectives by their older names.
@@ -62,7 +64,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device),
             optimizer=_optimizer(groups, trainer),
-            config=_deepspeed_config(trainer, self.compute_dtype),
+            config=_deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
         )
         self._optimizer = self._deepspeed.basic_optimizer
         self._initialize_state()
@@ -214,8 +216,16 @@ def _step_counter(optimizer: torch.optim.Optimizer, step: int) -> int | Tensor:
     return torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
 
 
-def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype) -> dict:
-    zero: dict = {"stage": trainer.zero.stage}
+def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype, elements: int) -> dict:
+    """elements: how many numbers train."""
+    zero: dict = {
+        "stage": trainer.zero.stage,
+        # A buffer of this size is filled during the backward pass; DeepSpeed's default takes 2 GB for any adapter.
+        "reduce_bucket_size": min(elements, 500_000_000),
+    }
+    if trainer.zero.stage == 1 and elements <= SMALL:
+        # Stage 1 then reduces after the backward pass instead of from a hook on each of an adapter's many tensors.
+        zero["contiguous_gradients"] = False
     if trainer.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     if trainer.zero.stage == 3:

@@ -12,6 +12,7 @@ import ray.train
 import yaml
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
@@ -79,6 +80,8 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     _write_config(config, run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
     os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
+    # Ray Train would log what workers print, and so tear progress bars, which travel as printed lines.
+    os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=TrainingJob(config, data, initial_checkpoint),

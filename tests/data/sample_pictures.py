@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.methods import RowSpec
+from ray_sd.config.rows import RowSpec
 
 TINY_MODEL = {
     "name": "tiny",

@@ -10,7 +10,8 @@ import pytest
 
 from ray_sd.config.cache import CachePruneConfig
 from ray_sd.config.load import run_job
-from ray_sd.data.cache import KEY, CacheFolder, Field, open_cache, row_key
+from ray_sd.data.cache import KEY, CacheFolder, Field, row_key
+from ray_sd.data.locations import locate
 from ray_sd.data.prune import DAY, cache_table, list_cache, prune_cache
 from ray_sd.data.reader import ShardReader
 from ray_sd.errors import DataError
@@ -26,7 +27,7 @@ def shard_of(*names: str) -> pa.Table:
 @pytest.fixture
 def cache(tmp_path: Path) -> str:
     """A cache with an old and a new folder, and a view of the old one."""
-    root = open_cache(str(tmp_path / "cache"))
+    root = locate(str(tmp_path / "cache"), "cache_path")
     for name, days, uses in (("latents/old", 40, []), ("text/new", 1, []), ("views/of-old", 2, ["latents/old"])):
         folder = CacheFolder(root, name)
         folder.write(shard_of("a", "b", name), [FIELD])
@@ -40,7 +41,7 @@ def names(folders: list) -> list[str]:
 
 
 def test_written_rows_are_found_by_their_keys_and_read_back(tmp_path: Path):
-    folder = CacheFolder(open_cache(str(tmp_path)), "latents/x")
+    folder = CacheFolder(locate(str(tmp_path), "cache_path"), "latents/x")
     shard = folder.write(shard_of("a", "b", "c"), [FIELD])
     entries = folder.entries()
     assert entries.column_names == ["key", "shard", "row"]
@@ -50,14 +51,14 @@ def test_written_rows_are_found_by_their_keys_and_read_back(tmp_path: Path):
 
 
 def test_the_same_rows_make_the_same_shard(tmp_path: Path):
-    folder = CacheFolder(open_cache(str(tmp_path)), "latents/x")
+    folder = CacheFolder(locate(str(tmp_path), "cache_path"), "latents/x")
     assert folder.write(shard_of("a", "b"), [FIELD]) == folder.write(shard_of("a", "b"), [FIELD])
     assert folder.write(shard_of("a", "c"), [FIELD]) != folder.write(shard_of("a", "b"), [FIELD])
     assert len(folder.shards()) == 2
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
-    root = open_cache(str(tmp_path))
+    root = locate(str(tmp_path), "cache_path")
 
     def write_half() -> None:
         with (root / "x" / "file").open_for_writing() as stream:
@@ -71,7 +72,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
 
 def test_readers_keep_no_more_row_groups_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray_sd.data.cache.ROW_GROUP_BYTES", FIELD.nbytes)
-    folder = CacheFolder(open_cache(str(tmp_path)), "latents/x")
+    folder = CacheFolder(locate(str(tmp_path), "cache_path"), "latents/x")
     shard = folder.write(shard_of(*"abcdefgh"), [FIELD])
     reader = ShardReader(folder, memory=3 * FIELD.nbytes)
     for row in (0, 1, 2, 3, 4, 0):

@@ -12,10 +12,10 @@ import torch
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare, training_data, validation_batches
 from ray_sd.data.lanes import LaneIterator, LaneReader, Lanes, to_tensors
 from ray_sd.data.order import draw, epoch_order, row_seed
-from ray_sd.methods import RowSpec
 
 Batch = dict[str, torch.Tensor]
 

@@ -11,10 +11,10 @@ from PIL import Image
 from sample_pictures import LATENTS, PIXELS, bomb_png, captioned_pictures, encoded, experiment, noise_png
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, RowIndex, prepare
 from ray_sd.data.reader import RowReader
 from ray_sd.errors import ConfigError, DataError
-from ray_sd.methods import RowSpec
 
 CAPTIONED_PIXELS = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
 

@@ -55,16 +55,20 @@ def test_the_caption_column_names_the_key_of_metadata(tmp_path: Path):
 
 
 def test_metadata_that_cannot_be_used_is_reported_by_its_line(tmp_path: Path):
-    (tmp_path / "a.png").write_bytes(noise_png(0))
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(noise_png(0))
     lines = ["{broken", '{"file_name": "gone.png", "caption": "x"}', '{"file_name": "a.png", "caption": 7}', "[]"]
+    lines.append('{"file_name": "\\ud800.png", "caption": "x"}')
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
     assert {path.rpartition("/")[2]: reason for path, reason in listing.rejected} == {
         "metadata.jsonl:1": "is no JSON object with a file_name",
-        "metadata.jsonl:3": "the caption is a int, not text",
+        "a.png": "the caption is a int, not text",
         "metadata.jsonl:4": "is no JSON object with a file_name",
         "gone.png": "metadata.jsonl names this picture, but it is not there",
+        r"\xed\xa0\x80.png": "metadata.jsonl names this picture, but it is not there",
     }
+    assert [row.id for unit in listing.units for row in listing.read(unit)] == ["b.png"]
 
 
 def test_captions_that_are_not_utf8_are_rejected_with_their_row(tmp_path: Path):
@@ -74,8 +78,8 @@ def test_captions_that_are_not_utf8_are_rejected_with_their_row(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "caption": "half a pair \\ud800"}')
     listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
     rows = [row for unit in listing.units for row in listing.read(unit)]
-    assert {row.id: row.reason for row in rows} == {"a.png": "the caption is not UTF-8", "b.png": None}
-    assert [reason for _, reason in listing.rejected] == ["the caption is not UTF-8"]
+    assert {row.id: row.reason for row in rows} == {"a.png": "the caption is not UTF-8"}
+    assert listing.rejected == [(str(tmp_path / "b.png"), "the caption is not UTF-8")]
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path):

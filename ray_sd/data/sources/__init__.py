@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.sources.base import Listing, SourceRow
+from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow
 from ray_sd.data.sources.huggingface import list_huggingface
 from ray_sd.data.sources.image_folder import list_image_folder
 from ray_sd.data.sources.parquet import list_parquet
@@ -23,4 +23,4 @@ def list_source(config: DatasetConfig) -> Listing:
     return SOURCES[config.source.name](config.source, config.caption.column)
 
 
-__all__ = ["SOURCES", "Listing", "SourceRow", "list_source"]
+__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "list_source"]

@@ -14,6 +14,8 @@ from ray_sd.errors import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 SETTING = "dataset.source.path"
+UNREADABLE = "cannot be read"
+"""Begins the reasons that may be gone at the next run, such as a storage that does not answer."""
 
 
 class SourceRow(NamedTuple):
@@ -83,8 +85,12 @@ def fingerprint(files: Iterable[fs.FileInfo]) -> str:
 
 def printable(name: str | bytes) -> str:
     """A name as text that every file can hold; what is not UTF-8 in it is written as escapes."""
-    data = name.encode(errors="surrogateescape") if isinstance(name, str) else name
-    return data.decode(errors="backslashreplace")
+    if isinstance(name, str):
+        try:
+            name = name.encode(errors="surrogateescape")
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can smuggle in
+            name = name.encode(errors="surrogatepass")
+    return name.decode(errors="backslashreplace")
 
 
 def relative_path(path: str, root: Location) -> str:

@@ -23,8 +23,12 @@ def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
     wanted = {source.image_column, caption_column}
     dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
     starts = range(0, len(dataset), ROWS_PER_UNIT)
-    units = [pa.table({"start": [start], "stop": [min(start + ROWS_PER_UNIT, len(dataset))]}) for start in starts]
-    reader = HuggingFaceReader(dataset, f"{source.path}:{source.split}#", source.image_column, caption_column)
+    path = f"{source.path}:{source.split}#"
+    units = [
+        pa.table({"path": [path], "start": [start], "rows": [min(ROWS_PER_UNIT, len(dataset) - start)]})
+        for start in starts
+    ]
+    reader = HuggingFaceReader(dataset, source.image_column, caption_column)
     return Listing(units, reader, dataset._fingerprint)
 
 
@@ -33,16 +37,16 @@ class HuggingFaceReader:
     """Every machine needs the data set's local files, so a cluster needs HF_HOME or the folder on storage it shares."""
 
     dataset: Any
-    path: str
     image_column: str
     caption_column: str
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         (part,) = unit.to_pylist()
         arrow = self.dataset.with_format("arrow")
-        for start in range(part["start"], part["stop"], ROWS_PER_READ):
-            table = arrow[start : min(start + ROWS_PER_READ, part["stop"])]
-            yield from table_rows(table, self.path, start, self.image_column, None, self.caption_column)
+        stop = part["start"] + part["rows"]
+        for start in range(part["start"], stop, ROWS_PER_READ):
+            table = arrow[start : min(start + ROWS_PER_READ, stop)]
+            yield from table_rows(table, part["path"], start, self.image_column, None, self.caption_column)
 
 
 def _load_huggingface(source: HuggingFaceSource) -> Any:
@@ -62,7 +66,7 @@ def _load_huggingface(source: HuggingFaceSource) -> Any:
                 saved = saved[source.split]
             return saved
         return datasets.load_dataset(source.path, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()
         raise DataError(
             f"{SETTING}: tried {'the folder' if folder.is_dir() else 'a local folder (there is none) and the hub for'} "

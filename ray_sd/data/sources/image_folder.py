@@ -12,11 +12,13 @@ from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
+    UNREADABLE,
     Listing,
     SourceRow,
     caption_texts,
     fingerprint,
     list_files,
+    printable,
     relative_path,
 )
 from ray_sd.errors import DataError
@@ -32,14 +34,15 @@ def list_image_folder(source: ImageFolderSource, caption_column: str) -> Listing
         raise DataError(f"{SETTING}: no pictures in {source.path}; they end in {', '.join(IMAGES)}")
     texts = {_stem(info.path): info.path for info in files if info.extension.lower() == "txt"}
     rejected: list[tuple[str, str]] = []
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, list[str] | None] = {}
     for info in files:
         if info.base_name == "metadata.jsonl":
             captions |= _read_metadata(Location(root.filesystem, info.path), caption_column, rejected)
-    paths = {info.path for info in pictures}
-    rejected += [
-        (path, "metadata.jsonl names this picture, but it is not there") for path in captions if path not in paths
-    ]
+    missing = captions.keys() - {info.path for info in pictures}
+    rejected += [(printable(path), "metadata.jsonl names this picture, but it is not there") for path in missing]
+    pictures = [info for info in pictures if captions.get(info.path, []) is not None]
+    if not pictures:
+        raise DataError(f"{SETTING}: no picture in {source.path} can be used; {': '.join(rejected[0])}")
 
     columns = {
         "path": [info.path for info in pictures],
@@ -66,28 +69,32 @@ class FolderReader:
                 captions = file["captions"]
                 if file["text_path"] is not None:
                     captions = caption_texts(Location(self.root.filesystem, file["text_path"]).read())
-            except OSError as error:
-                yield SourceRow(name, path, b"", [], f"cannot be read: {error}")
             except RejectedError as error:
                 yield SourceRow(name, path, b"", [], str(error))
+            except Exception as error:  # noqa: BLE001 - remote filesystems raise their own, and the next file may be well
+                yield SourceRow(name, path, b"", [], f"{UNREADABLE}: {error}")
             else:
                 yield SourceRow(name, path, image, captions)
 
 
-def _read_metadata(file: Location, column: str, rejected: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Captions by path of a `metadata.jsonl`; lines that cannot be used are added to `rejected`."""
+def _read_metadata(file: Location, column: str, rejected: list[tuple[str, str]]) -> dict[str, list[str] | None]:
+    """Captions by path of a `metadata.jsonl`, None where they cannot be used; what is wrong is added to `rejected`."""
     folder = file.path.rpartition("/")[0]
-    captions = {}
+    captions: dict[str, list[str] | None] = {}
     for number, line in enumerate(file.read().splitlines(), 1):
         if not line.strip():
             continue
         try:
             content = json.loads(line)
-            captions[f"{folder}/{content['file_name']}"] = caption_texts(content.get(column))
-        except RejectedError as error:
-            rejected.append((f"{file.path}:{number}", str(error)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            path = f"{folder}/{content['file_name']}"
+        except (ValueError, TypeError, KeyError):
             rejected.append((f"{file.path}:{number}", "is no JSON object with a file_name"))
+            continue
+        try:
+            captions[path] = caption_texts(content.get(column))
+        except RejectedError as error:
+            captions[path] = None
+            rejected.append((printable(path), str(error)))
     return captions
 
 

@@ -23,9 +23,10 @@ def list_parquet(source: ParquetSource, caption_column: str) -> Listing:
     with ThreadPoolExecutor(16) as pool:
         groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), source), files))
     units = [
-        pa.table({"path": [info.path], "row_group": [group], "start": [start]})
-        for info, starts in zip(files, groups, strict=True)
-        for group, start in enumerate(starts)
+        pa.table({"path": [info.path], "row_group": [group], "start": [start], "rows": [size]})
+        for info, sizes in zip(files, groups, strict=True)
+        for group, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes, strict=False))
+        if size
     ]
     if not units:
         raise DataError(f"{SETTING}: the .parquet files in {source.path} hold no rows")
@@ -54,7 +55,7 @@ class ParquetReader:
 
 
 def _row_groups(file: Location, source: ParquetSource) -> list[int]:
-    """Number of the first row of every row group. Raises DataError for a file or columns that cannot be used."""
+    """Number of rows of every row group. Raises DataError for a file or columns that cannot be used."""
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
@@ -63,4 +64,4 @@ def _row_groups(file: Location, source: ParquetSource) -> list[int]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{SETTING}: {file.path} cannot be read as Parquet: {error}") from error
     check_columns(names, source.image_column, source.id_column, file.path)
-    return list(accumulate(sizes, initial=0))[:-1]
+    return sizes

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import locate
-from ray_sd.data.sources.base import SETTING, SourceRow, caption_texts, printable
+from ray_sd.data.sources.base import SETTING, UNREADABLE, SourceRow, caption_texts, printable
 from ray_sd.errors import DataError
 
 ROWS_PER_READ = 16
@@ -65,7 +65,7 @@ def _image_bytes(value: Any) -> bytes:
         try:
             return locate(value["path"], SETTING).read()
         except OSError as error:
-            raise RejectedError(f"cannot be read: {error}") from error
+            raise RejectedError(f"{UNREADABLE}: {error}") from error
     if value is None:
         raise RejectedError("has no picture")
     if not isinstance(value, bytes):

@@ -50,9 +50,12 @@ class TarReader:
                 yield self._row(f"{shard}/{key}", f"{path}:{key}", members)
 
     def _row(self, name: str, where: str, members: dict[str, bytes]) -> SourceRow:
-        pictures = [content for suffix, content in members.items() if suffix.endswith(IMAGES)]
+        # `.jpg` goes before `.depth.png`.
+        suffixes = sorted(
+            (suffix for suffix in members if suffix.endswith(IMAGES)), key=lambda suffix: suffix.count(".")
+        )
         try:
-            if not pictures:
+            if not suffixes:
                 raise RejectedError(f"has no picture, only {', '.join(members)}")
             captions = caption_texts(members.get(".txt"))
             if not captions and ".json" in members:
@@ -60,7 +63,7 @@ class TarReader:
                     captions = caption_texts(json.loads(members[".json"]).get(self.caption_column))
                 except (ValueError, AttributeError) as error:
                     raise RejectedError("its .json holds no JSON object") from error
-            return SourceRow(name, where, pictures[0], captions)
+            return SourceRow(name, where, members[suffixes[0]], captions)
         except RejectedError as error:
             return SourceRow(name, where, b"", [], str(error))
 
