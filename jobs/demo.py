@@ -8,11 +8,11 @@ from pathlib import Path
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config, run_job
 
-FOLDER = Path("runs/demo")
-
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(["experiment=demo", f"storage_path={FOLDER}", f"name={_free_name()}", *argv], ExperimentConfig)
+    config = load_config(["experiment=demo", *argv], ExperimentConfig)
+    folder = Path(config.storage_path)
+    config = config.model_copy(update={"name": _free_name(folder, config.name)})
     from ray_sd.generate import ImageRequest, contact_sheet, generate, save_png
     from ray_sd.methods import load_adapter
     from ray_sd.models import load_model
@@ -37,22 +37,22 @@ def main(argv: Sequence[str]) -> None:
 
     labels = [f"{when}: {request.prompt}" for when in ("before", "after") for request in requests]
     sheet = contact_sheet([*before, *after], labels, columns=len(requests))
-    picture = FOLDER / "before_after.png"
+    picture = folder / "before_after.png"
     save_png(sheet, picture, {"adapter": result.adapter, "prompts": list(settings.prompts), "seed": settings.seed})
     print(result.summary())
     print(f"pictures: {picture}")
-    print(_next_steps(result.adapter))
+    print(_next_steps(folder, result.adapter))
 
 
-def _free_name() -> str:
-    return next(name for i in itertools.count(1) if not (FOLDER / (name := f"owl-{i}")).exists())
+def _free_name(folder: Path, name: str) -> str:
+    return next(numbered for i in itertools.count(1) if not (folder / (numbered := f"{name}-{i}")).exists())
 
 
-def _next_steps(adapter: str) -> str:
+def _next_steps(folder: Path, adapter: str) -> str:
     return f"""
 What next:
   draw with it      python jobs/generate.py model=emoji adapter={adapter} prompt='a owl on a purple background' num_images=4
-  curves            tensorboard --logdir {FOLDER}
+  curves            tensorboard --logdir {folder}
   your own photos   python jobs/train.py experiment=lora name=my-dog dataset.source.path=PHOTOS \\
                         dataset.caption.template='a photo of a sks dog'   (needs a GPU and the sd15 weights)
   all settings      docs/configuration.md"""

@@ -1,10 +1,8 @@
 """Fine-tune, sweep and serve Stable Diffusion and Stable Video Diffusion on Ray."""
 
-import logging
+import os
+
+# transformers warns of a missing torchvision on import, and of what we check ourselves when it loads weights.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __version__ = "0.1.0"
-
-# Said at every import of diffusers. Pictures are scaled and normalised in ray_sd.data, by Pillow.
-logging.getLogger("transformers.utils.import_utils").addFilter(
-    lambda record: "requires torchvision" not in record.getMessage()
-)

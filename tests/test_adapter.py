@@ -76,6 +76,8 @@ def change_manifest(folder: Path, **values: object) -> None:
         (lambda folder: (folder / "manifest.json").unlink(), "is no adapter: it has no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
+        (lambda folder: change_manifest(folder, format_version="1"), "manifest.json is damaged"),
         (lambda folder: change_manifest(folder, step="many"), "manifest.json is damaged"),
         (lambda folder: change_manifest(folder, format_version=99), "has format 99, this version of ray_sd reads 1"),
         (lambda folder: change_manifest(folder, kind="lokr"), "of kind 'lokr'; this version knows lora, full"),

@@ -45,6 +45,8 @@ class ExperimentConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
+        if self.trainer.text_encoder_learning_rate is not None and not getattr(self.method, "text_encoder", False):
+            raise ValueError("trainer.text_encoder_learning_rate needs method.text_encoder=true")
         if isinstance(self.method, AutoencoderMethod):
             if self.trainer.compile:
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")

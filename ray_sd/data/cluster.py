@@ -4,6 +4,7 @@ import logging
 import os
 
 import ray
+import ray._private.state
 
 logger = logging.getLogger(__name__)
 
@@ -14,11 +15,14 @@ def connect() -> None:
         return
     # Ray would otherwise re-create the driver's environment for every worker when the driver runs under `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ray would otherwise leave every GPU visible to processes that asked for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     ray.init(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 
 
 def has_gpus() -> bool:
-    """Whether any node of the cluster has a GPU."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+    """Whether the cluster has a GPU, or its autoscaler can start a node that has."""
+    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return ray.cluster_resources().get("GPU", 0) > 0 or possible.get("GPU", 0) > 0

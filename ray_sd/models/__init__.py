@@ -1,10 +1,6 @@
 """What is trained and run: one file a family."""
 
-import os
 from collections.abc import Collection
-
-# transformers warns of a missing torchvision on import, and of what we check ourselves when it loads weights.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel
@@ -14,10 +10,13 @@ from ray_sd.models.stable_diffusion import StableDiffusion
 FAMILIES: dict[str, type[DiffusionModel]] = {"stable_diffusion": StableDiffusion}
 
 
-def load_model(config: ModelConfig, components: Collection[str] | None = None) -> DiffusionModel:
+def load_model(
+    config: ModelConfig, components: Collection[str] | None = None, *, skeleton: bool = False
+) -> DiffusionModel:
     """Load a model, or only the named `components`: unet, vae, text_encoder, tokenizer, scheduler.
 
-    Weights are fp32, on the CPU, in evaluation mode. Raises ArtifactError for what cannot be found, read or combined.
+    Weights are fp32, on the CPU, in evaluation mode. A `skeleton` has the names and shapes of all parameters, on the
+    meta device, and needs neither memory nor weight files. Raises ArtifactError for what cannot be found, read or combined.
     """
     family = FAMILIES[config.family]
     wanted = family.parts if components is None else components
@@ -26,7 +25,7 @@ def load_model(config: ModelConfig, components: Collection[str] | None = None) -
         raise ValueError(
             f"{config.family} has no component {', '.join(sorted(unknown))}; it has {', '.join(family.parts)}"
         )
-    return family.load(config, wanted)
+    return family.load(config, wanted, skeleton=skeleton)
 
 
 __all__ = ["FAMILIES", "DiffusionLoss", "DiffusionModel", "fingerprint", "load_model"]

@@ -45,8 +45,11 @@ class DiffusionModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, config: ModelConfig, components: Collection[str]) -> Self:
-        """Load the named components. Raises ArtifactError for what is missing, damaged or does not fit together."""
+    def load(cls, config: ModelConfig, components: Collection[str], *, skeleton: bool = False) -> Self:
+        """Load the named components, as a `skeleton` without weights.
+
+        Raises ArtifactError for what is missing, damaged or does not fit together.
+        """
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,15 @@ def load_weights(config: ModelConfig, component: str, cls: type[nn.Module]) -> n
     return module.eval()
 
 
+def load_skeleton(config: ModelConfig, component: str, cls: type[nn.Module]) -> nn.Module:
+    """A U-Net, autoencoder or text encoder as `load_weights` gives it, but on the meta device, without its weights."""
+    architecture = read_config(config, component)
+    if issubclass(cls, PreTrainedModel):
+        architecture = architecture.get("text_config", architecture)
+    with torch.device("meta"):
+        return _build(config, component, cls, architecture).eval()
+
+
 def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
     location = find_component(config, "tokenizer")
     if isinstance(location, SingleFile):

@@ -13,7 +13,7 @@ from ray_sd.config.model import SchedulerName
 from ray_sd.errors import ArtifactError
 from ray_sd.models import noise
 from ray_sd.models.base import PLAIN_LOSS, DiffusionLoss, DiffusionModel
-from ray_sd.models.components import load_tokenizer, load_weights, read_config
+from ray_sd.models.components import load_skeleton, load_tokenizer, load_weights, read_config
 from ray_sd.models.schedulers import build_sampler, load_noise_scheduler
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,13 @@ class StableDiffusion(DiffusionModel):
         self.latent_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     @classmethod
-    def load(cls, config: ModelConfig, components: Collection[str]) -> Self:
+    def load(cls, config: ModelConfig, components: Collection[str], *, skeleton: bool = False) -> Self:
+        load = load_skeleton if skeleton else load_weights
         model = cls(
             config,
-            unet=load_weights(config, "unet", UNet2DConditionModel) if "unet" in components else None,
-            vae=load_weights(config, "vae", AutoencoderKL) if "vae" in components else None,
-            text_encoder=load_weights(config, "text_encoder", CLIPTextModel) if "text_encoder" in components else None,
+            unet=load(config, "unet", UNet2DConditionModel) if "unet" in components else None,
+            vae=load(config, "vae", AutoencoderKL) if "vae" in components else None,
+            text_encoder=load(config, "text_encoder", CLIPTextModel) if "text_encoder" in components else None,
             tokenizer=load_tokenizer(config) if "tokenizer" in components else None,
             noise_scheduler=load_noise_scheduler(config) if "scheduler" in components else None,
             vae_config=read_config(config, "vae"),

@@ -30,6 +30,9 @@ from ray_sd.config import TrainerConfig
 PARAMETER = "parameter"
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FIRST_LOSS_SCALE = 2.0**16
+STEPS_OF_A_LOSS_SCALE = 2000
+"""Steps without an overflow after which the scale of the fp16 loss doubles."""
 SMALL = 50_000_000
 """Trained elements of which a second copy of the gradients is worth less memory than what saving it costs in time."""
 
@@ -67,6 +70,7 @@ class Engine:
             config=_deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
         )
         self._optimizer = self._deepspeed.basic_optimizer
+        self._scale_loss()
         self._initialize_state()
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
@@ -80,6 +84,8 @@ class Engine:
         """Count one micro-batch; the last of an accumulation updates the parameters."""
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         self._deepspeed.step()
+        if boundary and self._loss_scale is not None:
+            self._update_loss_scale(self._loss_scale)
         if boundary and self.ema_decay is not None:
             self._update_ema(self.ema_decay)
 
@@ -130,6 +136,26 @@ class Engine:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.compute_dtype)
+
+    def _scale_loss(self) -> None:
+        # Above stage 0 DeepSpeed's own scaler clips gradients before it unscales them, and stays where it is after an
+        # overflow, which it then meets at every step.
+        self._loss_scale: float | None = None
+        if self.compute_dtype == torch.float16 and self.stage > 0:
+            self._deepspeed.optimizer.torch_autocast_gradscaler = None
+            self._set_loss_scale(FIRST_LOSS_SCALE)
+
+    def _update_loss_scale(self, scale: float) -> None:
+        self._finite_steps = 0 if self._deepspeed.optimizer.overflow else self._finite_steps + 1
+        if self._finite_steps == 0:
+            self._set_loss_scale(max(1.0, scale / 2))
+        elif self._finite_steps == STEPS_OF_A_LOSS_SCALE:
+            self._set_loss_scale(2 * scale)
+
+    def _set_loss_scale(self, scale: float) -> None:
+        self._loss_scale = scale
+        self._finite_steps = 0
+        self._deepspeed.optimizer.override_loss_scale(scale)
 
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors that Adam updates here: whole parameters at stage 0, flat partitions above."""

@@ -1,8 +1,10 @@
 """What the driver sends into the cluster. Imports no torch, so that Ray's own processes, which unpickle it, start quickly."""
 
+import os
 from dataclasses import dataclass
 
 import ray.train
+import ray.train.torch
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData
@@ -20,6 +22,8 @@ class TrainingJob:
 
 def train_loop(job: TrainingJob) -> None:
     """Runs on every worker."""
+    if ray.train.torch.get_device().type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one
     from ray_sd.train.loop import train
 
     train(job)

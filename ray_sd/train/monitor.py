@@ -36,6 +36,8 @@ class Monitor:
         self._shows = rank == 0
         if self._shows:
             self._logs = run.local / LOGS if run.local else Path(tempfile.mkdtemp(prefix="ray_sd-logs-"))
+            if run.local is None:
+                run.download(LOGS, self._logs)
             self._trackers = open_trackers(config, self._logs, start)
             self._seen = set(self._pictures())
             # Counts what this start has to do: images done before would make the rate and the time left wrong.

@@ -6,6 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -20,8 +21,8 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
-from ray_sd.models import fingerprint
-from ray_sd.train.checkpoint import is_whole, storage_reason
+from ray_sd.models import fingerprint, load_model
+from ray_sd.train.checkpoint import INDEX, is_whole, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
@@ -30,6 +31,12 @@ from ray_sd.train.validation import load_trained
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
+CONFIG = "config.yaml"
+WHAT_A_RUN_IS = (
+    *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
+    *(f"dataset.{name}" for name in ("resolution", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")),
+)
+"""Settings that cannot change while a run goes on. Data may move."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -70,21 +77,24 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     check_installed(config.tracker)
     run = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": run.storage_path})
-    initial_checkpoint = _check_resume(config, run)
+    beginning = _check_resume(config, run)
     run.check_writable()
+    # What cannot be trained is found before any work is done.
+    method = build_method(config.method)
+    method.prepare(load_model(config.model, method.components(), skeleton=True), config.trainer)
 
     connect()
-    rows = build_method(config.method).rows()
+    rows = method.rows()
     data = prepare(config, rows)
     datasets, dataset_config = training_data(data, config, rows)
-    _write_config(config, run)
+    _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
     os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
     # Ray Train would log what workers print, and so tear progress bars, which travel as printed lines.
     os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=TrainingJob(config, data, initial_checkpoint),
+        train_loop_config=TrainingJob(config, data, beginning.checkpoint),
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name=config.name,
@@ -105,20 +115,77 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     return _export(config, data, run, result)
 
 
-def _check_resume(config: ExperimentConfig, run: RunFolder) -> str | None:
-    """Returns the checkpoint to start from that Ray Train does not find by itself: another run's, if one was asked for."""
-    if config.resume is True and not run.used():
-        raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
-    if config.resume is not True and run.used():
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins, and where it goes on."""
+
+    origin: str | None
+    """Checkpoint of another run that this one began with."""
+    checkpoint: str | None
+    """Checkpoint to start from where Ray Train finds none of this run's by itself."""
+
+
+def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
+    if config.resume is True:
+        stored = yaml.safe_load(run.read(CONFIG) or b"")
+        if stored is None:
+            raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
+        _check_unchanged(config, stored)
+        origin = stored["resume"] if isinstance(stored.get("resume"), str) else None
+        return Beginning(origin, _mend(run) or origin)
+    if run.used():
         raise ConfigError(
             f"name: the run '{config.name}' exists in {run.path}; go on with it by resume=true, or choose another name=…"
         )
-    if not isinstance(config.resume, str):
-        return _mend(run) if config.resume else None
-    path = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
-    if "://" not in path and not (Path(path) / "index.json").is_file():
-        raise ConfigError(f"resume: {config.resume} is no checkpoint folder; it has no index.json")
-    return path
+    if config.resume is False:
+        return Beginning(None, None)
+    origin = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
+    step = _finished_steps(origin)
+    if step >= config.trainer.max_steps:
+        raise ConfigError(f"resume: {config.resume} has finished {step} steps; set trainer.max_steps above that")
+    return Beginning(origin, origin)
+
+
+def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
+    """Refuse to go on with a run under settings that would make it another run; tell what else has changed."""
+    now = config.model_dump(mode="json")
+    changed = [path for path in _differences(stored, now) if path != "resume"]
+    other_run = [path for path in changed if path.startswith(WHAT_A_RUN_IS)]
+    if other_run:
+        raise ConfigError(
+            "\n".join(
+                f"resume: {path} was {_at(stored, path)} and is {_at(now, path)}; set it back, "
+                f"or start another run with name=… resume={config.storage_path}/{config.name}/checkpoint-…"
+                for path in other_run
+            )
+        )
+    for path in changed:
+        logger.info("resume: %s was %s and is %s", path, _at(stored, path), _at(now, path))
+
+
+def _differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Paths of the values that differ."""
+    if not (isinstance(left, dict) and isinstance(right, dict)):
+        return [] if left == right else [path]
+    keys = dict.fromkeys([*left, *right])
+    below = [_differences(left.get(key), right.get(key), f"{path}.{key}" if path else key) for key in keys]
+    return [difference for differences in below for difference in differences]
+
+
+def _at(config: dict, path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _finished_steps(checkpoint: str) -> int:
+    """Steps of a checkpoint folder, local or behind a URI."""
+    folder, _, name = checkpoint.rstrip("/").rpartition("/")
+    content = RunFolder(folder, name).read(INDEX)
+    if content is None:
+        raise ConfigError(f"resume: {checkpoint} is no checkpoint folder; it has no {INDEX}")
+    return json.loads(content)["step"]
 
 
 def _mend(run: RunFolder) -> str | None:
@@ -160,7 +227,7 @@ def _drawing(config: ExperimentConfig) -> dict:
 
 def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "config.yaml"
+        path = Path(scratch) / CONFIG
         path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         run.upload(path, path.name)
 

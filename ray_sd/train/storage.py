@@ -1,8 +1,7 @@
-"""Run folders on a local disk or behind any pyarrow or fsspec URI."""
+"""Run folders on a local disk or behind a URI."""
 
 from pathlib import Path
 
-import fsspec
 from pyarrow import fs
 
 from ray_sd.errors import ConfigError
@@ -39,6 +38,14 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
+    def download(self, name: str, target: Path) -> None:
+        """Copy a folder of the run, if there is one, to a local folder."""
+        source = f"{self._root}/{name}"
+        if self._filesystem.get_file_info(source).type == fs.FileType.Directory:
+            fs.copy_files(
+                source, str(target), source_filesystem=self._filesystem, destination_filesystem=fs.LocalFileSystem()
+            )
+
     def delete(self, name: str) -> None:
         self._filesystem.delete_file(f"{self._root}/{name}")
 
@@ -71,10 +78,7 @@ def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), path
     try:
         return fs.FileSystem.from_uri(path)
-    except (ValueError, OSError):
-        # pyarrow knows no such scheme; fsspec may.
-        try:
-            filesystem, root = fsspec.core.url_to_fs(path)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"storage_path: {path}: {error}") from error
-        return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root
+    except (ValueError, OSError) as error:  # Ray Train takes what pyarrow takes.
+        raise ConfigError(
+            f"storage_path: {path}: {str(error).splitlines()[0]}; use a path, s3://, gs:// or hdfs://"
+        ) from error

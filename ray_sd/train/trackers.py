@@ -2,12 +2,13 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
 from ray_sd.config import ExperimentConfig, TrackerConfig
-from ray_sd.config.tracker import MlflowConfig, WandbConfig
+from ray_sd.config.tracker import MlflowConfig, TensorBoardConfig, WandbConfig
 from ray_sd.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ class Tracker(ABC):
 
 def check_installed(config: TrackerConfig) -> None:
     """Raises ConfigError for a chosen tracker whose package is missing."""
-    for name in ("tensorboard", "wandb", "mlflow"):
+    for name in TRACKERS:
         if getattr(config, name) is not None and find_spec(name) is None:
             raise ConfigError(f"tracker.{name}: the package is not installed; run `pip install {name}`")
 
@@ -36,12 +37,10 @@ def open_trackers(config: ExperimentConfig, folder: Path, start: int) -> list[Tr
     """Open all chosen trackers in the run's log folder, to go on after step `start`."""
     folder.mkdir(parents=True, exist_ok=True)
     trackers: list[Tracker] = [History(folder, start)]
-    if config.tracker.tensorboard is not None:
-        trackers.append(TensorBoard(config, folder, start))
-    if config.tracker.wandb is not None:
-        trackers.append(Wandb(config.tracker.wandb, config, folder))
-    if config.tracker.mlflow is not None:
-        trackers.append(Mlflow(config.tracker.mlflow, config, folder))
+    for name, tracker in TRACKERS.items():
+        settings = getattr(config.tracker, name)
+        if settings is not None:
+            trackers.append(tracker(settings, config, folder, start))
     return trackers
 
 
@@ -67,7 +66,7 @@ class History(Tracker):
 class TensorBoard(Tracker):
     """Event files."""
 
-    def __init__(self, config: ExperimentConfig, folder: Path, start: int) -> None:
+    def __init__(self, settings: TensorBoardConfig, config: ExperimentConfig, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
@@ -91,7 +90,7 @@ class TensorBoard(Tracker):
 class Wandb(Tracker):
     """Weights & Biases; a resumed run goes on under the same id."""
 
-    def __init__(self, settings: WandbConfig, config: ExperimentConfig, folder: Path) -> None:
+    def __init__(self, settings: WandbConfig, config: ExperimentConfig, folder: Path, start: int) -> None:
         import wandb
 
         identity = folder / "wandb_id"
@@ -123,7 +122,7 @@ class Wandb(Tracker):
 class Mlflow(Tracker):
     """MLflow; a resumed run goes on under the same id."""
 
-    def __init__(self, settings: MlflowConfig, config: ExperimentConfig, folder: Path) -> None:
+    def __init__(self, settings: MlflowConfig, config: ExperimentConfig, folder: Path, start: int) -> None:
         from mlflow import MlflowClient
 
         uri = settings.tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
@@ -151,3 +150,7 @@ class Mlflow(Tracker):
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
+
+
+TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
+"""By their preset of group `tracker`; each takes its settings, the run's configuration and log folder, and the start."""

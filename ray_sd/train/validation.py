@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
     """Draw the validation prompts with a checkpoint's weights; returns where the contact sheet is, under `samples`."""
     with checkpoint.as_directory() as folder:
         model, step = load_trained(experiment, Path(folder))
+    model.to("cuda" if ray.get_gpu_ids() else "cpu")
     settings = experiment.trainer.validation
     requests = [
         ImageRequest(
@@ -60,10 +62,10 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
 
 
 def load_trained(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:
-    """The whole model with a checkpoint's weights, on a GPU if this process has one; and the checkpoint's step."""
+    """The whole model with a checkpoint's weights, on the CPU, and the checkpoint's step."""
     torch.manual_seed(config.seed)
     method = build_method(config.method)
     model = load_model(config.model)
     method.prepare(model, config.trainer)
     step = load_weights(model, folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), step
+    return model.eval(), step

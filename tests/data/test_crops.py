@@ -26,6 +26,13 @@ def test_shapes_other_than_squares_are_cut_to_their_own_ratio():
     assert box == (0, 25, 100, 75)
 
 
+def test_a_window_that_fills_an_axis_stays_within_the_picture():
+    """448 * (900 / 448) is a little more than 900."""
+    pixels, box = cut(gradient(900, 1200), Variant("center", 0, False), height=448, width=448, seed="a")
+    assert pixels.shape == (448, 448, 3)
+    assert box == (0, 150, 900, 1050)
+
+
 def test_scaling_down_averages_instead_of_skipping_pixels():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255

@@ -74,6 +74,16 @@ def test_what_is_no_picture_is_rejected_with_the_reason(data: bytes, reason: str
         pixels(data)
 
 
+def test_a_bomb_inside_an_icon_is_not_opened():
+    """An icon's header names sizes that are not those of the pictures in it."""
+    small = encoded(Image.new("RGB", (16, 16)), "ico")
+    inner = bomb_png()
+    entry = 6 + 8
+    icon = small[:entry] + len(inner).to_bytes(4, "little") + (22).to_bytes(4, "little") + inner
+    with pytest.raises(RejectedError, match="cannot be decoded: cannot identify image file"):
+        decode(icon, background="#ffffff", max_pixels=100_000_000)
+
+
 def test_a_decompression_bomb_is_rejected_by_its_header():
     bomb = bomb_png()
     assert len(bomb) < 1000

@@ -1,3 +1,4 @@
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -156,6 +157,18 @@ def test_epochs_draw_among_the_variants(pictures: Path):
             seen.setdefault(either, set()).add(picture.tobytes())
     assert len(seen) == 10
     assert Counter(len(pictures) for pictures in seen.values())[2] >= 8
+
+
+def test_epochs_draw_among_the_captions_of_a_row(tmp_path: Path, ray_cluster: None):
+    folder = captioned_pictures(tmp_path / "pictures")
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    lines = [{"file_name": f"{i}.png", "caption": [f"one {i}", f"two {i}"]} for i in range(10)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
+    data, config = prepared(folder, rows, {"batch_size": 10})
+    seen = {tuple(ids) for batch in read(data, config, rows, 0, 0, 12) for ids in batch["input_ids"].tolist()}
+    assert len(seen) == 20
 
 
 def test_captions_are_dropped_at_the_asked_rate_for_the_empty_one(pictures: Path):

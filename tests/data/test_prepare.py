@@ -1,4 +1,6 @@
 import logging
+import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sample_pictures import LATENTS, PIXELS, bomb_png, captioned_pictures, encoded, experiment, noise_png
+from sample_pictures import LATENTS, PIXELS, TINY_MODEL, bomb_png, captioned_pictures, encoded, experiment, noise_png
+from tiny_models import save_tiny_model
 
-from ray_sd.config import ExperimentConfig
+from ray_sd.config import ExperimentConfig, ModelConfig
+from ray_sd.config.model import ComponentSource
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, RowIndex, prepare
+from ray_sd.data.encode import ImageEncoder
+from ray_sd.data.examine import PICTURE
 from ray_sd.data.reader import RowReader
-from ray_sd.errors import ConfigError, DataError
+from ray_sd.data.sources import list_source
+from ray_sd.errors import ArtifactError, ConfigError, DataError
 
 CAPTIONED_PIXELS = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
 
@@ -91,6 +98,81 @@ def test_one_changed_picture_is_encoded_alone(folder: Path, configure: Callable)
     assert counts(prepared) == (1, 9)
     changed = [name for name in before if not (before[name]["pixels"] == after[name]["pixels"]).all()]
     assert changed == ["3.png"]
+
+
+def test_the_fingerprint_follows_pictures_and_their_variants(folder: Path, configure: Callable):
+    first = prepare(configure(folder), PIXELS).fingerprint
+    assert prepare(configure(folder, flip=True), PIXELS).fingerprint != first
+    (folder / "3.png").write_bytes(noise_png(100))
+    assert prepare(configure(folder), PIXELS).fingerprint != first
+
+
+def test_shards_say_where_a_window_was(configure: Callable, tmp_path: Path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "wide.png").write_bytes(noise_png(0, (40, 20)))
+    config = configure(tmp_path / "pictures", flip=True)
+    prepare(config, PIXELS)
+    (shard,) = (Path(config.cache_path) / "pixels").rglob("*.parquet")
+    rows = pq.read_table(shard, columns=["id", "width", "height", "box", "flip"]).to_pylist()
+    assert {(row["id"], row["width"], row["height"], *row["box"]) for row in rows} == {
+        ("wide.png", 40, 20, 10, 0, 30, 20)
+    }
+    assert sorted(row["flip"] for row in rows) == [False, True]
+
+
+def test_what_could_not_be_read_once_is_tried_again(folder: Path, configure: Callable, monkeypatch: pytest.MonkeyPatch):
+    picture = folder / "3.png"
+    content = picture.read_bytes()
+    times = picture.stat().st_atime_ns, picture.stat().st_mtime_ns
+    config = configure(folder, max_rejected_fraction=0.5)
+    listing = list_source(config.dataset)
+    picture.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("ray_sd.data.pipeline.list_source", lambda _: listing)
+        assert prepare(config, PIXELS).summary.rejected == 1
+    picture.write_bytes(content)
+    os.utime(picture, ns=times)
+    assert list_source(config.dataset).fingerprint == listing.fingerprint
+    assert prepare(config, PIXELS).summary.rejected == 0
+
+
+def test_a_source_without_rows_is_refused(configure: Callable, tmp_path: Path):
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="so nothing is left"):
+        prepare(configure({"name": "webdataset", "path": str(tmp_path / "empty.tar")}), PIXELS)
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="hold no rows"):
+        prepare(configure({"name": "parquet", "path": str(tmp_path / "x.parquet")}), PIXELS)
+
+
+def test_latents_that_are_not_finite_are_rejected():
+    encoder = ImageEncoder(ModelConfig.model_validate(TINY_MODEL), "float32", num_actors=1)
+    mean = np.zeros((2, 4, 2, 2), np.float32)
+    mean[1] = np.nan
+    encoder._encode = lambda pixels: (mean, np.ones_like(mean))
+    records = [
+        {
+            "id": name,
+            "path": name,
+            "captions": ["x"],
+            "key": name.encode() * 16,
+            "shape": [3, 16, 16],
+            "pixels": bytes(768),
+        }
+        for name in "ab"
+    ]
+    table = encoder(pa.Table.from_pylist(records, PICTURE))
+    assert table["key"].to_pylist() == [b"a" * 16, None]
+
+
+def test_an_encoder_that_cannot_be_loaded_is_told_in_words(folder: Path, configure: Callable, tmp_path: Path):
+    config = configure(folder)
+    save_tiny_model(tmp_path / "tiny")
+    vae = ComponentSource(path=str(tmp_path / "tiny" / "unet"))
+    model = config.model.model_copy(update={"vae": vae})
+    with pytest.raises(ArtifactError, match="holds a UNet2DConditionModel; the vae must be a AutoencoderKL"):
+        prepare(config.model_copy(update={"model": model}), LATENTS)
 
 
 def test_flips_are_added_to_what_the_cache_has(folder: Path, configure: Callable):

@@ -12,6 +12,7 @@ from sample_pictures import noise_png
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.examine import source_rows
+from ray_sd.data.locations import Location
 from ray_sd.data.sources import SourceRow, list_source
 from ray_sd.errors import ConfigError, DataError
 
@@ -163,6 +164,34 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path):
         list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
 
 
+def test_each_row_that_a_damaged_row_group_loses_is_counted(tmp_path: Path):
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [noise_png(i) for i in range(50)]}), file, compression=None, use_dictionary=False)
+    listing = list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
+    content = bytearray(file.read_bytes())
+    content[4:40] = bytes(36)  # the first page's header
+    file.write_bytes(content)
+    rows = [row for unit in listing.units for row in source_rows(listing.read, unit)]
+    assert len(rows) == 50
+    assert all(row.reason.startswith("cannot be read after 0 rows: ") for row in rows)
+
+
+def test_a_file_system_that_fails_on_one_picture_loses_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    read_file = Location.read
+
+    def fail(self: Location) -> bytes:
+        if self.path.endswith("/4.png"):
+            raise RuntimeError("502 from the bucket")
+        return read_file(self)
+
+    monkeypatch.setattr(Location, "read", fail)
+    rows = read({"name": "image_folder", "path": str(folder)})
+    assert {name: row.reason for name, row in rows.items() if row.reason} == {
+        "4.png": "cannot be read: 502 from the bucket"
+    }
+    assert len(rows) == 10
+
+
 def test_webdataset_samples_are_read_with_either_kind_of_caption(tmp_path: Path):
     members = {
         "000.png": noise_png(0),
@@ -171,6 +200,8 @@ def test_webdataset_samples_are_read_with_either_kind_of_caption(tmp_path: Path)
         "001.jpg": noise_png(1),
         "002.cls": b"7",
         "dir/003.seg.png": noise_png(3),
+        "004.depth.png": noise_png(4),
+        "004.jpg": noise_png(5),
     }
     write_tar(tmp_path / "shard-0.tar", members)
     rows = read({"name": "webdataset", "path": str(tmp_path)})
@@ -178,7 +209,9 @@ def test_webdataset_samples_are_read_with_either_kind_of_caption(tmp_path: Path)
         "shard-0.tar/000": ["from text"],
         "shard-0.tar/001": ["from json"],
         "shard-0.tar/dir/003": [],
+        "shard-0.tar/004": [],
     }
+    assert rows["shard-0.tar/004"].image == noise_png(5)
     assert rows["shard-0.tar/001"].image == noise_png(1)
     assert rows["shard-0.tar/002"].reason == "has no picture, only .cls"
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TEXT_ENCODER, UNET, VAE, difference, draw, save_tiny_model, save_tokenizer, tiny_config
 
 from ray_sd.config import ModelConfig
+from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError
+from ray_sd.methods import build_method
 from ray_sd.models import fingerprint, load_model
 
 RANDOM = {
@@ -186,6 +188,24 @@ def test_weights_that_are_damaged_or_incomplete_are_refused(tiny: Path, tmp_path
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ArtifactError, match=f"cannot read the {component} in .*"):
         load_model(tiny_config(tmp_path), (component,))
+    with pytest.raises(ArtifactError, match=f"the weights in .*{component} cannot be read as .safetensors"):
+        fingerprint(tiny_config(tmp_path), component)
+    (tmp_path / component / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="config.json cannot be read as JSON"):
+        fingerprint(tiny_config(tmp_path), component)
+
+
+@pytest.mark.parametrize("preset", ["lora", "lora_linear", "lora_dora", "full"])
+def test_a_skeleton_has_the_parameters_of_the_model(tiny: Path, preset: str):
+    config = load_config(["experiment=lora", "dataset.source.path=x", f"method={preset}", "method.text_encoder=true"])
+    method = build_method(config.method)
+    shapes = []
+    for skeleton in (True, False):
+        model = load_model(tiny_config(tiny), method.components(), skeleton=skeleton)
+        method.prepare(model, config.trainer)
+        assert all(parameter.is_meta == skeleton for parameter in model.parameters())
+        shapes.append({name: (p.shape, p.requires_grad) for name, p in model.named_parameters()})
+    assert shapes[0] == shapes[1]
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path):

@@ -91,6 +91,17 @@ def test_the_fingerprint_of_a_part_is_its_own(tiny: Path, tmp_path: Path, layout
     assert fingerprint(one, "text_encoder") == fingerprint(two, "text_encoder")
 
 
+def test_a_file_alone_has_fingerprints(tiny: Path, tmp_path: Path):
+    """The shipped layouts bring configuration and tokenizer; the weights may be anyone's."""
+    model = load_model(tiny_config(tiny))
+    path = tmp_path / "model.safetensors"
+    save(model, path, clip_weights(model.text_encoder))
+    config = ModelConfig.model_validate({"name": "alone", "base": str(path), "layout": "sd15"})
+    other = config.model_copy(update={"layout": "sd21"})
+    assert fingerprint(config, "text_encoder") != fingerprint(other, "text_encoder")
+    assert fingerprint(config, "tokenizer") != fingerprint(config, "scheduler")
+
+
 def test_a_file_that_lacks_a_part_or_has_another_layout_is_refused(tiny: Path, tmp_path: Path, layout: Path):
     model = load_model(tiny_config(tiny))
     path = tmp_path / "model.safetensors"

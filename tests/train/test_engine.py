@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,18 @@ def measured(tmp_path_factory, ray_cluster) -> dict:
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[float]:
-    """The losses of a loop without ray, DeepSpeed, or division of any kind."""
+def plain(reference) -> list[float]:
+    return reference["losses"]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict:
+    """Losses and moving average of a loop without ray, DeepSpeed, or division of any kind."""
     method, model, config = _prepared()
     objective = Objective(method, model).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    averages = [p.detach().clone() for p in parameters]
     losses = []
     for step in range(STEPS):
         loss = objective(_batch(step, range(BATCH)))
@@ -55,7 +62,10 @@ def plain() -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+        decay = min(config.trainer.ema_decay, (2 + step) / (11 + step))
+        for average, p in zip(averages, parameters, strict=True):
+            average.mul_(decay).add_(p.detach(), alpha=1 - decay)
+    return {"losses": losses, EMA: sum(float(average.double().abs().sum()) for average in averages)}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -80,9 +90,33 @@ def test_state_saved_on_two_workers_at_stage_2_goes_on_on_one_at_any_stage(measu
         assert left == pytest.approx(right, abs=1e-5, rel=1e-5)
 
 
-def test_the_moving_average_lags_behind_the_weights(measured):
-    sums = measured["whole-1-0"]["sums"]
-    assert sums[EMA] != pytest.approx(sums[PARAMETER], rel=1e-7)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_moving_average_is_that_of_a_plain_loop(measured, reference, stage, workers):
+    sums = measured[f"whole-{workers}-{stage}"]["sums"]
+    assert sums[EMA] == pytest.approx(reference[EMA], rel=1e-6)
+    assert sums[EMA] != pytest.approx(sums[PARAMETER], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizer_state_changes_nothing(measured, plain, stage):
+    assert measured[f"offload-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
+    assert measured[f"offload-resumed-{stage}"]["losses"] == pytest.approx(plain[5:], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_full_precision(measured, plain, precision, stage):
+    losses = measured[f"{precision}-{stage}"]["losses"]
+    assert losses == pytest.approx(plain, abs=2e-2)
+    assert losses != pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_scale_of_the_fp16_loss_falls_with_each_overflow(measured, stage):
+    sums = measured[f"overflow-{stage}"]["sums"]
+    assert sums["scale"] == 2.0**60 / 2**STEPS
+    assert sums[PARAMETER] == pytest.approx(measured["untrained"]["sums"][PARAMETER], rel=1e-7)
 
 
 def _measure(settings: dict) -> None:
@@ -96,6 +130,7 @@ def _measure(settings: dict) -> None:
         for _, state in engine.state():
             for key, value in state.items():
                 sums[key] += float(value.double().abs().sum())
+        sums["scale"] = engine._loss_scale or 1.0
         if rank == 0:
             (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "sums": sums}))
 
@@ -109,10 +144,31 @@ def _measure(settings: dict) -> None:
             engine, _ = _engine(stage, workers)
             assert checkpoint.restore(engine, folder / "saved") == 5
             record(f"resumed-1-{stage}", _run(engine, rank, workers, 5, STEPS), engine)
+    if workers == 1:
+        _measure_variants(record, folder, rank)
     for size, elements in (("small", engine_module.SMALL), ("large", 0)):
         engine_module.SMALL = elements
         engine, _ = _engine(1, workers, micro_batch_size=1)
         record(f"accumulated-{size}-{workers}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
+
+
+def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
+    record("untrained", [], _engine(0, 1)[0])
+    for stage in (1, 2, 3):
+        offload = {"stage": stage, "param_persistence_threshold": 0, "offload": True}
+        engine, _ = _engine(stage, 1, zero=offload)
+        record(f"offload-{stage}", _run(engine, rank, 1, 0, STEPS), engine)
+        engine, _ = _engine(stage, 1, zero=offload)
+        checkpoint.restore(engine, folder / "saved")
+        record(f"offload-resumed-{stage}", _run(engine, rank, 1, 5, STEPS), engine)
+    for precision in ("bf16", "fp16"):
+        for stage in (0, 1, 2, 3):
+            engine, _ = _engine(stage, 1, precision=precision)
+            record(f"{precision}-{stage}", _run(engine, rank, 1, 0, STEPS), engine)
+    engine_module.FIRST_LOSS_SCALE = 2.0**60
+    for stage in (1, 2, 3):
+        engine, _ = _engine(stage, 1, precision="fp16")
+        record(f"overflow-{stage}", _run(engine, rank, 1, 0, STEPS), engine)
 
 
 def _prepared():

@@ -11,13 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.run import TrainingResult, fit
+from ray_sd.train.run import Beginning, TrainingResult, _check_resume, fit
+from ray_sd.train.storage import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = (
@@ -72,6 +74,67 @@ def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_
         fit(configure("name=other", f"resume={tmp_path}"))
 
 
+def test_a_run_goes_on_as_it_was(configure, tmp_path):
+    """What would make it another run is refused, what it began from is remembered."""
+    run = tmp_path / "runs" / "young"
+    run.mkdir(parents=True)
+    began = configure("name=young").model_dump(mode="json") | {"resume": "/elsewhere/checkpoint-00000004"}
+    (run / "config.yaml").write_text(yaml.safe_dump(began))
+    with pytest.raises(ConfigError, match="resume: seed was 0 and is 3; set it back") as refused:
+        fit(configure("name=young", "resume=true", "seed=3", "method.rank=5"))
+    assert "resume: method.rank was 16 and is 5" in str(refused.value)
+    config = configure("name=young", "resume=true", "trainer.max_steps=9")
+    beginning = _check_resume(config, RunFolder(config.storage_path, config.name))
+    assert beginning == Beginning(origin="/elsewhere/checkpoint-00000004", checkpoint="/elsewhere/checkpoint-00000004")
+
+
+def test_what_cannot_be_trained_is_refused_before_ray_starts(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match="method.target_modules: no layer of the unet is named 'to_x'"):
+        fit(configure("name=wrong", "method.target_modules=[to_x]"))
+    assert list((tmp_path / "runs" / "wrong").iterdir()) == []
+
+
+def test_rates_checkpoints_and_averages_follow_the_settings(configure, ray_cluster):
+    result = fit(
+        configure(
+            "name=settings",
+            "trainer.schedule=linear",
+            "trainer.schedule.warmup_steps=2",
+            "trainer.learning_rate=0.6",
+            "trainer.checkpoint.every_steps=1",
+            "trainer.checkpoint.keep=2",
+            "trainer.ema_decay=0.9",
+        )
+    )
+    run = Path(result.run)
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.2, 0.4, 0.6, 0.3])
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-00000003", "checkpoint-00000004"]
+    state = load_file(run / "checkpoint-00000004" / "state-00000-of-00001.safetensors")
+    sums = [
+        sum(float(tensor.abs().sum()) for name, tensor in state.items() if name.partition(":")[2] == key)
+        for key in ("", "ema")
+    ]
+    exported = load_file(Path(result.adapter) / "pytorch_lora_weights.safetensors")
+    assert sum(float(tensor.abs().sum()) for tensor in exported.values()) == pytest.approx(sums[1], rel=1e-6)
+    assert sums[0] != pytest.approx(sums[1], rel=1e-3)
+
+
+def test_logs_behind_a_uri_go_on_with_the_run(configure, tmp_path, ray_cluster):
+    settings = ("name=remote", f"storage_path={(tmp_path / 'runs').as_uri()}")
+    fit(configure(*settings, "trainer.max_steps=2"))
+    fit(configure(*settings, "trainer.max_steps=3", "resume=true"))
+    lines = (tmp_path / "runs" / "remote" / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_compiled_unet_learns_the_same_and_exports_the_same_names(configure, undisturbed):
+    checkpoint = Path(undisturbed.run) / "checkpoint-00000036"
+    compiled = fit(configure("name=compiled", *LONG, "trainer.compile=true", f"resume={checkpoint}"))
+    _assert_equal(undisturbed.adapter, compiled.adapter, tolerance=1e-4)
+
+
 def test_unwritable_storage_is_refused_before_ray_starts(configure, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="storage_path: .* cannot be written"):
@@ -124,6 +187,8 @@ def test_a_run_goes_on_from_another_runs_checkpoint_with_other_workers_and_stage
     rest = fit(configure("name=rest", *LONG, "trainer.zero.stage=0", f"resume={checkpoint}"))
     assert rest.step == 40
     _assert_equal(undisturbed.adapter, rest.adapter, tolerance=1e-5)
+    with pytest.raises(ConfigError, match="checkpoint-00000028 has finished 28 steps; set trainer.max_steps above"):
+        fit(configure("name=over", "trainer.max_steps=28", f"resume={checkpoint}"))
 
 
 def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturbed):
@@ -148,7 +213,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip("this machine does not allow mounting a small file system")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 

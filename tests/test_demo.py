@@ -1,0 +1,24 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ray_sd.generate import read_parameters
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_the_demo_draws_before_and_after(tmp_path: Path):
+    settings = ("trainer.max_steps=2", "trainer.checkpoint.every_steps=2", "trainer.validation.num_inference_steps=2")
+    folders = (f"storage_path={tmp_path / 'demo'}", f"cache_path={tmp_path / 'cache'}")
+    command = [sys.executable, "jobs/demo.py", *settings, *folders]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picture = tmp_path / "demo" / "before_after.png"
+    drawn = Image.open(picture)
+    assert drawn.width > 4 * 64
+    assert read_parameters(picture)["adapter"] == str(tmp_path / "demo" / "owl-1" / "adapter")
+    assert f"adapter={tmp_path / 'demo' / 'owl-1' / 'adapter'}" in done.stdout
