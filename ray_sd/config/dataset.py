@@ -127,7 +127,7 @@ class DatasetConfig(Schema):
     holdout: int = Field(0, ge=0)
     """Rows kept from training for the validation loss, chosen by the hash of their id."""
     shuffle_rows: int = Field(4096, ge=1)
-    """Rows shuffled together within an epoch; shards are shuffled whole, and rows within windows of this size."""
+    """Runs of 64 neighbouring rows are shuffled over the whole data set, then rows within windows of this size."""
     reader_memory: int = Field(256, ge=1)
     """MB of rows that each training worker's reader keeps; reading is fastest where it holds `shuffle_rows` rows."""
     encode: EncodeConfig = EncodeConfig()

@@ -144,12 +144,12 @@ def _measure(settings: dict) -> None:
             engine, _ = _engine(stage, workers)
             assert checkpoint.restore(engine, folder / "saved") == 5
             record(f"resumed-1-{stage}", _run(engine, rank, workers, 5, STEPS), engine)
-    if workers == 1:
-        _measure_variants(record, folder, rank)
     for size, elements in (("small", engine_module.SMALL), ("large", 0)):
         engine_module.SMALL = elements
         engine, _ = _engine(1, workers, micro_batch_size=1)
         record(f"accumulated-{size}-{workers}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
+    if workers == 1:
+        _measure_variants(record, folder, rank)
 
 
 def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
@@ -161,6 +161,7 @@ def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
         engine, _ = _engine(stage, 1, zero=offload)
         checkpoint.restore(engine, folder / "saved")
         record(f"offload-resumed-{stage}", _run(engine, rank, 1, 5, STEPS), engine)
+    # Last, since DeepSpeed remembers in the whole process that an engine used autocast.
     for precision in ("bf16", "fp16"):
         for stage in (0, 1, 2, 3):
             engine, _ = _engine(stage, 1, precision=precision)
