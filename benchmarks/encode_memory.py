@@ -23,7 +23,8 @@ from report import print_table, write_result
 
 BAR = 1.1
 SIDE = 64
-ROWS_PER_FILE = 1000
+ROWS_PER_FILE = 100
+"""Few, so that also the smaller run has enough files to keep all stages busy at once; memory follows from that."""
 PROGRAM = """
 import json, sys, time
 from ray_sd.config.load import load_config

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 import torch
 from PIL import Image
 from pyarrow import fs
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from ray_sd import __version__
 from ray_sd.adapter import read_manifest
@@ -172,14 +173,13 @@ def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[
         task = progress.add_task("denoising", total=steps * len(requests))
         for first in range(0, len(requests), config.batch_size):
             batch = requests[first : first + config.batch_size]
-            images = generate(
-                model,
-                batch,
-                len(batch),
-                lambda done, _, first=first: progress.update(task, completed=first * steps + done),
-            )
+            images = generate(model, batch, len(batch), partial(_show, progress, task, first * steps))
             for position, (request, image) in enumerate(zip(batch, images, strict=True), first):
                 yield position, png_bytes(image, parameters(config, request))
+
+
+def _show(progress: Progress, task: TaskID, before: int, done: int, total: int) -> None:
+    progress.update(task, completed=before + done)
 
 
 def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:

@@ -141,6 +141,7 @@ class Engine:
         # Above stage 0 DeepSpeed's own scaler clips gradients before it unscales them, and stays where it is after an
         # overflow, which it then meets at every step.
         self._loss_scale: float | None = None
+        self._finite_steps = 0
         if self.compute_dtype == torch.float16 and self.stage > 0:
             self._deepspeed.optimizer.torch_autocast_gradscaler = None
             self._set_loss_scale(FIRST_LOSS_SCALE)

@@ -105,3 +105,24 @@ def test_prompts_that_cannot_be_read_are_refused(base: Path, tmp_path: Path):
     empty.write_text(" \n\n")
     with pytest.raises(ConfigError, match="empty.txt has no prompts"):
         generation.draw(config(base, tmp_path, prompts_file=str(empty)))
+
+
+def test_pictures_are_kept_that_were_done_before_a_failure(base: Path, tmp_path: Path, monkeypatch):
+    draw_batch = generation.generate
+
+    def fail_at_the_second(model, requests, *arguments):
+        if requests[0].seed == 1:
+            raise KeyboardInterrupt
+        return draw_batch(model, requests, *arguments)
+
+    monkeypatch.setattr(generation, "generate", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        generation.draw(config(base, tmp_path, num_images=3, batch_size=1))
+    assert [path.name for path in tmp_path.glob("*.png")] == ["00000.png"]
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_drawn(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(generation, "load_for_generation", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output: .*file/pictures cannot be written .*; set output=FOLDER"):
+        generation.draw(config(base, tmp_path / "file" / "pictures"))

@@ -85,12 +85,12 @@ def fingerprint(files: Iterable[fs.FileInfo]) -> str:
 
 def printable(name: str | bytes) -> str:
     """A name as text that every file can hold; what is not UTF-8 in it is written as escapes."""
-    if isinstance(name, str):
-        try:
-            name = name.encode(errors="surrogateescape")
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can smuggle in
-            name = name.encode(errors="surrogatepass")
-    return name.decode(errors="backslashreplace")
+    if isinstance(name, bytes):
+        return name.decode(errors="backslashreplace")
+    try:
+        return printable(name.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can smuggle in
+        return printable(name.encode(errors="surrogatepass"))
 
 
 def relative_path(path: str, root: Location) -> str:
