@@ -29,5 +29,5 @@ def test_the_demo_draws_before_and_after(tmp_path: Path):
     picture = tmp_path / "demo" / "before_after.png"
     drawn = Image.open(picture)
     assert drawn.width > 4 * 64
-    assert read_parameters(picture)["adapter"] == str(tmp_path / "demo" / "owl-1" / "adapter")
-    assert f"adapter={tmp_path / 'demo' / 'owl-1' / 'adapter'}" in done.stdout
+    assert read_parameters(picture)["adapter"] == str(tmp_path / "demo" / "demo-1" / "adapter")
+    assert f"adapter={tmp_path / 'demo' / 'demo-1' / 'adapter'}" in done.stdout
