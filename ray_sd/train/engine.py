@@ -34,7 +34,7 @@ FIRST_LOSS_SCALE = 2.0**16
 STEPS_OF_A_LOSS_SCALE = 2000
 """Steps without an overflow after which the scale of the fp16 loss doubles."""
 SMALL = 50_000_000
-"""Trained elements of which a second copy of the gradients is worth less memory than what saving it costs in time."""
+"""Up to so many trained elements, a second copy of their gradients costs less than the hooks that would save it."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed calls collectives by their older names.

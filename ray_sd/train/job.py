@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 
 import ray.train
-import ray.train.torch
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData
@@ -22,7 +21,9 @@ class TrainingJob:
 
 def train_loop(job: TrainingJob) -> None:
     """Runs on every worker."""
-    if ray.train.torch.get_device().type == "cpu":
+    from ray.train.torch import get_device
+
+    if get_device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one
     from ray_sd.train.loop import train
 

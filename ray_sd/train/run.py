@@ -71,8 +71,8 @@ class TrainingResult:
 def fit(config: ExperimentConfig) -> TrainingResult:
     """Encode the data, train, and export an adapter.
 
-    Raises ConfigError before Ray starts where the run's name is taken or storage cannot be written,
-    and any other RaySdError for what goes wrong later.
+    Raises ConfigError before Ray starts where the run's name is taken, storage cannot be written, a run would go on as
+    another, or the method does not fit the model; and any other RaySdError for what goes wrong later.
     """
     check_installed(config.tracker)
     run = RunFolder(config.storage_path, config.name)
@@ -226,9 +226,12 @@ def _drawing(config: ExperimentConfig) -> dict:
 
 
 def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if run.read(CONFIG) == content.encode():
+        return  # a disk that is full again would take what is there
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
-        path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        path.write_text(content)
         run.upload(path, path.name)
 
 
