@@ -8,13 +8,11 @@ every row once, and a counter is all there is to resume.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 from ray.data import ActorPoolStrategy
-from ray.train import DataConfig
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
@@ -22,7 +20,6 @@ from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import epoch_order, row_seed
 from ray_sd.data.reader import RowReader
-from ray_sd.data.view import PreparedData
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,70 +84,46 @@ class LaneReader:
             yield self._reader.read([row for _, row in places], seeds)
 
 
-class LaneIterator:
-    """What a training worker gets as its shard."""
-
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int) -> None:
-        trainer = config.trainer
-        self._index, self._config, self._rows = index, config, rows
-        self.lanes = Lanes(
-            num_rows=index.num_rows,
-            seed=config.seed,
-            shuffle_rows=config.dataset.shuffle_rows,
-            batch_size=trainer.batch_size,
-            micro_batch_size=trainer.rows_per_micro_batch,
-            accumulation_steps=trainer.accumulation_steps,
-            rank=rank,
-        )
-
-    def batches(self, start_step: int, stop_step: int) -> "Iterator[dict[str, Tensor]]":
-        """This rank's micro-batches of the steps from `start_step` to before `stop_step`, as CPU tensors.
-
-        One reader works ahead for the whole call. Its process ends with the iterator.
-        """
-        per_step = self.lanes.accumulation_steps
-        blocks = _numbers(start_step * per_step, stop_step * per_step)
-        if not blocks:
-            return
-        dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY)
-        dataset = dataset.map_batches(
-            LaneReader,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_args=(self._index, self._config, self._rows, self.lanes),
-            compute=ActorPoolStrategy(size=1),
-            num_cpus=READER_CPUS,
-        )
-        size = self.lanes.micro_batch_size
-        for rows in dataset.iter_batches(
-            batch_size=size * self.lanes.micro_batches_at_once, batch_format="numpy", prefetch_batches=1
-        ):
-            for first in range(0, len(rows["row_seed"]), size):
-                yield to_tensors({name: array[first : first + size] for name, array in rows.items()})
+def lanes_of(index: RowIndex, config: ExperimentConfig, rank: int) -> Lanes:
+    """The lanes of one training worker."""
+    trainer = config.trainer
+    return Lanes(
+        num_rows=index.num_rows,
+        seed=config.seed,
+        shuffle_rows=config.dataset.shuffle_rows,
+        batch_size=trainer.batch_size,
+        micro_batch_size=trainer.rows_per_micro_batch,
+        accumulation_steps=trainer.accumulation_steps,
+        rank=rank,
+    )
 
 
-class LaneConfig(DataConfig):
-    """Gives every training worker its lanes, where Ray Train would split a stream among them."""
+def training_batches(
+    index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int, start_step: int, stop_step: int
+) -> "Iterator[dict[str, Tensor]]":
+    """This rank's micro-batches of the steps from `start_step` to before `stop_step`, as CPU tensors.
 
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec) -> None:
-        super().__init__()
-        self._index, self._config, self._rows = index, config, rows
-
-    def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, LaneIterator]]:
-        return [
-            {name: LaneIterator(self._index, self._config, self._rows, rank) for name in datasets}
-            for rank in range(world_size)
-        ]
-
-
-def training_data(
-    prepared: PreparedData, config: ExperimentConfig, rows: RowSpec
-) -> tuple[dict[str, ray.data.Dataset], LaneConfig]:
-    """What a TorchTrainer takes as `datasets` and `dataset_config`; a worker's shard `train` is then a LaneIterator."""
-    # Ray Train wants a data set for each shard; it is never executed.
-    return {"train": ray.data.range(prepared.train.num_rows)}, LaneConfig(prepared.train, config, rows)
+    One reader works ahead for the whole call. Its process ends with the iterator.
+    """
+    lanes = lanes_of(index, config, rank)
+    blocks = _numbers(start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps)
+    if not blocks:
+        return
+    dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY)
+    dataset = dataset.map_batches(
+        LaneReader,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_args=(index, config, rows, lanes),
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=READER_CPUS,
+    )
+    size = lanes.micro_batch_size
+    for part in dataset.iter_batches(
+        batch_size=size * lanes.micro_batches_at_once, batch_format="numpy", prefetch_batches=1
+    ):
+        for first in range(0, len(part["row_seed"]), size):
+            yield to_tensors({name: array[first : first + size] for name, array in part.items()})
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import validation_batches
+from ray_sd.data import training_batches, validation_batches
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train import checkpoint
@@ -57,7 +57,7 @@ def train(job: TrainingJob) -> None:
     run = RunFolder(config.storage_path, config.name)
     monitor = Monitor(engine, config, run, start=start, rank=rank)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
-    batches = ray.train.get_dataset_shard("train").batches(start, trainer.max_steps)
+    batches = training_batches(job.data.train, config, method.rows(), rank, start, trainer.max_steps)
 
     for step in range(start + 1, trainer.max_steps + 1):
         engine.set_learning_rate(factor(step - 1))

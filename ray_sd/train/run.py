@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import PreparedData, connect, has_gpus, prepare, training_data
+from ray_sd.data import PreparedData, connect, has_gpus, prepare
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint, load_model
@@ -84,9 +84,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     method.prepare(load_model(config.model, method.components(), skeleton=True), config.trainer)
 
     connect()
-    rows = method.rows()
-    data = prepare(config, rows)
-    datasets, dataset_config = training_data(data, config, rows)
+    data = prepare(config, method.rows())
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
     os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
@@ -102,8 +100,6 @@ def fit(config: ExperimentConfig) -> TrainingResult:
             failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
         ),
-        datasets=datasets,
-        dataset_config=dataset_config,
         validation_config=ray.train.ValidationConfig(
             draw, ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json")}), _drawing(config)
         ),

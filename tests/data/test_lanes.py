@@ -14,8 +14,8 @@ from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, prepare, training_data, validation_batches
-from ray_sd.data.lanes import LaneIterator, LaneReader, Lanes, to_tensors
+from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
+from ray_sd.data.lanes import LaneReader, Lanes, lanes_of, to_tensors
 from ray_sd.data.order import draw, epoch_order, row_seed
 
 Batch = dict[str, torch.Tensor]
@@ -96,7 +96,7 @@ def prepared(
 
 def read(data: PreparedData, config: ExperimentConfig, rows: RowSpec, rank: int, start: int, stop: int) -> list[Batch]:
     """What the reader of a rank makes of its micro-batches, without an actor."""
-    reader = LaneReader(data.train, config, rows, LaneIterator(data.train, config, rows, rank).lanes)
+    reader = LaneReader(data.train, config, rows, lanes_of(data.train, config, rank))
     parts = [to_tensors(part) for part in reader(pa.table({"micro_batch": range(start, stop)}))]
     columns = {name: joined(parts, name).split(config.trainer.rows_per_micro_batch) for name in parts[0]}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -124,9 +124,7 @@ def test_workers_read_the_same_rows_whatever_their_number(pictures: Path):
 def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictures: Path):
     trainer = {"batch_size": 4, "num_workers": 2, "micro_batch_size": 1}
     data, config = prepared(pictures, PIXELS, trainer, flip=True, crop={"name": "random", "num_variants": 2})
-    datasets, dataset_config = training_data(data, config, PIXELS)
-    shards = dataset_config.configure(datasets, world_size=2, worker_handles=None, worker_node_ids=None)
-    whole, resumed = list(shards[1]["train"].batches(0, 100)), list(shards[1]["train"].batches(97, 100))
+    whole, resumed = (list(training_batches(data.train, config, PIXELS, 1, start, 100)) for start in (0, 97))
     assert [len(whole), len(resumed)] == [200, 6]
     assert whole[0]["pixels"].dtype == torch.uint8
     assert whole[0]["row_seed"].dtype == torch.int64
@@ -138,7 +136,7 @@ def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictu
 def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path):
     data, config = prepared(pictures, PIXELS, {"batch_size": 4})
     before = ray.available_resources()["CPU"]
-    batches = LaneIterator(data.train, config, PIXELS, 0).batches(0, 10_000)
+    batches = training_batches(data.train, config, PIXELS, 0, 0, 10_000)
     next(batches)
     assert ray.available_resources()["CPU"] < before
     batches.close()
