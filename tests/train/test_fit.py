@@ -23,7 +23,7 @@ from ray_sd.train.storage import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = (
-    "trainer.max_steps=40",
+    "trainer.max_steps=24",
     "trainer.checkpoint.every_steps=4",
     "trainer.learning_rate=1e-2",
     "trainer.ema_decay=0.9",
@@ -34,7 +34,7 @@ TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2")
 
 @pytest.fixture(scope="module")
 def undisturbed(run_settings, tmp_path_factory, ray_cluster) -> TrainingResult:
-    """A run of 40 steps that nothing happened to, with all its checkpoints."""
+    """A run of 24 steps that nothing happened to, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return fit(
         load_config([*run_settings(folder), "name=undisturbed", *LONG, *TWO_WORKERS, "trainer.checkpoint.keep=10"])
@@ -125,7 +125,7 @@ def test_rates_checkpoints_averages_and_logs_follow_the_settings(configure, tmp_
 
 
 def test_a_compiled_unet_learns_the_same_and_exports_the_same_names(configure, undisturbed):
-    checkpoint = Path(undisturbed.run) / "checkpoint-00000036"
+    checkpoint = Path(undisturbed.run) / "checkpoint-00000020"
     compiled = fit(configure("name=compiled", *LONG, "trainer.compile=true", f"resume={checkpoint}"))
     _assert_equal(undisturbed.adapter, compiled.adapter, tolerance=1e-4)
 
@@ -144,7 +144,7 @@ def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, undisturb
     def kill_a_worker_in_mid_run():
         _wait_for(run / "checkpoint-00000008")
         next(child for child in psutil.Process().children(recursive=True) if _is_train_worker(child)).kill()
-        killed.append(not (run / "checkpoint-00000040").exists())
+        killed.append(not (run / "checkpoint-00000024").exists())
 
     killer = threading.Thread(target=kill_a_worker_in_mid_run)
     killer.start()
@@ -166,24 +166,24 @@ def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undistu
         _, left = psutil.wait_procs(cluster, timeout=30)
         for process in left:
             process.kill()
-    assert not (run / "checkpoint-00000040").exists()
+    assert not (run / "checkpoint-00000024").exists()
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "resume=true" in refused.stderr
     resumed = subprocess.run([*command, "resume=true"], cwd=REPOSITORY, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(line)["step"] for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 25))
     _assert_equal(undisturbed.adapter, run / "adapter")
 
 
 def test_a_run_goes_on_from_another_runs_checkpoint_with_other_workers_and_stage(configure, undisturbed):
-    checkpoint = Path(undisturbed.run) / "checkpoint-00000028"
+    checkpoint = Path(undisturbed.run) / "checkpoint-00000016"
     rest = fit(configure("name=rest", *LONG, "trainer.zero.stage=0", f"resume={checkpoint}"))
-    assert rest.step == 40
+    assert rest.step == 24
     _assert_equal(undisturbed.adapter, rest.adapter, tolerance=1e-5)
-    with pytest.raises(ConfigError, match="checkpoint-00000028 has finished 28 steps; set trainer.max_steps above"):
-        fit(configure("name=over", "trainer.max_steps=28", f"resume={checkpoint}"))
+    with pytest.raises(ConfigError, match="checkpoint-00000016 has finished 16 steps; set trainer.max_steps above"):
+        fit(configure("name=over", "trainer.max_steps=16", f"resume={checkpoint}"))
 
 
 def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturbed):
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_method_is_refused_in_words(configure, undisturb
             configure(
                 "name=rank4",
                 "method.rank=4",
-                "trainer.max_steps=41",
+                "trainer.max_steps=25",
                 "trainer.max_failures=0",
                 f"resume={undisturbed.checkpoint}",
             )
