@@ -90,6 +90,12 @@ class CaptionConfig(Schema):
     """Column of Parquet, Hugging Face and `metadata.jsonl` rows, and key of WebDataset `.json` files."""
     template: str | None = None
     """Caption of every row that has none, such as `a photo of a sks dog`. An empty string trains without text."""
+    replace: dict[str, str] = Field(default_factory=dict)
+    """Words of captions, and what is written in their place: `'{owl: <my-owl>}'`."""
+    prefix: str = ""
+    """Written before every caption, as it stands."""
+    suffix: str = ""
+    """Written after every caption, as it stands."""
 
 
 class EncodeConfig(Schema):

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema
 from ray_sd.config.dataset import DatasetConfig
-from ray_sd.config.method import AutoencoderMethod, Method
+from ray_sd.config.method import AutoencoderMethod, Method, PlaceholderTokens
 from ray_sd.config.model import ModelConfig
 from ray_sd.config.tracker import TrackerConfig
 from ray_sd.config.trainer import TrainerConfig
@@ -47,6 +47,8 @@ class ExperimentConfig(Schema):
     def _check(self) -> "ExperimentConfig":
         if self.trainer.text_encoder_learning_rate is not None and not getattr(self.method, "text_encoder", False):
             raise ValueError("trainer.text_encoder_learning_rate needs method.text_encoder=true")
+        if self.trainer.token_learning_rate is not None and not isinstance(self.method, PlaceholderTokens):
+            raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")
         if isinstance(self.method, AutoencoderMethod):
             if self.trainer.compile:
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")

@@ -1,8 +1,8 @@
 """What is learnt, and with which loss."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema
 
@@ -16,6 +16,89 @@ class DiffusionMethod(Schema):
     """Scale of a per-channel constant added to the noise, so that very dark and bright pictures are learnt."""
     caption_dropout: float = Field(0.0, ge=0, le=1)
     """Probability of training a row without its caption, for classifier-free guidance."""
+
+
+def _one_to_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_one_to_list)]
+"""A list of texts, of which one may stand alone."""
+
+OBJECT_TEMPLATES = (
+    "a photo of {}", "a photo of the {}", "a photo of one {}", "a picture of a {}", "a close-up photo of {}",
+    "a bright photo of {}", "a dark photo of {}", "a sharp photo of a {}", "a cropped photo of the {}",
+    "a drawing of {}", "a small {} in a photo", "a large {} in a photo",
+)  # fmt: skip
+"""Prompts without content of their own, as arXiv:2208.01618 trains objects with."""
+STYLE_TEMPLATES = (
+    "a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}",
+    "a small painting in the style of {}", "a large painting in the style of {}", "a bright painting in the style of {}",
+    "a dark painting in the style of {}", "a detail of a painting in the style of {}", "{} style art",
+)  # fmt: skip
+"""The same for styles."""
+
+
+class PlaceholderTokens(Schema):
+    """New words of the tokenizer, whose embeddings are learnt."""
+
+    placeholder_token: Texts
+    """Words that prompts will name the subject by, such as `<my-cat>`; several are learnt at once."""
+    initializer_token: Texts = ()
+    """Word or phrase that each begins as; none begins with a draw that looks like the vocabulary. One serves all."""
+    num_vectors: int | tuple[int, ...] = 1
+    """Vectors of each placeholder; a prompt's length counts each of them."""
+    norm_control: bool = False
+    """Keep every vector as long as the vocabulary's median one, so that it does not drown the rest of a prompt."""
+
+    def placeholders(self) -> dict[str, int]:
+        """Number of vectors by token."""
+        count = len(self.placeholder_token)
+        vectors = (self.num_vectors,) * count if isinstance(self.num_vectors, int) else self.num_vectors
+        return dict(zip(self.placeholder_token, vectors, strict=True))
+
+    def initializers(self) -> dict[str, str | None]:
+        """Initializer by token."""
+        words = self.initializer_token or (None,)
+        return dict(zip(self.placeholder_token, words * (len(self.placeholder_token) // len(words)), strict=True))
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        tokens = self.placeholder_token
+        if not tokens or len(set(tokens)) != len(tokens):
+            raise ValueError("placeholder_token must name one word or several different ones")
+        if len(self.initializer_token) not in (0, 1, len(tokens)):
+            raise ValueError(f"{len(self.initializer_token)} initializer_tokens for {len(tokens)} placeholder_tokens")
+        vectors = (self.num_vectors,) if isinstance(self.num_vectors, int) else self.num_vectors
+        if not isinstance(self.num_vectors, int) and len(vectors) != len(tokens):
+            raise ValueError(f"{len(vectors)} num_vectors for {len(tokens)} placeholder_tokens")
+        if min(vectors) < 1:
+            raise ValueError("num_vectors must be at least 1")
+        return self
+
+
+class TextualInversionMethod(PlaceholderTokens, DiffusionMethod):
+    """Embeddings of new tokens, with everything else frozen (arXiv:2208.01618)."""
+
+    name: Literal["textual_inversion"] = "textual_inversion"
+    """Method."""
+    templates: Literal["object", "style", "captions"] | tuple[str, ...] = "object"
+    """What pictures are trained with: prompts for an object or a style, prompts of your own with `{}` for the
+    placeholder, or the pictures' own captions, which must hold it."""
+
+    def prompts(self) -> tuple[str, ...]:
+        """The templates with the placeholders filled in; none where captions are used."""
+        named = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES, "captions": ()}
+        templates = named[self.templates] if isinstance(self.templates, str) else self.templates
+        return tuple(template.replace("{}", " ".join(self.placeholder_token)) for template in templates)
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> Self:
+        if not isinstance(self.templates, str):
+            for template in self.templates:
+                if "{}" not in template:
+                    raise ValueError(f"the template '{template}' has no {{}} for the placeholder")
+        return self
 
 
 class LoraMethod(DiffusionMethod):
@@ -59,4 +142,4 @@ class AutoencoderMethod(Schema):
     """Train on seeded windows of this many pixels; null takes whole pictures."""
 
 
-Method = Annotated[LoraMethod | FullMethod | AutoencoderMethod, Field(discriminator="name")]
+Method = Annotated[LoraMethod | TextualInversionMethod | FullMethod | AutoencoderMethod, Field(discriminator="name")]

@@ -11,3 +11,12 @@ class RowSpec:
     images: Literal["latents", "pixels"]
     text: Literal["embeddings", "tokens", "none"]
     caption_dropout: float
+    templates: tuple[str, ...] = ()
+    """What rows are trained with instead of their own captions, drawn anew each epoch."""
+    placeholders: tuple[tuple[str, int], ...] = ()
+    """Tokens that the method adds to the tokenizers, and how many vectors each has."""
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a row without a caption is of no use."""
+        return self.text != "none" and not self.templates

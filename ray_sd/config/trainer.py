@@ -122,6 +122,8 @@ class TrainerConfig(Schema):
     """Peak learning rate."""
     text_encoder_learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of text encoder weights; null takes `learning_rate`."""
+    token_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of new tokens' embeddings; null takes `learning_rate`."""
     schedule: Schedule = ConstantSchedule()
     """Learning rate schedule: `constant`, `linear` or `cosine`."""
     optimizer: OptimizerConfig = OptimizerConfig()

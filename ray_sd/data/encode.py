@@ -90,13 +90,7 @@ class TextEncoder:
         table = table.append_column("embedding", pa.array([row.tobytes() for row in embeddings], pa.binary()))
         shapes = pa.array([embeddings.shape[1:]] * len(table), pa.list_(pa.int32()))
         table = table.append_column("shape", shapes)
-        return table.append_column("excess_tokens", pa.array(excess_tokens(self._model, captions), pa.int32()))
-
-
-def excess_tokens(model: Any, captions: list[str]) -> list[int]:
-    """Tokens that each caption has too many for the text encoder; 0 where it fits."""
-    ids = model.tokenizer(captions, verbose=False).input_ids
-    return [max(0, len(row) - model.tokenizer.model_max_length) for row in ids]
+        return table.append_column("excess_tokens", pa.array(self._model.excess_tokens(captions), pa.int32()))
 
 
 def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str]) -> pa.Table:

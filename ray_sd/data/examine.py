@@ -1,6 +1,7 @@
 """The stage before encoding: read a unit of the source, reject what cannot be used, transform what is not cached."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import ray
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
+from ray_sd.config.dataset import CaptionConfig
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.crops import Variant, cut, variants
 from ray_sd.data.decode import RejectedError, decode
@@ -99,11 +101,19 @@ def _records(row: SourceRow, config: DatasetConfig, needs_captions: bool, known:
 
 
 def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> list[str]:
-    if row.captions or not needs_captions:
-        return row.captions or [""]
-    if config.caption.template is None:
+    captions = row.captions
+    if not captions and config.caption.template is not None:
+        captions = [config.caption.template]
+    if not captions and needs_captions:
         raise RejectedError("has no caption, and dataset.caption.template gives none")
-    return [config.caption.template]
+    return [_written(caption, config.caption) for caption in captions] or [""]
+
+
+def _written(caption: str, config: CaptionConfig) -> str:
+    """A caption with its words replaced, between prefix and suffix."""
+    for word, other in config.replace.items():
+        caption = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", other.replace("\\", r"\\"), caption)
+    return f"{config.prefix}{caption}{config.suffix}"
 
 
 def _missing(

@@ -17,8 +17,9 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
-from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, excess_tokens, text_key, write_shard
+from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, text_key, write_shard
 from ray_sd.data.examine import PICTURE, examine
+from ray_sd.data.reader import load_tokenizers
 from ray_sd.data.sources import Listing
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
         fn_kwargs={
             "read": listing.read,
             "config": config.dataset,
-            "needs_captions": rows.text != "none",
+            "needs_captions": rows.needs_captions,
             "known_keys": known,
         },
         num_cpus=DECODE_CPUS,
@@ -108,13 +109,11 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
     return entries, len(table), cut
 
 
-def count_cut_captions(config: ExperimentConfig, captions: pa.Array) -> int:
+def count_cut_captions(config: ExperimentConfig, rows: RowSpec, captions: pa.Array) -> int:
     """How many of different captions are longer than the text encoder reads."""
-    from ray_sd.models import load_model
-
-    model = load_model(config.model, {"tokenizer"})
+    model = load_tokenizers(config.model, rows)
     parts = (part["caption"].to_pylist() for part in _blocks(pa.table({"caption": captions})))
-    return sum(excess > 0 for part in parts for excess in excess_tokens(model, part))
+    return sum(excess > 0 for part in parts for excess in model.excess_tokens(part))
 
 
 def _blocks(table: pa.Table) -> list[pa.Table]:

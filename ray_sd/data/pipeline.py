@@ -67,6 +67,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
 
     captions = table["captions"].combine_chunks()
     unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
+    _check_placeholders(rows, unique)
     texts, texts_encoded, cut = 0, 0, 0
     if view.texts is not None:
         entries, texts_encoded, cut = encode_texts(config, unique, view.texts)
@@ -76,7 +77,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
         empty, where = place(entries, _text_keys(pa.array([[""]]), unique), view.texts.name)
         metadata["empty_text"] = [where["shards"][0], empty["row"].values[0].as_py()]
     elif rows.text == "tokens":
-        cut = count_cut_captions(config, unique)
+        cut = count_cut_captions(config, rows, pa.array(rows.templates) if rows.templates else unique)
 
     encoded = len(table) - int(_has_none(table, dataset, images.new_keys).sum())
     summary = EncodeSummary(
@@ -142,6 +143,17 @@ def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], 
     raise DataError(
         f"{rejected} of {rows + rejected} rows were rejected, {allowed}; most often ({count}): {reason}; all are in {file}"
     )
+
+
+def _check_placeholders(rows: RowSpec, captions: pa.Array) -> None:
+    if rows.templates:
+        return
+    for token, _ in rows.placeholders:
+        if not pc.any(pc.match_substring(captions, token)).as_py():
+            raise DataError(
+                f"method.placeholder_token: no caption holds '{token}'; write it into the captions "
+                "(dataset.caption.replace or .template does), or set method.templates"
+            )
 
 
 def _in_order(table: pa.Table) -> pa.Table:

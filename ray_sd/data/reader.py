@@ -24,7 +24,7 @@ class RowReader:
         """memory: bytes of row groups to keep."""
         self._index = index.load()
         self._rows = rows
-        self._tokenizer = _load_tokenizer(model) if rows.text == "tokens" else None
+        self._tokenizer = load_tokenizers(model, rows) if rows.text == "tokens" else None
         with_text = rows.text == "embeddings"
         self._images = ShardReader(self._index.folder(self._index.images), memory // 2 if with_text else memory)
         self._texts = ShardReader(self._index.folder(self._index.texts), memory // 2) if with_text else None
@@ -48,7 +48,7 @@ class RowReader:
             places = [self._index.texts.of(*text) if text is not None else self._index.empty_text for text in texts]
             batch["text_embeds"] = np.stack([self._texts.row(*place)["embedding"] for place in places])
         elif self._tokenizer is not None:
-            captions = [self._index.captions[text[0]][text[1]].as_py() if text is not None else "" for text in texts]
+            captions = [self._caption(*text) if text is not None else "" for text in texts]
             batch["input_ids"] = self._tokenizer.tokenize(captions, warn=False).numpy()
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
@@ -64,7 +64,11 @@ class RowReader:
             return position, 0
         if draw(row_seed, "caption dropout") < self._rows.caption_dropout:
             return None
-        return position, int(draw(row_seed, "caption") * len(self._index.captions[position]))
+        choices = len(self._rows.templates) or len(self._index.captions[position])
+        return position, int(draw(row_seed, "caption") * choices)
+
+    def _caption(self, position: int, number: int) -> str:
+        return self._rows.templates[number] if self._rows.templates else self._index.captions[position][number].as_py()
 
 
 class ShardReader:
@@ -120,8 +124,12 @@ def _nbytes(arrays: dict[str, np.ndarray]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def _load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizers(config: ModelConfig, rows: RowSpec) -> Any:
+    """The model's tokenizers, which know the method's placeholder tokens."""
     # Slow to import, and only needed where captions are tokenized at every step.
     from ray_sd.models import load_model
 
-    return load_model(config, {"tokenizer"})
+    model = load_model(config, {"tokenizer"})
+    for token, num_vectors in rows.placeholders:
+        model.add_placeholder(token, num_vectors)
+    return model

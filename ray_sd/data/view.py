@@ -78,6 +78,8 @@ class View:
             "text": text,
             "listing": listing.fingerprint,
             **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
+            "needs_captions": rows.needs_captions,
+            "placeholders": [token for token, _ in rows.placeholders],
             "variants": [str(variant) for variant in variants(config.dataset)],
         }
         self.root = root

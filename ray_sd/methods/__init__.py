@@ -11,9 +11,15 @@ from ray_sd.methods.autoencoder import Autoencoder
 from ray_sd.methods.base import Method
 from ray_sd.methods.full import Full
 from ray_sd.methods.lora import Lora
+from ray_sd.methods.textual_inversion import TextualInversion
 from ray_sd.models import DiffusionModel, fingerprint
 
-METHODS: dict[str, type[Method]] = {"lora": Lora, "full": Full, "autoencoder": Autoencoder}
+METHODS: dict[str, type[Method]] = {
+    "lora": Lora,
+    "textual_inversion": TextualInversion,
+    "full": Full,
+    "autoencoder": Autoencoder,
+}
 
 
 def build_method(settings: config.Method) -> Method:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ray_sd.config import TrainerConfig
-from ray_sd.config.method import FullMethod, LoraMethod
 from ray_sd.config.rows import RowSpec
 from ray_sd.models import DiffusionLoss, DiffusionModel
 
@@ -35,7 +34,7 @@ class Method(ABC):
 
     @abstractmethod
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
-        """Optimizer groups `{"name", "params", "lr"}` of a prepared model's trainable parameters."""
+        """Optimizer groups `{"name", "params", "lr"}`, maybe with `weight_decay`, of a prepared model's trainable parameters."""
 
     @abstractmethod
     def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
@@ -69,16 +68,21 @@ class Method(ABC):
 
 
 class DenoiserMethod(Method):
-    """What methods share that train the denoiser on latents, and maybe its text encoder."""
+    """What methods share that lower the denoiser's loss on latents."""
 
-    config: LoraMethod | FullMethod
+    config: Any
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether captions are encoded at every step, because something before the denoiser trains."""
+        return self.config.text_encoder
 
     def rows(self) -> RowSpec:
-        text: Literal["embeddings", "tokens"] = "tokens" if self.config.text_encoder else "embeddings"
+        text: Literal["embeddings", "tokens"] = "tokens" if self.reads_tokens else "embeddings"
         return RowSpec(images="latents", text=text, caption_dropout=self.config.caption_dropout)
 
     def components(self) -> tuple[str, ...]:
-        return ("unet", "scheduler", "text_encoder", "tokenizer") if self.config.text_encoder else ("unet", "scheduler")
+        return ("unet", "scheduler", "text_encoder", "tokenizer") if self.reads_tokens else ("unet", "scheduler")
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         rates = {"unet": trainer.learning_rate}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import SchedulerName
+from ray_sd.models import tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DiffusionModel(nn.Module, ABC):
     """Latents are the autoencoder's posterior times this."""
     latent_factor: int
     """Pixels along one side of a latent."""
+    placeholders: dict[str, int]
+    """Tokens that were added, and how many vectors each has."""
 
     @classmethod
     @abstractmethod
@@ -52,12 +55,29 @@ class DiffusionModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def text_encoders(self) -> dict[str, tuple[Any, Any]]:
+        """Text encoder and tokenizer by the name of the encoder's component; None for what was not loaded."""
+
+    def add_placeholder(self, token: str, num_vectors: int) -> None:
+        """Make `token` a word of `num_vectors` new ids; their embeddings are `models.tokens.splice`'s to add.
+
+        Raises ConfigError for a token that exists or is no single word.
+        """
+        for _, tokenizer in self.text_encoders().values():
+            tokens.add_placeholder(tokenizer, token, num_vectors)
+        self.placeholders[token] = num_vectors
+
+    @abstractmethod
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each [B, C, h, w] and unscaled, of the posterior of pixels [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str], warn: bool = True) -> Tensor:
         """Token ids int64 [B, L], padded and cut to the text encoder's length; with `warn` a log line counts cut captions."""
+
+    @abstractmethod
+    def excess_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens that each caption has too many for the text encoder; 0 where it fits."""
 
     @abstractmethod
     def encode_text(self, input_ids: Tensor) -> Tensor:

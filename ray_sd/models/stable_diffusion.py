@@ -15,6 +15,7 @@ from ray_sd.models import noise
 from ray_sd.models.base import PLAIN_LOSS, DiffusionLoss, DiffusionModel
 from ray_sd.models.components import load_skeleton, load_tokenizer, load_weights, read_config
 from ray_sd.models.schedulers import build_sampler, load_noise_scheduler
+from ray_sd.models.tokens import expand, set_end_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class StableDiffusion(DiffusionModel):
         self.noise_scheduler = noise_scheduler
         self.latent_scale = vae_config.get("scaling_factor", 0.18215)  # diffusers' default, absent from older files
         self.latent_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self.placeholders = {}
 
     @classmethod
     def load(cls, config: ModelConfig, components: Collection[str], *, skeleton: bool = False) -> Self:
@@ -55,6 +57,8 @@ class StableDiffusion(DiffusionModel):
             vae_config=read_config(config, "vae"),
         )
         model._check_fit()
+        if model.text_encoder is not None and model.tokenizer is not None:
+            set_end_of_text(model.text_encoder, model.tokenizer)
         return model
 
     def _check_fit(self) -> None:
@@ -98,16 +102,26 @@ class StableDiffusion(DiffusionModel):
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
+    def text_encoders(self) -> dict[str, tuple[CLIPTextModel | None, CLIPTokenizer | None]]:
+        return {"text_encoder": (self.text_encoder, self.tokenizer)}
+
     def tokenize(self, captions: Sequence[str], warn: bool = True) -> Tensor:
         length = self.tokenizer.model_max_length
         tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            self._expanded(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         if warn:
-            cut = sum(len(ids) > length for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+            cut = sum(excess > 0 for excess in self.excess_tokens(captions))
             if cut:
                 logger.warning("%d of %d captions cut to the text encoder's %d tokens", cut, len(captions), length)
         return tokens.input_ids
+
+    def excess_tokens(self, captions: Sequence[str]) -> list[int]:
+        rows = self.tokenizer(self._expanded(captions), verbose=False).input_ids
+        return [max(0, len(row) - self.tokenizer.model_max_length) for row in rows]
+
+    def _expanded(self, captions: Sequence[str]) -> list[str]:
+        return [expand(caption, self.placeholders) for caption in captions]
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         return self.text_encoder(input_ids).last_hidden_state

@@ -46,7 +46,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Engine:
     """Trains `parameters`, fp32 and by name, in `module`, whose forward maps a batch to a loss.
 
-    groups: optimizer groups (`params`, `lr`) of the same parameters.
+    groups: optimizer groups (`params`, `lr`, maybe `weight_decay`) of the same parameters.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 def _optimizer(groups: list[dict], trainer: TrainerConfig) -> torch.optim.Optimizer:
     settings = trainer.optimizer
     kwargs = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    groups = [{"params": group["params"], "lr": group["lr"]} for group in groups]
+    groups = [{key: value for key, value in group.items() if key != "name"} for group in groups]
     if trainer.zero.offload:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
     return torch.optim.AdamW(groups, **kwargs)

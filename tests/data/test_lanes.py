@@ -17,6 +17,7 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, Lanes, lanes_of, to_tensors
 from ray_sd.data.order import draw, epoch_order, row_seed
+from ray_sd.models import load_model
 
 Batch = dict[str, torch.Tensor]
 
@@ -167,6 +168,16 @@ def test_epochs_draw_among_the_captions_of_a_row(tmp_path: Path, ray_cluster: No
     data, config = prepared(folder, rows, {"batch_size": 10})
     seen = {tuple(ids) for batch in read(data, config, rows, 0, 0, 12) for ids in batch["input_ids"].tolist()}
     assert len(seen) == 20
+
+
+def test_epochs_draw_among_templates_in_place_of_captions(pictures: Path):
+    rows = RowSpec("pixels", "tokens", 0.0, templates=("a <cat>", "the <cat>"), placeholders=(("<cat>", 3),))
+    data, config = prepared(pictures, rows, {"batch_size": 10})
+    model = load_model(config.model, {"tokenizer"})
+    model.add_placeholder("<cat>", 3)
+    seen = Counter(tuple(ids) for batch in read(data, config, rows, 0, 0, 12) for ids in batch["input_ids"].tolist())
+    assert seen.keys() == {tuple(ids) for ids in model.tokenize(["a <cat>", "the <cat>"]).tolist()}
+    assert min(seen.values()) > 40  # of 120
 
 
 def test_captions_are_dropped_at_the_asked_rate_for_the_empty_one(pictures: Path):

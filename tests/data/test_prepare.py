@@ -2,6 +2,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,22 @@ def test_the_template_captions_rows_that_have_none(folder: Path, configure: Call
     config = configure(folder, caption={"template": "a photo of a sks dog"})
     index = prepare(config, CAPTIONED_PIXELS).train.load()
     assert index.captions.to_pylist()[3:6] == [["picture number 3"], ["a photo of a sks dog"], ["picture number 5"]]
+
+
+def test_captions_are_rewritten(folder: Path, configure: Callable):
+    caption = {"replace": {"picture": "<my-picture>", "umber": "x", "1": r"\\1"}, "prefix": "see ", "suffix": "!"}
+    captions = prepare(configure(folder, caption=caption), CAPTIONED_PIXELS).train.load().captions.to_pylist()
+    assert captions[:2] == [["see <my-picture> number 0!"], [r"see <my-picture> number \\1!"]]
+
+
+def test_a_placeholder_that_no_caption_holds_is_refused(folder: Path, configure: Callable):
+    rows = replace(CAPTIONED_PIXELS, placeholders=(("<cat>", 2),))
+    with pytest.raises(DataError, match=r"no caption holds '<cat>'; write it into the captions"):
+        prepare(configure(folder), rows)
+    prepare(configure(folder, caption={"replace": {"picture": "<cat>"}}), rows)
+    (folder / "3.txt").unlink()
+    templates = replace(rows, templates=("a photo of <cat>",))
+    assert prepare(configure(folder), templates).summary.rejected == 0
 
 
 def test_captions_beyond_the_context_are_cut_and_counted(folder: Path, configure: Callable):

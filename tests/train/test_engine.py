@@ -1,10 +1,12 @@
 """DeepSpeed at every ZeRO stage and worker count against a plain loop, and state that moves between them."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import deepspeed
 import pytest
 import ray.cloudpickle
 import ray.train
@@ -49,14 +51,19 @@ def plain(reference) -> list[float]:
 @pytest.fixture(scope="module")
 def reference() -> dict:
     """Losses and moving average of a loop without ray, DeepSpeed, or division of any kind."""
-    method, model, config = _prepared()
+    return _plain_loop("full")
+
+
+def _plain_loop(kind: str) -> dict:
+    method, model, config = _prepared(kind)
     objective = Objective(method, model).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    groups = [{k: v for k, v in g.items() if k != "name"} for g in method.parameter_groups(model, config.trainer)]
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
     averages = [p.detach().clone() for p in parameters]
     losses = []
     for step in range(STEPS):
-        loss = objective(_batch(step, range(BATCH)))
+        loss = objective(_batch(step, range(BATCH), kind))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
         optimizer.step()
@@ -73,6 +80,21 @@ def reference() -> dict:
 def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
     assert measured[f"whole-{workers}-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
     assert plain[0] != pytest.approx(plain[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["textual_inversion"])
+def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, stage):
+    reference, found = _plain_loop(kind), measured[f"{kind}-{stage}"]
+    assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+    assert found["losses"][0] != pytest.approx(found["losses"][-1], abs=1e-3)
+    assert found["sums"][EMA] == pytest.approx(reference[EMA], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, stage):
+    before, after = measured[f"vocabulary-{stage}"]["losses"]
+    assert before == after
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -150,6 +172,23 @@ def _measure(settings: dict) -> None:
         record(f"accumulated-{size}-{workers}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
     if workers == 1:
         _measure_variants(record, folder, rank)
+    else:
+        _measure_methods(record, rank)
+
+
+def _measure_methods(record: Callable, rank: int) -> None:
+    for stage in (0, 1, 2, 3):
+        engine, _ = _engine(stage, 2, kind="textual_inversion")
+        before = _vocabulary(engine)
+        record(f"textual_inversion-{stage}", _run(engine, rank, 2, 0, STEPS, kind="textual_inversion"), engine)
+        record(f"vocabulary-{stage}", [before, _vocabulary(engine)], engine)
+
+
+def _vocabulary(engine: Engine) -> str:
+    """Digest of the bytes of the text encoder's own rows."""
+    weight = engine._deepspeed.module.model.text_encoder.get_input_embeddings().vocabulary.weight
+    with deepspeed.zero.GatheredParameters([weight], enabled=engine.stage == 3):
+        return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
 
 
 def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
@@ -172,10 +211,21 @@ def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
         record(f"overflow-{stage}", _run(engine, rank, 1, 0, STEPS), engine)
 
 
-def _prepared():
-    config = load_config(
-        ["experiment=smoke", "method=full", f"trainer.learning_rate={RATE}", "trainer.ema_decay=0.9"], ExperimentConfig
-    )
+VOCABULARY = 2969
+"""Words of the tiny model's tokenizer; new ones come after them."""
+KINDS = {
+    "full": ["method=full", f"trainer.learning_rate={RATE}"],
+    "textual_inversion": [
+        "method=textual_inversion",
+        "method.placeholder_token=[<cat>, <mat>]",
+        "method.num_vectors=2",
+        "trainer.learning_rate=0.5",
+    ],
+}
+
+
+def _prepared(kind: str):
+    config = load_config(["experiment=smoke", *KINDS[kind], "trainer.ema_decay=0.9"], ExperimentConfig)
     torch.manual_seed(0)
     method = build_method(config.method)
     model = load_model(config.model, method.components())
@@ -183,8 +233,8 @@ def _prepared():
     return method, model, config
 
 
-def _engine(stage: int, workers: int, **changes: object) -> tuple[Engine, ExperimentConfig]:
-    method, model, config = _prepared()
+def _engine(stage: int, workers: int, kind: str = "full", **changes: object) -> tuple[Engine, ExperimentConfig]:
+    method, model, config = _prepared(kind)
     trainer = TrainerConfig.model_validate(
         config.trainer.model_dump()
         | {"num_workers": workers, "batch_size": BATCH, "zero": {"stage": stage, "param_persistence_threshold": 0}}
@@ -195,7 +245,9 @@ def _engine(stage: int, workers: int, **changes: object) -> tuple[Engine, Experi
     return Engine(Objective(method, model).train(), parameters, groups, trainer, torch.device("cpu")), config
 
 
-def _run(engine: Engine, rank: int, workers: int, start: int, stop: int, rows: int | None = None) -> list[float]:
+def _run(
+    engine: Engine, rank: int, workers: int, start: int, stop: int, rows: int | None = None, kind: str = "full"
+) -> list[float]:
     """Mean losses over all workers of steps start … stop - 1, `rows` at once."""
     share = BATCH // workers
     rows = rows or share
@@ -204,7 +256,7 @@ def _run(engine: Engine, rank: int, workers: int, start: int, stop: int, rows: i
         engine.set_learning_rate(1.0)
         total = torch.zeros(())
         for first in range(rank * share, (rank + 1) * share, rows):
-            loss = engine(_batch(step, range(first, first + rows)))
+            loss = engine(_batch(step, range(first, first + rows), kind))
             engine.backward(loss)
             engine.step()
             total += loss.detach() * rows / BATCH
@@ -213,15 +265,21 @@ def _run(engine: Engine, rank: int, workers: int, start: int, stop: int, rows: i
     return losses
 
 
-def _batch(step: int, rows: range) -> dict[str, torch.Tensor]:
+def _batch(step: int, rows: range, kind: str) -> dict[str, torch.Tensor]:
     """Rows of step `step`, each from a seed of its own."""
-    drawn = []
+    latents, embeddings, ids = [], [], []
     for row in rows:
         generator = torch.Generator().manual_seed(1000 * step + row)
-        drawn.append((torch.randn(4, 8, 8, generator=generator), torch.randn(16, 32, generator=generator)))
-    return {
-        "latent_mean": torch.stack([latent for latent, _ in drawn]),
-        "latent_std": torch.full((len(drawn), 4, 8, 8), 0.1),
-        "text_embeds": torch.stack([text for _, text in drawn]),
+        latents.append(torch.randn(4, 8, 8, generator=generator))
+        embeddings.append(torch.randn(16, 32, generator=generator))
+        ids.append(torch.randint(512, (16,), generator=generator))
+    batch = {
+        "latent_mean": torch.stack(latents),
+        "latent_std": torch.full((len(latents), 4, 8, 8), 0.1),
         "row_seed": torch.tensor([1000 * step + row for row in rows]),
     }
+    if kind == "full":
+        return batch | {"text_embeds": torch.stack(embeddings)}
+    batch["input_ids"] = torch.stack(ids)
+    batch["input_ids"][:, 3:7] = torch.arange(VOCABULARY, VOCABULARY + 4)
+    return batch
