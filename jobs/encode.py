@@ -28,10 +28,12 @@ def main(argv: Sequence[str]) -> None:
         print(cache_table(folders))
     else:
         config = load_config(argv, ExperimentConfig)
-        from ray_sd.data import prepare
+        from ray_sd.data import check_class_folder, prepare
         from ray_sd.methods import build_method
 
-        prepare(config, build_method(config.method).rows())
+        rows = build_method(config.method).rows()
+        check_class_folder(rows)
+        prepare(config, rows)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,12 @@ class ExperimentConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
-        if self.trainer.text_encoder_learning_rate is not None and not getattr(self.method, "text_encoder", False):
-            raise ValueError("trainer.text_encoder_learning_rate needs method.text_encoder=true")
-        if self.trainer.token_learning_rate is not None and not isinstance(self.method, PlaceholderTokens):
+        adapter = getattr(self.method, "adapter", self.method)
+        if self.trainer.text_encoder_learning_rate is not None and not getattr(adapter, "text_encoder", False):
+            setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
+            raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
+        tokens = getattr(self.method, "tokens", None) or self.method
+        if self.trainer.token_learning_rate is not None and not isinstance(tokens, PlaceholderTokens):
             raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")
         if isinstance(self.method, AutoencoderMethod):
             if self.trainer.compile:

@@ -18,6 +18,10 @@ class DiffusionMethod(Schema):
     """Probability of training a row without its caption, for classifier-free guidance."""
 
 
+def _name_to_mapping(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
 def _one_to_list(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -101,11 +105,11 @@ class TextualInversionMethod(PlaceholderTokens, DiffusionMethod):
         return self
 
 
-class LoraMethod(DiffusionMethod):
+class LoraAdapter(Schema):
     """Low-rank adapters on the attention layers (arXiv:2106.09685)."""
 
     name: Literal["lora"] = "lora"
-    """Method."""
+    """What trains."""
     rank: int = Field(16, ge=1)
     """Rank of the update."""
     alpha: float | None = Field(None, gt=0)
@@ -122,13 +126,65 @@ class LoraMethod(DiffusionMethod):
     """Text encoder layers that get an adapter."""
 
 
-class FullMethod(DiffusionMethod):
-    """All weights of the U-Net; with a model of random weights this is pre-training."""
+class LoraMethod(LoraAdapter, DiffusionMethod):
+    """Low-rank adapters on the attention layers (arXiv:2106.09685)."""
+
+
+class FullAdapter(Schema):
+    """All weights of the U-Net."""
 
     name: Literal["full"] = "full"
-    """Method."""
+    """What trains."""
     text_encoder: bool = False
     """Also train the text encoder."""
+
+
+class FullMethod(FullAdapter, DiffusionMethod):
+    """All weights of the U-Net; with a model of random weights this is pre-training."""
+
+
+class ClassImagesConfig(Schema):
+    """Pictures of the subject's class as the untrained model draws them, drawn where too few are there."""
+
+    folder: str | None = None
+    """Folder or URI of class pictures, your own or drawn; null keeps drawn ones in `cache_path`."""
+    count: int = Field(100, ge=1)
+    """Pictures that training needs."""
+    num_inference_steps: int = Field(30, ge=1)
+    """Denoising steps of those that are drawn."""
+    guidance_scale: float = Field(5.0, ge=0)
+    """Classifier-free guidance of those that are drawn."""
+    batch_size: int = Field(4, ge=1)
+    """Pictures drawn at once by a worker."""
+    num_workers: int = Field(1, ge=1)
+    """Workers that draw."""
+
+
+class DreamBoothMethod(DiffusionMethod):
+    """A subject, taught without forgetting its class (arXiv:2208.12242)."""
+
+    name: Literal["dreambooth"] = "dreambooth"
+    """Method."""
+    instance_prompt: str | None = None
+    """Caption of every picture, such as `a photo of sks dog`; null takes the pictures' own captions."""
+    class_prompt: Texts = ()
+    """Captions of the class pictures, such as `a photo of a dog`, in turn; none trains without prior preservation."""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the class pictures' loss."""
+    class_images: ClassImagesConfig = ClassImagesConfig()
+    """The class pictures. Each step takes as many of them as rows, so its batch is twice `trainer.batch_size`."""
+    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="name"), BeforeValidator(_name_to_mapping)] = (
+        LoraAdapter()
+    )
+    """What trains: `lora` or `full`."""
+    tokens: PlaceholderTokens | None = None
+    """New words learnt along with it (pivotal tuning); null teaches the words that are there."""
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.tokens is not None and isinstance(self.adapter, FullAdapter) and self.adapter.text_encoder:
+            raise ValueError("tokens and adapter.text_encoder of the full weights do not go together; take one of them")
+        return self
 
 
 class AutoencoderMethod(Schema):
@@ -142,4 +198,6 @@ class AutoencoderMethod(Schema):
     """Train on seeded windows of this many pixels; null takes whole pictures."""
 
 
-Method = Annotated[LoraMethod | TextualInversionMethod | FullMethod | AutoencoderMethod, Field(discriminator="name")]
+Method = Annotated[
+    LoraMethod | TextualInversionMethod | DreamBoothMethod | FullMethod | AutoencoderMethod, Field(discriminator="name")
+]

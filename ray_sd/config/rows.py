@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_sd.config.method import ClassImagesConfig
+
+
+@dataclass(frozen=True)
+class PriorRows:
+    """Where class pictures are, and the captions of those that are drawn, in turn."""
+
+    images: ClassImagesConfig
+    prompts: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class RowSpec:
@@ -15,6 +25,9 @@ class RowSpec:
     """What rows are trained with instead of their own captions, drawn anew each epoch."""
     placeholders: tuple[tuple[str, int], ...] = ()
     """Tokens that the method adds to the tokenizers, and how many vectors each has."""
+
+    prior: PriorRows | None = None
+    """Pictures of the subject's class, one with each row."""
 
     @property
     def needs_captions(self) -> bool:

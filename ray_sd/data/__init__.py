@@ -4,6 +4,7 @@ from ray_sd.data.cluster import connect, has_gpus
 from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import training_batches
 from ray_sd.data.pipeline import prepare
+from ray_sd.data.prior import check_class_folder
 from ray_sd.data.validation import validation_batches
 from ray_sd.data.view import EncodeSummary, PreparedData
 
@@ -11,6 +12,7 @@ __all__ = [
     "EncodeSummary",
     "PreparedData",
     "RowIndex",
+    "check_class_folder",
     "connect",
     "has_gpus",
     "prepare",

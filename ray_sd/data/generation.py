@@ -165,7 +165,7 @@ def _next_number(output: Location) -> int:
 def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
     """Position and PNG of each request, as they get done: what is drawn is kept if the rest is not."""
     if config.prompts_file is not None:
-        yield from _draw_in_pool(config, requests)
+        yield from draw_in_pool(config, requests)
         return
     model = load_for_generation(config)
     steps = config.num_inference_steps
@@ -182,7 +182,8 @@ def _show(progress: Progress, task: TaskID, before: int, done: int, total: int) 
     progress.update(task, completed=before + done)
 
 
-def _draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
+def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
+    """Position and PNG of each request, drawn by `config.num_workers` workers of Ray Data."""
     if config.adapter is not None:
         with _local_folder(config.adapter) as folder:
             read_manifest(folder)  # what is wrong with it is found before workers start

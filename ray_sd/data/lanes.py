@@ -6,7 +6,7 @@ every row once, and a counter is all there is to resume.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import epoch_order, row_seed
 from ray_sd.data.reader import RowReader
+from ray_sd.data.view import PreparedData
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ BYTES_UNDER_WAY = 128 << 20
 MICRO_BATCHES_PER_TASK = 64
 MAX_TASKS = 1000
 ROWS_AT_ONCE = 64
+PRIOR = "class_"
+"""Begins the names of what a class picture has."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,38 @@ def _cached_order(seed: int, epoch: int, num_rows: int, window: int) -> np.ndarr
 
 
 class LaneReader:
-    """A Ray Data actor that reads micro-batches of one rank, given their numbers."""
+    """A Ray Data actor that reads micro-batches of one rank, given their numbers.
 
-    def __init__(self, index: RowIndex, config: ExperimentConfig, rows: RowSpec, lanes: Lanes) -> None:
-        self._reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
-        self._seed = config.seed
+    Class pictures come from a stream of their own, one for each row, under names that begin with `class_`.
+    """
+
+    def __init__(self, data: PreparedData, config: ExperimentConfig, rows: RowSpec, lanes: Lanes) -> None:
+        memory = config.dataset.reader_memory << 20
         self._lanes = lanes
+        self._streams = [_Stream("", RowReader(data.train, rows, config.model, memory), lanes, config.seed)]
+        if data.prior is not None:
+            reader = RowReader(data.prior, rows, config.model, memory)
+            prior = replace(lanes, num_rows=data.prior.num_rows)
+            self._streams.append(_Stream(PRIOR, reader, prior, config.seed))
 
     def __call__(self, numbers: pa.Table) -> Iterator[dict[str, np.ndarray]]:
         together = self._lanes.micro_batches_at_once
         for first in range(0, len(numbers), together):
             part = numbers["micro_batch"].slice(first, together).to_pylist()
-            places = [place for number in part for place in self._lanes.rows(number)]
-            seeds = [row_seed(self._seed, epoch, self._reader.id(row)) for epoch, row in places]
-            yield self._reader.read([row for _, row in places], seeds)
+            yield {name: array for stream in self._streams for name, array in stream.read(part).items()}
+
+
+class _Stream:
+    """The rows of one index at the places of some lanes, under names with a prefix."""
+
+    def __init__(self, prefix: str, reader: RowReader, lanes: Lanes, seed: int) -> None:
+        self._prefix, self._reader, self._lanes, self._seed = prefix, reader, lanes, seed
+
+    def read(self, micro_batches: list[int]) -> dict[str, np.ndarray]:
+        places = [place for number in micro_batches for place in self._lanes.rows(number)]
+        seeds = [row_seed(self._seed, epoch, self._prefix + self._reader.id(row)) for epoch, row in places]
+        rows = self._reader.read([row for _, row in places], seeds)
+        return {f"{self._prefix}{name}": array for name, array in rows.items()}
 
 
 def lanes_of(index: RowIndex, config: ExperimentConfig, rank: int) -> Lanes:
@@ -99,13 +120,13 @@ def lanes_of(index: RowIndex, config: ExperimentConfig, rank: int) -> Lanes:
 
 
 def training_batches(
-    index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int, start_step: int, stop_step: int
+    data: PreparedData, config: ExperimentConfig, rows: RowSpec, rank: int, start_step: int, stop_step: int
 ) -> "Iterator[dict[str, Tensor]]":
     """This rank's micro-batches of the steps from `start_step` to before `stop_step`, as CPU tensors.
 
     One reader works ahead for the whole call. Its process ends with the iterator.
     """
-    lanes = lanes_of(index, config, rank)
+    lanes = lanes_of(data.train, config, rank)
     blocks = _numbers(start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps)
     if not blocks:
         return
@@ -114,7 +135,7 @@ def training_batches(
         LaneReader,
         batch_size=None,
         batch_format="pyarrow",
-        fn_constructor_args=(index, config, rows, lanes),
+        fn_constructor_args=(data, config, rows, lanes),
         compute=ActorPoolStrategy(size=1),
         num_cpus=READER_CPUS,
     )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ray_sd.data.examine import image_key
 from ray_sd.data.index import RowIndex, place, write_index
 from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
+from ray_sd.data.prior import class_data
 from ray_sd.data.sources import UNREADABLE, list_source
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
@@ -34,6 +36,15 @@ def prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     Raises ConfigError for a cache that cannot be written; DataError where nothing can be read, too much is rejected,
     or nothing is left to train on.
     """
+    data = _prepare(config, rows)
+    if rows.prior is None:
+        return data
+    dataset, class_rows = class_data(config, rows, rows.prior)
+    prior = _prepare(config.model_copy(update={"dataset": dataset}), class_rows)
+    return replace(data, prior=prior.train, fingerprint=f"{data.fingerprint}-{prior.fingerprint}")
+
+
+def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     root = writable_folder(config.cache_path, "cache_path")
     listing = list_source(config.dataset)
     view = View(config, rows, root, listing)
@@ -56,6 +67,9 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
     usable = _has_all(images.rows, dataset, images.entries["key"])
     reasons = _write_rejected(view, images, usable)
     table = _in_order(images.rows.filter(pa.array(usable)))
+    if rows.templates:
+        captions = pa.array([rows.templates] * len(table), pa.list_(pa.string()))
+        table = table.set_column(table.column_names.index("captions"), "captions", captions)
     _check_rejected(dataset, len(table), reasons, view.rejected.path)
     if len(table) <= dataset.holdout:
         raise DataError(f"dataset.holdout: {dataset.holdout} leaves none of the {len(table)} rows to train on")
@@ -77,7 +91,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
         empty, where = place(entries, _text_keys(pa.array([[""]]), unique), view.texts.name)
         metadata["empty_text"] = [where["shards"][0], empty["row"].values[0].as_py()]
     elif rows.text == "tokens":
-        cut = count_cut_captions(config, rows, pa.array(rows.templates) if rows.templates else unique)
+        cut = count_cut_captions(config, rows, unique)
 
     encoded = len(table) - int(_has_none(table, dataset, images.new_keys).sum())
     summary = EncodeSummary(
@@ -146,8 +160,6 @@ def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], 
 
 
 def _check_placeholders(rows: RowSpec, captions: pa.Array) -> None:
-    if rows.templates:
-        return
     for token, _ in rows.placeholders:
         if not pc.any(pc.match_substring(captions, token)).as_py():
             raise DataError(

@@ -48,7 +48,7 @@ class RowReader:
             places = [self._index.texts.of(*text) if text is not None else self._index.empty_text for text in texts]
             batch["text_embeds"] = np.stack([self._texts.row(*place)["embedding"] for place in places])
         elif self._tokenizer is not None:
-            captions = [self._caption(*text) if text is not None else "" for text in texts]
+            captions = [self._index.captions[text[0]][text[1]].as_py() if text is not None else "" for text in texts]
             batch["input_ids"] = self._tokenizer.tokenize(captions, warn=False).numpy()
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
@@ -64,11 +64,7 @@ class RowReader:
             return position, 0
         if draw(row_seed, "caption dropout") < self._rows.caption_dropout:
             return None
-        choices = len(self._rows.templates) or len(self._index.captions[position])
-        return position, int(draw(row_seed, "caption") * choices)
-
-    def _caption(self, position: int, number: int) -> str:
-        return self._rows.templates[number] if self._rows.templates else self._index.captions[position][number].as_py()
+        return position, int(draw(row_seed, "caption") * len(self._index.captions[position]))
 
 
 class ShardReader:

@@ -65,6 +65,8 @@ class PreparedData:
     fingerprint: str
     """Changes with the content of the rows: pictures, captions, transform, encoders."""
     summary: EncodeSummary
+    prior: RowIndex | None = None
+    """Pictures of the subject's class, one of which goes with each row."""
 
 
 class View:
@@ -78,7 +80,7 @@ class View:
             "text": text,
             "listing": listing.fingerprint,
             **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
-            "needs_captions": rows.needs_captions,
+            "templates": rows.templates,
             "placeholders": [token for token, _ in rows.placeholders],
             "variants": [str(variant) for variant in variants(config.dataset)],
         }

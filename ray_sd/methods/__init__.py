@@ -9,6 +9,7 @@ from ray_sd.adapter import AdapterManifest, read_manifest
 from ray_sd.errors import ArtifactError
 from ray_sd.methods.autoencoder import Autoencoder
 from ray_sd.methods.base import Method
+from ray_sd.methods.dreambooth import DreamBooth
 from ray_sd.methods.full import Full
 from ray_sd.methods.lora import Lora
 from ray_sd.methods.textual_inversion import TextualInversion
@@ -17,6 +18,7 @@ from ray_sd.models import DiffusionModel, fingerprint
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "textual_inversion": TextualInversion,
+    "dreambooth": DreamBooth,
     "full": Full,
     "autoencoder": Autoencoder,
 }

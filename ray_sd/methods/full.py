@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ray_sd.config import TrainerConfig
-from ray_sd.config.method import FullMethod
+from ray_sd.config.method import FullAdapter
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import weights
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
@@ -11,7 +11,7 @@ from ray_sd.models import DiffusionModel
 
 
 class Full(DenoiserMethod):
-    config: FullMethod
+    config: FullAdapter
 
     def trained(self) -> tuple[str, ...]:
         return ("unet", "text_encoder") if self.config.text_encoder else ("unet",)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ray_sd.config import TrainerConfig
-from ray_sd.config.method import LoraMethod
+from ray_sd.config.method import LoraAdapter
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
 from ray_sd.methods.kohya import to_kohya
@@ -32,7 +32,7 @@ LAYER = re.compile(
 
 
 class Lora(DenoiserMethod):
-    config: LoraMethod
+    config: LoraAdapter
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)

@@ -57,7 +57,7 @@ def train(job: TrainingJob) -> None:
     run = RunFolder(config.storage_path, config.name)
     monitor = Monitor(engine, config, run, start=start, rank=rank)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
-    batches = training_batches(job.data.train, config, method.rows(), rank, start, trainer.max_steps)
+    batches = training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps)
 
     for step in range(start + 1, trainer.max_steps + 1):
         engine.set_learning_rate(factor(step - 1))

@@ -97,7 +97,7 @@ def prepared(
 
 def read(data: PreparedData, config: ExperimentConfig, rows: RowSpec, rank: int, start: int, stop: int) -> list[Batch]:
     """What the reader of a rank makes of its micro-batches, without an actor."""
-    reader = LaneReader(data.train, config, rows, lanes_of(data.train, config, rank))
+    reader = LaneReader(data, config, rows, lanes_of(data.train, config, rank))
     parts = [to_tensors(part) for part in reader(pa.table({"micro_batch": range(start, stop)}))]
     columns = {name: joined(parts, name).split(config.trainer.rows_per_micro_batch) for name in parts[0]}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -125,7 +125,7 @@ def test_workers_read_the_same_rows_whatever_their_number(pictures: Path):
 def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictures: Path):
     trainer = {"batch_size": 4, "num_workers": 2, "micro_batch_size": 1}
     data, config = prepared(pictures, PIXELS, trainer, flip=True, crop={"name": "random", "num_variants": 2})
-    whole, resumed = (list(training_batches(data.train, config, PIXELS, 1, start, 100)) for start in (0, 97))
+    whole, resumed = (list(training_batches(data, config, PIXELS, 1, start, 100)) for start in (0, 97))
     assert [len(whole), len(resumed)] == [200, 6]
     assert whole[0]["pixels"].dtype == torch.uint8
     assert whole[0]["row_seed"].dtype == torch.int64
@@ -137,7 +137,7 @@ def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictu
 def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path):
     data, config = prepared(pictures, PIXELS, {"batch_size": 4})
     before = ray.available_resources()["CPU"]
-    batches = training_batches(data.train, config, PIXELS, 0, 0, 10_000)
+    batches = training_batches(data, config, PIXELS, 0, 0, 10_000)
     next(batches)
     assert ray.available_resources()["CPU"] < before
     batches.close()

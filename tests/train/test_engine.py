@@ -83,7 +83,7 @@ def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["textual_inversion"])
+@pytest.mark.parametrize("kind", ["textual_inversion", "dreambooth", "pivotal"])
 def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, stage):
     reference, found = _plain_loop(kind), measured[f"{kind}-{stage}"]
     assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
@@ -92,8 +92,9 @@ def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, s
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, stage):
-    before, after = measured[f"vocabulary-{stage}"]["losses"]
+@pytest.mark.parametrize("kind", ["textual_inversion", "pivotal"])
+def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, kind, stage):
+    before, after = measured[f"vocabulary-{kind}-{stage}"]["losses"]
     assert before == after
 
 
@@ -178,10 +179,12 @@ def _measure(settings: dict) -> None:
 
 def _measure_methods(record: Callable, rank: int) -> None:
     for stage in (0, 1, 2, 3):
-        engine, _ = _engine(stage, 2, kind="textual_inversion")
-        before = _vocabulary(engine)
-        record(f"textual_inversion-{stage}", _run(engine, rank, 2, 0, STEPS, kind="textual_inversion"), engine)
-        record(f"vocabulary-{stage}", [before, _vocabulary(engine)], engine)
+        for kind in ("textual_inversion", "dreambooth", "pivotal"):
+            engine, _ = _engine(stage, 2, kind=kind)
+            before = _vocabulary(engine) if kind != "dreambooth" else ""
+            record(f"{kind}-{stage}", _run(engine, rank, 2, 0, STEPS, kind=kind), engine)
+            if before:
+                record(f"vocabulary-{kind}-{stage}", [before, _vocabulary(engine)], engine)
 
 
 def _vocabulary(engine: Engine) -> str:
@@ -220,6 +223,16 @@ KINDS = {
         "method.placeholder_token=[<cat>, <mat>]",
         "method.num_vectors=2",
         "trainer.learning_rate=0.5",
+    ],
+    "dreambooth": ["method=dreambooth", "method.class_prompt=a cat", f"trainer.learning_rate={RATE}"],
+    "pivotal": [
+        "method=pivotal",
+        "method.class_prompt=a cat",
+        "method.adapter.text_encoder=true",
+        "method.tokens.placeholder_token=[<cat>, <mat>]",
+        "method.tokens.num_vectors=2",
+        f"trainer.learning_rate={RATE}",
+        "trainer.token_learning_rate=0.5",
     ],
 }
 
@@ -266,19 +279,28 @@ def _run(
 
 
 def _batch(step: int, rows: range, kind: str) -> dict[str, torch.Tensor]:
-    """Rows of step `step`, each from a seed of its own."""
+    """Rows of step `step`, each from a seed of its own, for DreamBooth each with one of its class."""
+    batch = _rows([1000 * step + row for row in rows], kind)
+    if kind in ("dreambooth", "pivotal"):
+        batch |= {
+            f"class_{name}": value for name, value in _rows([1000 * step + 500 + row for row in rows], kind).items()
+        }
+    return batch
+
+
+def _rows(seeds: list[int], kind: str) -> dict[str, torch.Tensor]:
     latents, embeddings, ids = [], [], []
-    for row in rows:
-        generator = torch.Generator().manual_seed(1000 * step + row)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
         latents.append(torch.randn(4, 8, 8, generator=generator))
         embeddings.append(torch.randn(16, 32, generator=generator))
         ids.append(torch.randint(512, (16,), generator=generator))
     batch = {
         "latent_mean": torch.stack(latents),
         "latent_std": torch.full((len(latents), 4, 8, 8), 0.1),
-        "row_seed": torch.tensor([1000 * step + row for row in rows]),
+        "row_seed": torch.tensor(seeds),
     }
-    if kind == "full":
+    if kind in ("full", "dreambooth"):
         return batch | {"text_embeds": torch.stack(embeddings)}
     batch["input_ids"] = torch.stack(ids)
     batch["input_ids"][:, 3:7] = torch.arange(VOCABULARY, VOCABULARY + 4)

@@ -1,0 +1,97 @@
+"""Class pictures for prior preservation: counted, and what is missing drawn by a pool of workers."""
+
+import logging
+from dataclasses import replace
+
+from ray_sd.config import DatasetConfig, ExperimentConfig, GenerateConfig
+from ray_sd.config.dataset import CaptionConfig, CenterCrop, ImageFolderSource
+from ray_sd.config.rows import PriorRows, RowSpec
+from ray_sd.data.cache import digest_of
+from ray_sd.data.locations import Location, locate, writable_folder
+from ray_sd.data.sources.base import IMAGES
+from ray_sd.errors import ConfigError
+from ray_sd.generate import ImageRequest
+
+logger = logging.getLogger(__name__)
+
+
+def check_class_folder(rows: RowSpec) -> None:
+    """Raise ConfigError where the folder that the user named for class pictures holds something else."""
+    if rows.prior is None or rows.prior.images.folder is None:
+        return
+    found = locate(rows.prior.images.folder, "method.class_images.folder").files()
+    wrong = [info.path for info in found if not info.base_name.lower().endswith((*IMAGES, ".txt", "metadata.jsonl"))]
+    if wrong:
+        raise ConfigError(
+            f"method.class_images.folder: {len(wrong)} of {len(found)} files are no pictures, such as {wrong[0]}; "
+            "give a folder of class pictures, or an empty one"
+        )
+
+
+def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tuple[DatasetConfig, RowSpec]:
+    """The data set of the class pictures, of which there are enough now, and what its rows hold. Runs on the driver."""
+    folder = prior.images.folder or _cached_folder(config, prior)
+    location = writable_folder(folder, "method.class_images.folder")
+    _draw_missing(config, prior, folder, location)
+    # Pictures of the user's own without captions take the first class prompt.
+    dataset = config.dataset.model_copy(
+        update={
+            "source": ImageFolderSource(path=folder),
+            "caption": CaptionConfig(template=prior.prompts[0]),
+            "crop": CenterCrop(),
+            "holdout": 0,
+        }
+    )
+    return dataset, replace(rows, templates=(), placeholders=(), prior=None)
+
+
+def _cached_folder(config: ExperimentConfig, prior: PriorRows) -> str:
+    """A folder of the cache that belongs to the model, the prompts and how they are drawn."""
+    from ray_sd.models import fingerprint
+
+    description = {
+        "model": [fingerprint(config.model, part) for part in ("unet", "vae", "text_encoder")],
+        "sampler": config.model.scheduler.sampler,
+        "prompts": prior.prompts,
+        "size": [config.dataset.height, config.dataset.width],
+        "seed": config.seed,
+        **prior.images.model_dump(include={"num_inference_steps", "guidance_scale"}),
+    }
+    return f"{config.cache_path.rstrip('/')}/class/{digest_of(description)}"
+
+
+def _draw_missing(config: ExperimentConfig, prior: PriorRows, folder: str, location: Location) -> None:
+    from ray_sd.data.generation import draw_in_pool
+
+    wanted = prior.images
+    names = {info.base_name for info in location.files(IMAGES)}
+    missing = max(0, wanted.count - len(names))
+    if not missing:
+        logger.info("class pictures: %d in %s", len(names), folder)
+        return
+    free = (number for number in range(wanted.count) if f"{number:05d}.png" not in names)
+    numbers = [number for number, _ in zip(free, range(missing), strict=False)]
+    logger.info("class pictures: %d of %d are in %s; drawing %d", len(names), wanted.count, folder, missing)
+    requests = [
+        ImageRequest(
+            prompt=prior.prompts[number % len(prior.prompts)],
+            seed=config.seed + number,
+            num_inference_steps=wanted.num_inference_steps,
+            guidance_scale=wanted.guidance_scale,
+            height=config.dataset.height,
+            width=config.dataset.width,
+        )
+        for number in numbers
+    ]
+    settings = GenerateConfig(
+        model=config.model,
+        prompt=prior.prompts[0],
+        batch_size=wanted.batch_size,
+        num_workers=wanted.num_workers,
+        output=folder,
+    )
+    for position, png in draw_in_pool(settings, requests):
+        name = f"{numbers[position]:05d}"
+        # The caption first: a picture counts once it is there.
+        (location / f"{name}.txt").write(requests[position].prompt.encode())
+        (location / f"{name}.png").write(png)
