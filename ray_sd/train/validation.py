@@ -22,6 +22,9 @@ from ray_sd.train.storage import RunFolder
 
 logger = logging.getLogger(__name__)
 
+LAST_PICTURES = "samples.png"
+"""The contact sheet of a finished run."""
+
 
 def validation_loss(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> float:
     """Mean loss over the held-out rows at fixed timesteps and noise. Collective."""
@@ -56,7 +59,10 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / f"step-{step:08d}.png"
         save_png(sheet, path, {"step": step, "run": experiment.name, "prompts": list(settings.prompts)})
-        where = RunFolder(experiment.storage_path, experiment.name).upload(path, f"{PICTURES}/{path.name}")
+        run = RunFolder(experiment.storage_path, experiment.name)
+        where = run.upload(path, f"{PICTURES}/{path.name}")
+        if step == experiment.trainer.max_steps:
+            run.upload(path, LAST_PICTURES)
     logger.info("drew %d pictures at step %d: %s", len(requests), step, where)
     return {"samples": where}
 
