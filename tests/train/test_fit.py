@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.generate import ImageRequest, generate
+from ray_sd.methods import load_adapter
+from ray_sd.models import load_model
 from ray_sd.train.checkpoint import read_index
 from ray_sd.train.run import Beginning, TrainingResult, _check_resume, fit
 from ray_sd.train.storage import RunFolder
@@ -61,6 +64,31 @@ def test_a_run_leaves_an_adapter_metrics_and_pictures(configure, ray_cluster):
     assert (run / "samples.png").read_bytes() == (run / "samples" / "step-00000004.png").read_bytes()
     assert (run / "config.yaml").exists()
     assert result.adapter in result.summary()
+
+
+def test_a_pivotal_tuning_goes_from_pictures_to_an_adapter_that_draws(configure, ray_cluster):
+    config = configure(
+        "name=pivotal",
+        "method=pivotal",
+        "dataset.caption.replace={picture: <thing>}",
+        "method.tokens.placeholder_token=<thing>",
+        "method.class_prompt=[a cat, a dog]",
+        "method.class_images={count: 2, num_inference_steps: 1}",
+        "trainer.validation.prompts=a <thing>",
+        "trainer.validation.num_inference_steps=1",
+        *TWO_WORKERS,
+    )
+    result = fit(config)
+    manifest = read_manifest(Path(result.adapter))
+    assert manifest.kind == "dreambooth"
+    assert manifest.files.keys() >= {"pytorch_lora_weights.safetensors", "embeddings/learned_embeds.safetensors"}
+    assert (Path(result.run) / "samples.png").exists()
+    assert len(list(Path(config.cache_path).glob("class/*/*.png"))) == 2
+    model = load_model(config.model)
+    load_adapter(model, result.adapter)
+    request = ImageRequest("a <thing>", num_inference_steps=1)
+    untrained = generate(load_model(config.model), [request])[0]
+    assert generate(model, [request])[0].tobytes() != untrained.tobytes()
 
 
 def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_path):
