@@ -5,6 +5,11 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
+def name_to_mapping(value: object) -> object:
+    """A kind's name alone as the kind with its defaults: `crop: random` is `crop: {name: random}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class Schema(BaseModel):
     model_config = ConfigDict(
         frozen=True,

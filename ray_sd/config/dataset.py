@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema
+from ray_sd.config.base import Schema, name_to_mapping
 
 
 class ImageFolderSource(Schema):
@@ -76,11 +76,7 @@ class RandomCrop(Schema):
     """Windows encoded per picture."""
 
 
-def _name_to_mapping(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Crop = Annotated[CenterCrop | RandomCrop, Field(discriminator="name"), BeforeValidator(_name_to_mapping)]
+Crop = Annotated[CenterCrop | RandomCrop, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
 
 
 class CaptionConfig(Schema):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema
+from ray_sd.config.base import Schema, name_to_mapping
 
 
 class DiffusionMethod(Schema):
@@ -16,10 +16,6 @@ class DiffusionMethod(Schema):
     """Scale of a per-channel constant added to the noise, so that very dark and bright pictures are learnt."""
     caption_dropout: float = Field(0.0, ge=0, le=1)
     """Probability of training a row without its caption, for classifier-free guidance."""
-
-
-def _name_to_mapping(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _one_to_list(value: object) -> object:
@@ -173,7 +169,7 @@ class DreamBoothMethod(DiffusionMethod):
     """Weight of the class pictures' loss."""
     class_images: ClassImagesConfig = ClassImagesConfig()
     """The class pictures. Each step takes as many of them as rows, so its batch is twice `trainer.batch_size`."""
-    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="name"), BeforeValidator(_name_to_mapping)] = (
+    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="name"), BeforeValidator(name_to_mapping)] = (
         LoraAdapter()
     )
     """What trains: `lora` or `full`."""

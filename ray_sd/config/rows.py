@@ -6,6 +6,10 @@ from typing import Literal
 from ray_sd.config.method import ClassImagesConfig
 
 
+CLASS = "class_"
+"""Begins the names of what a batch holds of class pictures."""
+
+
 @dataclass(frozen=True)
 class PriorRows:
     """Where class pictures are, and the captions of those that are drawn, in turn."""

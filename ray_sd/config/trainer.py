@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema
+from ray_sd.config.base import Schema, name_to_mapping
 
 
 class ConstantSchedule(Schema):
@@ -40,14 +40,10 @@ class CosineSchedule(Schema):
     """Lowest learning rate as a share of the highest."""
 
 
-def _name_to_mapping(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
 Schedule = Annotated[
     ConstantSchedule | LinearSchedule | CosineSchedule,
     Field(discriminator="name"),
-    BeforeValidator(_name_to_mapping),
+    BeforeValidator(name_to_mapping),
 ]
 
 

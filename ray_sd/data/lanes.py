@@ -15,7 +15,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.config.rows import RowSpec
+from ray_sd.config.rows import CLASS, RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import epoch_order, row_seed
@@ -33,8 +33,6 @@ BYTES_UNDER_WAY = 128 << 20
 MICRO_BATCHES_PER_TASK = 64
 MAX_TASKS = 1000
 ROWS_AT_ONCE = 64
-PRIOR = "class_"
-"""Begins the names of what a class picture has."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class LaneReader:
         if data.prior is not None:
             reader = RowReader(data.prior, rows, config.model, memory)
             prior = replace(lanes, num_rows=data.prior.num_rows)
-            self._streams.append(_Stream(PRIOR, reader, prior, config.seed))
+            self._streams.append(_Stream(CLASS, reader, prior, config.seed))
 
     def __call__(self, numbers: pa.Table) -> Iterator[dict[str, np.ndarray]]:
         together = self._lanes.micro_batches_at_once

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import DreamBoothMethod
-from ray_sd.config.rows import PriorRows, RowSpec
+from ray_sd.config.rows import CLASS, PriorRows, RowSpec
 from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.embeddings import read_embeddings, write_embeddings
 from ray_sd.methods.full import Full
@@ -17,8 +17,6 @@ from ray_sd.methods.textual_inversion import add_tokens, attach_tokens, learnt_t
 from ray_sd.models import DiffusionModel
 
 ADAPTERS: dict[str, type[Lora | Full]] = {"lora": Lora, "full": Full}
-CLASS = "class_"
-"""Begins the names of a batch's class rows."""
 EMBEDDINGS = "embeddings"
 """Folder of the tokens, so that diffusers finds one file beside it."""
 
