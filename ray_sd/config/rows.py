@@ -5,7 +5,6 @@ from typing import Literal
 
 from ray_sd.config.method import ClassImagesConfig
 
-
 CLASS = "class_"
 """Begins the names of what a batch holds of class pictures."""
 
