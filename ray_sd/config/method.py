@@ -1,5 +1,6 @@
 """What is learnt, and with which loss."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -39,6 +40,11 @@ STYLE_TEMPLATES = (
 """The same for styles."""
 
 
+def file_name(token: str) -> str:
+    """A token as the name of its file: `<my-cat>` is `my-cat`."""
+    return re.sub(r"[^\w.-]+", "_", token).strip("_") or "token"
+
+
 class PlaceholderTokens(Schema):
     """New words of the tokenizer, whose embeddings are learnt."""
 
@@ -67,6 +73,11 @@ class PlaceholderTokens(Schema):
         tokens = self.placeholder_token
         if not tokens or len(set(tokens)) != len(tokens):
             raise ValueError("placeholder_token must name one word or several different ones")
+        files: dict[str, str] = {}
+        for token in tokens:
+            other = files.setdefault(file_name(token), token)
+            if other != token:
+                raise ValueError(f"placeholder_token: {other} and {token} differ in nothing that a file name keeps")
         if len(self.initializer_token) not in (0, 1, len(tokens)):
             raise ValueError(f"{len(self.initializer_token)} initializer_tokens for {len(tokens)} placeholder_tokens")
         vectors = (self.num_vectors,) if isinstance(self.num_vectors, int) else self.num_vectors

@@ -163,8 +163,8 @@ def _check_placeholders(rows: RowSpec, captions: pa.Array) -> None:
     for token, _ in rows.placeholders:
         if not pc.any(pc.match_substring(captions, token)).as_py():
             raise DataError(
-                f"method.placeholder_token: no caption holds '{token}'; write it into the captions "
-                "(dataset.caption.replace or .template does), or set method.templates"
+                f"placeholder_token: no caption holds '{token}'; write it into the captions, "
+                "for example by dataset.caption.replace or dataset.caption.template"
             )
 
 

@@ -4,13 +4,13 @@
 - A1111 and kohya: `{emb_params: [n, D]}`, the token being the file's name.
 """
 
-import re
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
 
 LEARNED = "learned_embeds"
@@ -53,8 +53,3 @@ def read_embedding(file: Path, token: str | None = None) -> tuple[str, Tensor]:
         raise ArtifactError(f"{file} is no embedding: {name} has {vectors.ndim} dimensions")
     own = file.stem if name == EMB_PARAMS else name
     return token or own, vectors.reshape(-1, vectors.shape[-1])
-
-
-def file_name(token: str) -> str:
-    """A token as the name of a file: `<my-cat>` is `my-cat`."""
-    return re.sub(r"[^\w.-]+", "_", token).strip("_") or "token"

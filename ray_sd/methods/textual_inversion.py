@@ -116,11 +116,11 @@ def _initializer_ids(tokenizer: Any, config: PlaceholderTokens, token: str) -> l
     ids = tokenizer(phrase, add_special_tokens=False).input_ids
     num_vectors = config.placeholders()[token]
     if not ids:
-        raise ConfigError("method.initializer_token: an empty text initializes nothing; leave it out")
+        raise ConfigError("initializer_token: an empty text initializes nothing; leave it out")
     if len(ids) > num_vectors:
         raise ConfigError(
-            f"method.initializer_token: '{phrase}' is {len(ids)} tokens and '{token}' has {num_vectors} vectors; "
-            f"set method.num_vectors={len(ids)} or take a shorter one"
+            f"initializer_token: '{phrase}' is {len(ids)} tokens and '{token}' has {num_vectors} vectors; "
+            f"set num_vectors={len(ids)} or take a shorter one"
         )
     return ids
 

@@ -201,7 +201,7 @@ def test_templates_name_the_placeholders():
         ({"placeholder_token": ["my cat", "<mat>"]}, "'my cat' must be one word without spaces"),
         (
             {"initializer_token": ["abcd", "b"]},
-            "'abcd' is 4 tokens and '<cat>' has 3 vectors; set method.num_vectors=4",
+            "'abcd' is 4 tokens and '<cat>' has 3 vectors; set num_vectors=4",
         ),
         ({"initializer_token": ["", "b"]}, "an empty text initializes nothing"),
     ],
@@ -227,6 +227,7 @@ def test_a_skeleton_takes_what_can_be(tiny: Path):
         ({"num_vectors": [1]}, "1 num_vectors for 2 placeholder_tokens"),
         ({"num_vectors": 0}, "must be at least 1"),
         ({"templates": ["a cat"]}, "has no {} for the placeholder"),
+        ({"placeholder_token": ["<cat>", "(cat)"]}, "<cat> and \\(cat\\) differ in nothing that a file name keeps"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values: dict, words: str):
