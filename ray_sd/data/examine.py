@@ -20,6 +20,8 @@ from ray_sd.data.sources import UNREADABLE, SourceRow
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 256
 
+SHAPES = pa.list_(pa.list_(pa.int32()))
+"""Shapes of a record's arrays, in the order of their columns."""
 PICTURE = pa.schema(
     [
         ("id", pa.string()),
@@ -34,13 +36,13 @@ PICTURE = pa.schema(
         ("height", pa.int32()),
         ("box", pa.list_(pa.float32())),
         ("flip", pa.bool_()),
-        ("shape", pa.list_(pa.int32())),
+        ("shapes", SHAPES),
         ("pixels", pa.binary()),
     ]
 )
 """A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
 Of each row exactly one record has either `captions` or a `reason`."""
-OF_THE_ROW = ("path", "reason", "captions", "image", "shape")
+OF_THE_ROW = ("path", "reason", "captions", "image", "shapes")
 """What a cached picture does not keep: it may belong to several rows."""
 
 
@@ -136,7 +138,7 @@ def _transform(picture: Image.Image, variant: Variant, config: DatasetConfig, im
         "height": picture.height,
         "box": list(box),
         "flip": variant.flip,
-        "shape": [3, config.height, config.width],
+        "shapes": [[3, config.height, config.width]],
         "pixels": pixels.transpose(2, 0, 1).tobytes(),
     }
 

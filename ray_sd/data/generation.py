@@ -111,7 +111,7 @@ def load_for_generation(config: GenerateConfig) -> DiffusionModel:
         with _local_folder(config.adapter) as folder:
             load_adapter(model, folder, config.adapter_scale, config.allow_other_base)
     model.requires_grad_(False)
-    return model.to("cuda", torch.float16) if torch.cuda.is_available() else model
+    return model.to_half().to("cuda") if torch.cuda.is_available() else model
 
 
 def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:

@@ -31,6 +31,8 @@ BATCHES_UNDER_WAY = 4
 LOG_SECONDS = 10
 _HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")])
 TEXTS_PER_BLOCK = 256
+TEXT_BYTES = 1 << 18
+"""About what the embeddings of a prompt weigh."""
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 """Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
 
@@ -70,7 +72,8 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
     pixels = config.dataset.height * config.dataset.width
     if rows.images == "latents":
         dataset = _encode(dataset, config, ImageEncoder)
-        tables = _write(dataset, config, folder, {"mean": settings.dtype, "std": settings.dtype}, row_bytes=pixels // 2)
+        dtypes: dict[str, str] = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
+        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
     else:
         tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
 
@@ -94,6 +97,8 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
 
     Returns the folder's entries (`key`, `shard`, `row`), how many were encoded now, and how many of `captions` are cut.
     """
+    from ray_sd.models import FAMILIES
+
     settings = config.dataset.encode
     entries = folder.entries(pa.field("excess_tokens", pa.int32()))
     keys = pa.array([text_key(caption.as_py()) for caption in captions], KEY)
@@ -102,7 +107,9 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
     if len(table):
         dataset = _dataset(_blocks(table), config)
         dataset = _encode(dataset, config, TextEncoder)
-        tables = _write(dataset, config, folder, {"embedding": settings.dtype}, row_bytes=1 << 18)
+        names = FAMILIES[config.model.family].embeddings
+        row_bytes = TEXT_BYTES * config.model.prompt_chunks
+        tables = _write(dataset, config, folder, dict.fromkeys(names, settings.dtype), row_bytes=row_bytes)
         entries = pa.concat_tables([entries, *(table.select(entries.column_names) for table in tables)])
     used = entries.filter(pc.is_in(entries["key"], value_set=keys))
     cut = pc.sum(pc.greater(used["excess_tokens"], 0)).as_py() or 0

@@ -43,13 +43,16 @@ class RowReader:
             batch = {"pixels": np.stack([row["pixels"] for row in images])}
         else:
             batch = {f"latent_{part}": np.stack([row[part] for row in images]) for part in ("mean", "std")}
+            batch["add_time_ids"] = np.stack([row["add_time_ids"] for row in images])
         texts = [self._choose_caption(int(p), s if vary else None) for p, s in zip(positions, row_seeds, strict=True)]
         if self._texts is not None:
             places = [self._index.texts.of(*text) if text is not None else self._index.empty_text for text in texts]
-            batch["text_embeds"] = np.stack([self._texts.row(*place)["embedding"] for place in places])
+            embeddings = [self._texts.row(*place) for place in places]
+            batch |= {name: np.stack([row[name] for row in embeddings]) for name in embeddings[0]}
         elif self._tokenizer is not None:
             captions = [self._index.captions[text[0]][text[1]].as_py() if text is not None else "" for text in texts]
-            batch["input_ids"] = self._tokenizer.tokenize(captions, warn=False).numpy()
+            tokens = self._tokenizer.tokenize(captions, warn=False)
+            batch |= {name: ids.numpy() for name, ids in tokens.items()}
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
 

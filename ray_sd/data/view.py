@@ -15,7 +15,7 @@ from ray_sd.data.sources import Listing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same configuration would encode other values."""
 
 
@@ -151,11 +151,15 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
 def _text_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all captions of a data set share."""
     from ray_sd.models import fingerprint
+    from ray_sd.models.components import read_index
 
-    description: dict[str, Any] = {"format": FORMAT, "text": rows.text}
+    description: dict[str, Any] = {"format": FORMAT, "text": rows.text, "prompt_chunks": config.model.prompt_chunks}
     if rows.text == "embeddings":
-        encoder = fingerprint(config.model, "text_encoder")
-        description |= {"dtype": config.dataset.encode.dtype, "text_encoder": encoder}
+        description |= {
+            "dtype": config.dataset.encode.dtype,
+            "text_encoder": fingerprint(config.model, "text_encoder"),
+            "zero_empty_prompt": read_index(config.model).get("force_zeros_for_empty_prompt"),
+        }
     elif rows.text == "tokens":
         description |= {"tokenizer": fingerprint(config.model, "tokenizer")}
     return description

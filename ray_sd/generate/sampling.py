@@ -2,7 +2,7 @@
 
 Each picture has its own seed and its own scheduler; a step runs the U-Net once for all pictures on their way. So they
 may differ in number of steps, guidance and sampler, and may join and leave between steps. A picture equals that of
-diffusers' StableDiffusionPipeline for the same seed, scheduler and settings.
+diffusers' own pipeline for the same seed, scheduler and settings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,11 +44,16 @@ class Drawing:
     """A picture on its way."""
 
     request: ImageRequest
-    text: Tensor  # [2, L, D] (negative prompt, prompt) with guidance, else [1, L, D]
+    conditions: dict[str, Tensor]  # [2, …] (negative prompt, prompt) with guidance, else [1, …]
     latents: Tensor  # [1, C, h, w]
     scheduler: SchedulerMixin
     generator: torch.Generator
     step: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the U-Net's batch that it takes."""
+        return 2 if self.request.guided else 1
 
     @property
     def steps(self) -> int:
@@ -106,15 +111,17 @@ def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawi
     prompts = dict.fromkeys(
         text for request in requests for text in (request.negative_prompt, request.prompt)[0 if request.guided else 1 :]
     )
-    device, dtype = model.unet.device, model.unet.dtype
-    embeddings = model.encode_text(model.tokenize(list(prompts)).to(device)).to(dtype)
-    text = dict(zip(prompts, embeddings, strict=True))
-    return [_start_one(model, request, text, device, dtype) for request in requests]
+    tokens = {name: ids.to(model.unet.device) for name, ids in model.tokenize(list(prompts)).items()}
+    encoded = model.encode_text(tokens)
+    places = {prompt: place for place, prompt in enumerate(prompts)}
+    return [_start_one(model, request, encoded, places) for request in requests]
 
 
 def _start_one(
-    model: DiffusionModel, request: ImageRequest, text: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+    model: DiffusionModel, request: ImageRequest, encoded: dict[str, Tensor], places: dict[str, int]
 ) -> Drawing:
+    """encoded: text conditions of all prompts; places: where each prompt's are."""
+    device, dtype = model.unet.device, model.unet.dtype
     height, width = picture_size(model, request)
     scheduler = model.sampler()
     try:
@@ -124,8 +131,11 @@ def _start_one(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
     latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma
-    rows = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
-    return Drawing(request, torch.stack([text[row] for row in rows]), latents, scheduler, generator)
+    rows = [places[text] for text in ([request.negative_prompt] if request.guided else []) + [request.prompt]]
+    sizes = model.size_conditions(height, width)
+    conditions = {name: tensor[rows] for name, tensor in encoded.items()}
+    conditions |= {name: tensor.to(device).expand(len(rows), -1) for name, tensor in sizes.items()}
+    return Drawing(request, conditions, latents, scheduler, generator)
 
 
 @torch.no_grad()
@@ -135,11 +145,13 @@ def advance(model: DiffusionModel, drawings: Sequence[Drawing]) -> None:
     for drawing in drawings:
         timestep = drawing.scheduler.timesteps[drawing.step]
         scaled = drawing.scheduler.scale_model_input(drawing.latents, timestep)
-        inputs.append(scaled.expand(len(drawing.text), -1, -1, -1))
-        timesteps.append(timestep.expand(len(drawing.text)))
-    text = torch.cat([drawing.text for drawing in drawings])
-    predictions = model.unet(torch.cat(inputs), torch.cat(timesteps), encoder_hidden_states=text).sample
-    sizes = [len(drawing.text) for drawing in drawings]
+        inputs.append(scaled.expand(drawing.rows, -1, -1, -1))
+        timesteps.append(timestep.expand(drawing.rows))
+    conditions = {
+        name: torch.cat([drawing.conditions[name] for drawing in drawings]) for name in drawings[0].conditions
+    }
+    predictions = model.denoise(torch.cat(inputs), torch.cat(timesteps), conditions)
+    sizes = [drawing.rows for drawing in drawings]
     for drawing, prediction in zip(drawings, predictions.split(sizes), strict=True):
         _step(drawing, prediction)
 

@@ -39,7 +39,7 @@ def batch_of(method: Method, model: DiffusionModel, seed: int) -> dict[str, torc
     text = method.rows().text
     subject, prior = random_batch(2, text, seed), random_batch(2, text, seed + 100)
     if method.config.tokens is not None:
-        subject["input_ids"] = model.tokenize(["a <cat>", "<cat> b"])
+        subject |= model.tokenize(["a <cat>", "<cat> b"])
     return subject | {f"class_{name}": value for name, value in prior.items()}
 
 

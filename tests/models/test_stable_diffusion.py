@@ -74,7 +74,7 @@ def test_tokens_and_their_embeddings_give_one_loss(tiny: Path):
     model = load_model(tiny_config(tiny), (*TRAINING, "text_encoder", "tokenizer"))
     batch = random_batch(rows=2, text="tokens")
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
-    embedded["text_embeds"] = model.encode_text(batch["input_ids"])
+    embedded |= model.encode_text(batch)
     torch.testing.assert_close(model.loss(batch), model.loss(embedded))
 
 
@@ -114,13 +114,14 @@ def test_images_are_encoded_to_the_posterior(tiny: Path):
 def test_long_captions_are_cut_and_counted(tiny: Path, caplog: pytest.LogCaptureFixture):
     model = load_model(tiny_config(tiny), ("tokenizer", "text_encoder"))
     with caplog.at_level(logging.WARNING):
-        ids = model.tokenize(["a cat", "x" * 40, ""])
+        tokens = model.tokenize(["a cat", "x" * 40, ""])
+    ids = tokens["input_ids"]
     assert ids.shape == (3, 16)
     assert ids.dtype == torch.int64
     assert ids[:, 0].tolist() == [512] * 3
     assert ids[1, -1] == 513  # the end stays
-    assert "1 of 3 captions cut to the text encoder's 16 tokens" in caplog.text
-    assert model.encode_text(ids).shape == (3, 16, 32)
+    assert "1 of 3 captions cut to 14 tokens" in caplog.text
+    assert model.encode_text(tokens)["text_embeds"].shape == (3, 16, 32)
 
 
 def test_noise_settings_replace_the_saved_ones(tiny: Path):
@@ -176,8 +177,8 @@ def test_samplers_have_the_schedule_of_training(tiny: Path, name: str):
     [
         ("vae", {"latent_channels": 8}, "the U-Net takes latents of 4 channels, the autoencoder makes 8"),
         ("text_encoder", {"hidden_size": 64}, "text embeddings of width 32, the text encoder makes 64"),
-        ("text_encoder", {"vocab_size": 100, "eos_token_id": 9}, "514 kinds of tokens, the text encoder takes 100"),
-        ("text_encoder", {"max_position_embeddings": 8}, "16 tokens a caption, the text encoder takes 8"),
+        ("text_encoder", {"vocab_size": 100, "eos_token_id": 9}, "514 kinds of tokens, the text_encoder takes 100"),
+        ("text_encoder", {"max_position_embeddings": 8}, "16 tokens a caption, the text_encoder takes 8"),
         ("unet", {"in_channels": 9}, "takes 9 channels and gives 4; inpainting"),
         ("unet", {"time_cond_proj_dim": 32}, "takes conditions besides text .time_cond_proj_dim."),
     ],

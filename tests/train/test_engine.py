@@ -29,6 +29,33 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 STEPS, BATCH, RATE = 10, 4, 1e-3
 
 
+VOCABULARY = 2969
+"""Words of the tiny model's tokenizer; new ones come after them."""
+TOKENS = ["placeholder_token=[<cat>, <mat>]", "num_vectors=2"]
+KINDS = {
+    "full": ["method=full", f"trainer.learning_rate={RATE}"],
+    "lora": ["method=lora", f"trainer.learning_rate={RATE}"],
+    "textual_inversion": [
+        "method=textual_inversion",
+        *(f"method.{setting}" for setting in TOKENS),
+        "trainer.learning_rate=0.5",
+    ],
+    "dreambooth": ["method=dreambooth", "method.class_prompt=a cat", f"trainer.learning_rate={RATE}"],
+    "pivotal": [
+        "method=pivotal",
+        "method.class_prompt=a cat",
+        "method.adapter.text_encoder=true",
+        *(f"method.tokens.{setting}" for setting in TOKENS),
+        f"trainer.learning_rate={RATE}",
+        "trainer.token_learning_rate=0.5",
+    ],
+}
+KINDS |= {f"{kind}_xl": [*settings, "model=tiny_random_xl"] for kind, settings in KINDS.items() if kind != "full"}
+METHODS = [kind for kind in KINDS if kind not in ("full", "lora")]
+LEARN_TOKENS = [kind for kind in METHODS if kind.startswith(("textual_inversion", "pivotal"))]
+WITH_CLASS = [kind for kind in METHODS if kind.startswith(("dreambooth", "pivotal"))]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, ray_cluster) -> dict:
     """Losses and states of all combinations, from one group of two workers and one of a single worker."""
@@ -83,7 +110,7 @@ def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["textual_inversion", "dreambooth", "pivotal"])
+@pytest.mark.parametrize("kind", METHODS)
 def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, stage):
     reference, found = _plain_loop(kind), measured[f"{kind}-{stage}"]
     assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
@@ -92,7 +119,7 @@ def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, s
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["textual_inversion", "pivotal"])
+@pytest.mark.parametrize("kind", LEARN_TOKENS)
 def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, kind, stage):
     before, after = measured[f"vocabulary-{kind}-{stage}"]["losses"]
     assert before == after
@@ -179,19 +206,20 @@ def _measure(settings: dict) -> None:
 
 def _measure_methods(record: Callable, rank: int) -> None:
     for stage in (0, 1, 2, 3):
-        for kind in ("textual_inversion", "dreambooth", "pivotal"):
+        for kind in METHODS:
             engine, _ = _engine(stage, 2, kind=kind)
-            before = _vocabulary(engine) if kind != "dreambooth" else ""
+            before = _vocabulary(engine) if kind in LEARN_TOKENS else ""
             record(f"{kind}-{stage}", _run(engine, rank, 2, 0, STEPS, kind=kind), engine)
             if before:
                 record(f"vocabulary-{kind}-{stage}", [before, _vocabulary(engine)], engine)
 
 
 def _vocabulary(engine: Engine) -> str:
-    """Digest of the bytes of the text encoder's own rows."""
-    weight = engine._deepspeed.module.model.text_encoder.get_input_embeddings().vocabulary.weight
-    with deepspeed.zero.GatheredParameters([weight], enabled=engine.stage == 3):
-        return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+    """Digest of the bytes of the text encoders' own rows."""
+    encoders = [encoder for encoder, _ in engine._deepspeed.module.model.text_encoders().values()]
+    weights = [encoder.get_input_embeddings().vocabulary.weight for encoder in encoders]
+    with deepspeed.zero.GatheredParameters(weights, enabled=engine.stage == 3):
+        return hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in weights)).hexdigest()
 
 
 def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
@@ -212,29 +240,6 @@ def _measure_variants(record: Callable, folder: Path, rank: int) -> None:
     for stage in (1, 2, 3):
         engine, _ = _engine(stage, 1, precision="fp16")
         record(f"overflow-{stage}", _run(engine, rank, 1, 0, STEPS), engine)
-
-
-VOCABULARY = 2969
-"""Words of the tiny model's tokenizer; new ones come after them."""
-KINDS = {
-    "full": ["method=full", f"trainer.learning_rate={RATE}"],
-    "textual_inversion": [
-        "method=textual_inversion",
-        "method.placeholder_token=[<cat>, <mat>]",
-        "method.num_vectors=2",
-        "trainer.learning_rate=0.5",
-    ],
-    "dreambooth": ["method=dreambooth", "method.class_prompt=a cat", f"trainer.learning_rate={RATE}"],
-    "pivotal": [
-        "method=pivotal",
-        "method.class_prompt=a cat",
-        "method.adapter.text_encoder=true",
-        "method.tokens.placeholder_token=[<cat>, <mat>]",
-        "method.tokens.num_vectors=2",
-        f"trainer.learning_rate={RATE}",
-        "trainer.token_learning_rate=0.5",
-    ],
-}
 
 
 def _prepared(kind: str):
@@ -281,7 +286,7 @@ def _run(
 def _batch(step: int, rows: range, kind: str) -> dict[str, torch.Tensor]:
     """Rows of step `step`, each from a seed of its own, for DreamBooth each with one of its class."""
     batch = _rows([1000 * step + row for row in rows], kind)
-    if kind in ("dreambooth", "pivotal"):
+    if kind in WITH_CLASS:
         batch |= {
             f"class_{name}": value for name, value in _rows([1000 * step + 500 + row for row in rows], kind).items()
         }
@@ -289,19 +294,23 @@ def _batch(step: int, rows: range, kind: str) -> dict[str, torch.Tensor]:
 
 
 def _rows(seeds: list[int], kind: str) -> dict[str, torch.Tensor]:
-    latents, embeddings, ids = [], [], []
+    """Rows that each depend on nothing but their seed."""
+    xl = kind.endswith("_xl")
+    rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        latents.append(torch.randn(4, 8, 8, generator=generator))
-        embeddings.append(torch.randn(16, 32, generator=generator))
-        ids.append(torch.randint(512, (16,), generator=generator))
-    batch = {
-        "latent_mean": torch.stack(latents),
-        "latent_std": torch.full((len(latents), 4, 8, 8), 0.1),
-        "row_seed": torch.tensor(seeds),
-    }
-    if kind in ("full", "dreambooth"):
-        return batch | {"text_embeds": torch.stack(embeddings)}
-    batch["input_ids"] = torch.stack(ids)
-    batch["input_ids"][:, 3:7] = torch.arange(VOCABULARY, VOCABULARY + 4)
-    return batch
+        row = {"latent_mean": torch.randn(4, 8, 8, generator=generator), "latent_std": torch.full((4, 8, 8), 0.1)}
+        if kind in LEARN_TOKENS:
+            row["input_ids"] = torch.randint(512, (16,), generator=generator)
+            row["input_ids"][3:7] = torch.arange(VOCABULARY, VOCABULARY + 4)
+        else:
+            row["text_embeds"] = torch.randn(16, 96 if xl else 32, generator=generator)
+        if xl:
+            row["add_time_ids"] = torch.randint(64, 1024, (6,), generator=generator).float()
+        if xl and kind in LEARN_TOKENS:
+            row["input_ids_2"] = row["input_ids"].clone()
+        elif xl:
+            row["pooled_text_embeds"] = torch.randn(48, generator=generator)
+        rows.append(row)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"row_seed": torch.tensor(seeds)}
