@@ -78,6 +78,8 @@ class GenerateConfig(Schema):
     """Text file with one prompt a line, run as a batch job over a pool of workers; replaces `prompt`."""
     negative_prompt: str = ""
     """What not to draw."""
+    prompt_weighting: bool = False
+    """Read weights in both prompts: `a (red)1.5 cat`, `a red++ cat`, `a (small)0.5 cat`."""
     num_images: int = Field(1, ge=1)
     """Pictures a prompt; seeds count up from `seed`."""
     seed: int = Field(0, ge=0)

@@ -38,9 +38,8 @@ class ImageEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.combine_chunks()
-        present = np.flatnonzero(table["key"].is_valid().to_numpy())
         columns: dict[str, list] = {name: [None] * len(table) for name in (*LATENTS, "shapes", "key")}
-        if len(present):
+        for present in of_one_shape(table):
             [shape] = table["shapes"][int(present[0])].as_py()
             pixels = np.stack(
                 [np.frombuffer(table["pixels"][int(i)].as_buffer(), np.uint8).reshape(shape) for i in present]
@@ -113,20 +112,29 @@ class TextEncoder:
         return table.append_column("excess_tokens", pa.array(self._model.excess_tokens(captions), pa.int32()))
 
 
+def of_one_shape(table: pa.Table) -> list[np.ndarray]:
+    """Places of the records that have a key, those of each shape together."""
+    present = np.flatnonzero(table["key"].is_valid().to_numpy())
+    shapes = np.array([str(shapes) for shapes in table["shapes"].to_pylist()], dtype=object)[present]
+    return [present[shapes == shape] for shape in dict.fromkeys(shapes)]
+
+
 def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str]) -> pa.Table:
-    """Write the records that have a key as one shard. Returns all records, with `shard` and `row` instead of content.
+    """Write the records that have a key, a shard a shape. Returns all records, with `shard` and `row` instead of content.
 
     dtypes: of each column with content, in the order of the record's `shapes`.
     """
-    present = table.filter(pc.is_valid(table["key"]))
+    table = table.combine_chunks()
+    stored = [name for name in table.column_names if name not in OF_THE_ROW]
     rest = table.filter(pc.is_null(table["key"])).drop_columns(list(dtypes))
-    if not len(present):
-        return located(rest, None)
-    shapes = present["shapes"][0].as_py()
-    fields = [Field(name, dtype, tuple(shape)) for (name, dtype), shape in zip(dtypes.items(), shapes, strict=True)]
-    stored = [name for name in present.column_names if name not in OF_THE_ROW]
-    shard = folder.write(present.select(stored), fields)
-    return pa.concat_tables([located(present.drop_columns(list(dtypes)), shard), located(rest, None)])
+    parts = [located(rest, None)]
+    for places in of_one_shape(table):
+        present = table.take(places)
+        shapes = present["shapes"][0].as_py()
+        fields = [Field(name, dtype, tuple(shape)) for (name, dtype), shape in zip(dtypes.items(), shapes, strict=True)]
+        shard = folder.write(present.select(stored), fields)
+        parts.append(located(present.drop_columns(list(dtypes)), shard))
+    return pa.concat_tables(parts)
 
 
 def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:

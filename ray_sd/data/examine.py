@@ -1,7 +1,6 @@
 """The stage before encoding: read a unit of the source, reject what cannot be used, transform what is not cached."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,9 @@ import ray
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
-from ray_sd.config.dataset import CaptionConfig
+from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
+from ray_sd.data.captions import written_captions
 from ray_sd.data.crops import Variant, cut, variants
 from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.sources import UNREADABLE, SourceRow
@@ -36,6 +36,7 @@ PICTURE = pa.schema(
         ("height", pa.int32()),
         ("box", pa.list_(pa.float32())),
         ("flip", pa.bool_()),
+        ("bucket", pa.string()),
         ("shapes", SHAPES),
         ("pixels", pa.binary()),
     ]
@@ -108,14 +109,7 @@ def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> li
         captions = [config.caption.template]
     if not captions and needs_captions:
         raise RejectedError("has no caption, and dataset.caption.template gives none")
-    return [_written(caption, config.caption) for caption in captions] or [""]
-
-
-def _written(caption: str, config: CaptionConfig) -> str:
-    """A caption with its words replaced, between prefix and suffix."""
-    for word, other in config.replace.items():
-        caption = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", other.replace("\\", r"\\"), caption)
-    return f"{config.prefix}{caption}{config.suffix}"
+    return written_captions(captions, config.caption) or [""]
 
 
 def _missing(
@@ -132,13 +126,15 @@ def _missing(
 
 
 def _transform(picture: Image.Image, variant: Variant, config: DatasetConfig, image: str) -> dict[str, Any]:
-    pixels, box = cut(picture, variant, height=config.height, width=config.width, seed=image)
+    height, width = bucket_of(config, picture.width, picture.height)
+    pixels, box = cut(picture, variant, height=height, width=width, seed=image)
     return {
         "width": picture.width,
         "height": picture.height,
         "box": list(box),
         "flip": variant.flip,
-        "shapes": [[3, config.height, config.width]],
+        "bucket": bucket_name((height, width)),
+        "shapes": [[3, height, width]],
         "pixels": pixels.transpose(2, 0, 1).tobytes(),
     }
 

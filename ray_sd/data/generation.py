@@ -136,6 +136,7 @@ def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
         guidance_scale=config.guidance_scale,
         height=config.height,
         width=config.width,
+        prompt_weighting=config.prompt_weighting,
     )
     for prompt in _prompts(config):
         for seed in range(config.seed, config.seed + config.num_images):

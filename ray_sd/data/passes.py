@@ -12,9 +12,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from ray_sd.config import ExperimentConfig
+from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
+from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, text_key, write_shard
@@ -46,7 +47,7 @@ class ImagePass:
     rejected: list[tuple[str, str]]
     """Path and reason."""
     entries: pa.Table
-    """All entries of the cache folder: `key`, `shard`, `row`."""
+    """All entries of the cache folder: `key`, `bucket`, `shard`, `row`."""
     new_keys: pa.Array
     """Keys that were encoded now."""
 
@@ -54,7 +55,7 @@ class ImagePass:
 def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, folder: CacheFolder) -> ImagePass:
     """Read every unit of the source and bring all variants of its pictures into the cache folder."""
     settings = config.dataset.encode
-    entries = folder.entries()
+    entries = folder.entries(pa.field("bucket", pa.string()))
     # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
     known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
     dataset = _dataset(listing.units, config).map_batches(
@@ -69,7 +70,7 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
         },
         num_cpus=DECODE_CPUS,
     )
-    pixels = config.dataset.height * config.dataset.width
+    pixels = _largest(config.dataset)
     if rows.images == "latents":
         dataset = _encode(dataset, config, ImageEncoder)
         dtypes: dict[str, str] = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
@@ -81,7 +82,7 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
     for table in tables:
         heads.append(table.filter(pc.is_valid(table["captions"])).select(_HEADS.names))
         rejected += table.filter(pc.is_valid(table["reason"])).select(["path", "reason"]).to_pylist()
-        new.append(table.filter(pc.is_valid(table["key"])).select(["key", "shard", "row"]))
+        new.append(table.filter(pc.is_valid(table["key"])).select(entries.column_names))
     fresh = pa.concat_tables(new)
     reasons = [(row["path"], row["reason"]) for row in rejected]
     return ImagePass(
@@ -129,9 +130,14 @@ def _blocks(table: pa.Table) -> list[pa.Table]:
 
 def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Dataset:
     settings = config.dataset.encode
-    batch = 3 * config.dataset.height * config.dataset.width * settings.batch_size * settings.num_actors
+    batch = 3 * _largest(config.dataset) * settings.batch_size * settings.num_actors
     limit = max(BYTES_UNDER_WAY * settings.num_actors, BATCHES_UNDER_WAY * batch)
     return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
+
+
+def _largest(dataset: DatasetConfig) -> int:
+    """Pixels of the largest picture."""
+    return max(height * width for height, width in bucket_sizes(dataset))
 
 
 def _encode(

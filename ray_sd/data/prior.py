@@ -39,6 +39,7 @@ def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tup
             "source": ImageFolderSource(path=folder),
             "caption": CaptionConfig(template=prior.prompts[0]),
             "crop": CenterCrop(),
+            "buckets": None,
             "holdout": 0,
         }
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
@@ -33,6 +34,8 @@ class EncodeSummary:
     texts_encoded: int
     cut_captions: int
     """Different captions that are longer than the text encoder reads."""
+    buckets: dict[str, int]
+    """Rows of each size that training sees."""
     rejected: int
     reasons: dict[str, int]
     """How many rows were rejected for what."""
@@ -54,6 +57,11 @@ class EncodeSummary:
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
+
+    def bucket_table(self) -> str:
+        """Buckets and their rows, a line each."""
+        width = max(len(f"{count}") for count in self.buckets.values())
+        return "\n".join(f"  {name}  {count:>{width}} rows" for name, count in self.buckets.items())
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,9 @@ class View:
             return None
         try:
             stored = json.loads(self._prepared.read())
-            indices = {part: RowIndex(self.root, name, count) for part, (name, count) in stored["indices"].items()}
+            indices = {
+                part: RowIndex(self.root, name, tuple(buckets)) for part, (name, buckets) in stored["indices"].items()
+            }
             missing = [shard for index in indices.values() for shard in index.load().missing_shards()]
             summary = replace(EncodeSummary(**stored["summary"]), encoded=0, texts_encoded=0)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -117,7 +127,7 @@ class View:
         content = {
             "summary": asdict(prepared.summary),
             "fingerprint": prepared.fingerprint,
-            "indices": {part: [index.name, index.num_rows] for part, index in indices.items() if index is not None},
+            "indices": {part: [index.name, index.buckets] for part, index in indices.items() if index is not None},
         }
         self._prepared.write(json.dumps(content, indent=1).encode())
 
@@ -140,7 +150,7 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
     dataset = config.dataset
     description = {
         "format": FORMAT,
-        "resolution": [dataset.height, dataset.width],
+        "sizes": bucket_sizes(dataset),
         "background": dataset.background.lower().removeprefix("#"),
     }
     if rows.images == "latents":

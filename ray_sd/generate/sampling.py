@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin, UniPCMultistepScheduler
@@ -19,6 +20,12 @@ from torch import Tensor
 
 from ray_sd.errors import ConfigError
 from ray_sd.models import DiffusionModel
+from ray_sd.models.prompt_weights import encode_weighted_text
+
+
+class Prompt(NamedTuple):
+    text: str
+    weighted: bool
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,19 @@ class ImageRequest:
     guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
+    prompt_weighting: bool = False
+    """Read weights such as `(red)1.5` in both prompts, instead of taking them as words."""
 
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs, which takes a second row of the U-Net's batch."""
         return self.guidance_scale > 1
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What the rows of the U-Net's batch are drawn from: negative prompt, if guided, and prompt."""
+        texts = [self.negative_prompt, self.prompt] if self.guided else [self.prompt]
+        return [Prompt(text, self.prompt_weighting) for text in texts]
 
 
 @dataclass
@@ -53,7 +68,7 @@ class Drawing:
     @property
     def rows(self) -> int:
         """Rows of the U-Net's batch that it takes."""
-        return 2 if self.request.guided else 1
+        return len(self.request.prompts)
 
     @property
     def steps(self) -> int:
@@ -108,19 +123,30 @@ def picture_size(model: DiffusionModel, request: ImageRequest) -> tuple[int, int
 @torch.no_grad()
 def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawing]:
     """Encode the prompts and draw the first noise of each picture."""
-    prompts = dict.fromkeys(
-        text for request in requests for text in (request.negative_prompt, request.prompt)[0 if request.guided else 1 :]
-    )
-    tokens = {name: ids.to(model.unet.device) for name, ids in model.tokenize(list(prompts)).items()}
-    encoded = model.encode_text(tokens)
-    places = {prompt: place for place, prompt in enumerate(prompts)}
-    return [_start_one(model, request, encoded, places) for request in requests]
+    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.prompts))
+    encoded = _encode(model, prompts)
+    return [_start_one(model, request, [encoded[prompt] for prompt in request.prompts]) for request in requests]
 
 
-def _start_one(
-    model: DiffusionModel, request: ImageRequest, encoded: dict[str, Tensor], places: dict[str, int]
-) -> Drawing:
-    """encoded: text conditions of all prompts; places: where each prompt's are."""
+def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[str, Tensor]]:
+    """Text conditions [1, …] of each prompt."""
+    encoded = {}
+    for weighted in (False, True):
+        texts = [prompt.text for prompt in prompts if prompt.weighted is weighted]
+        if not texts:
+            continue
+        if weighted:
+            conditions = encode_weighted_text(model, texts)
+        else:
+            tokens = {name: ids.to(model.unet.device) for name, ids in model.tokenize(texts).items()}
+            conditions = model.encode_text(tokens)
+        for place, text in enumerate(texts):
+            encoded[Prompt(text, weighted)] = {name: rows[place : place + 1] for name, rows in conditions.items()}
+    return encoded
+
+
+def _start_one(model: DiffusionModel, request: ImageRequest, encoded: list[dict[str, Tensor]]) -> Drawing:
+    """encoded: text conditions of the request's prompts."""
     device, dtype = model.unet.device, model.unet.dtype
     height, width = picture_size(model, request)
     scheduler = model.sampler()
@@ -131,10 +157,9 @@ def _start_one(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
     latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma
-    rows = [places[text] for text in ([request.negative_prompt] if request.guided else []) + [request.prompt]]
+    conditions = {name: torch.cat([of_prompt[name] for of_prompt in encoded]) for name in encoded[0]}
     sizes = model.size_conditions(height, width)
-    conditions = {name: tensor[rows] for name, tensor in encoded.items()}
-    conditions |= {name: tensor.to(device).expand(len(rows), -1) for name, tensor in sizes.items()}
+    conditions |= {name: tensor.to(device).expand(len(encoded), -1) for name, tensor in sizes.items()}
     return Drawing(request, conditions, latents, scheduler, generator)
 
 

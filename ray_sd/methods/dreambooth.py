@@ -61,13 +61,18 @@ class DreamBooth(DenoiserMethod):
     def objective(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the subject's rows plus `prior_loss_weight` times that of the class rows.
 
-        Both go through the model as one batch, so that timesteps, and with them Min-SNR weights, stay with their rows.
+        Both go through the model as one batch where they have one size. Either way timesteps, and with them Min-SNR
+        weights, stay with their rows.
         """
-        names = [name for name in batch if not name.startswith(CLASS)]
-        if len(names) == len(batch):
+        subject_rows = {name: value for name, value in batch.items() if not name.startswith(CLASS)}
+        if len(subject_rows) == len(batch):
             return super().objective(model, batch)
-        both = {name: torch.cat([batch[name], batch[CLASS + name]]) for name in names}
-        subject, prior = self.row_losses(model, both).chunk(2)
+        class_rows = {name: batch[CLASS + name] for name in subject_rows}
+        if subject_rows["latent_mean"].shape == class_rows["latent_mean"].shape:
+            both = {name: torch.cat([subject_rows[name], class_rows[name]]) for name in subject_rows}
+            subject, prior = self.row_losses(model, both).chunk(2)
+        else:
+            subject, prior = self.row_losses(model, subject_rows), self.row_losses(model, class_rows)
         return subject.mean() + self.config.prior_loss_weight * prior.mean()
 
     def relies_on(self) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ class DiffusionModel(nn.Module, ABC):
     """Names of the components that `load` takes; `text_encoder` and `tokenizer` stand for all of the family's."""
     embeddings: ClassVar[tuple[str, ...]]
     """Names of what `encode_text` gives."""
+    hidden_states: ClassVar[str]
+    """Which of a text encoder's states the U-Net reads, as compel names them."""
 
     config: ModelConfig
     unet: Any

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 class StableDiffusion(DiffusionModel):
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     embeddings: ClassVar[tuple[str, ...]] = ("text_embeds",)
+    hidden_states = "LAST_HIDDEN_STATES_NORMALIZED"
     encoder_classes: ClassVar[dict[str, type[PreTrainedModel]]] = {"text_encoder": CLIPTextModel}
 
     def __init__(

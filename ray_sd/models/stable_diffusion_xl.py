@@ -15,6 +15,7 @@ from ray_sd.models.stable_diffusion import StableDiffusion
 
 class StableDiffusionXL(StableDiffusion):
     embeddings = ("text_embeds", "pooled_text_embeds")
+    hidden_states = "PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED"
     encoder_classes: ClassVar[dict[str, type[PreTrainedModel]]] = {
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,

@@ -34,7 +34,10 @@ ADAPTER = "adapter"
 CONFIG = "config.yaml"
 WHAT_A_RUN_IS = (
     *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
-    *(f"dataset.{name}" for name in ("resolution", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")),
+    *(
+        f"dataset.{name}"
+        for name in ("resolution", "buckets", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")
+    ),
 )
 """Settings that cannot change while a run goes on. Data may move."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"

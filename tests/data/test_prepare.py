@@ -189,6 +189,9 @@ def test_latents_that_are_not_finite_are_rejected():
             "captions": ["x"],
             "key": name.encode() * 16,
             "shapes": [[3, 16, 16]],
+            "width": 20,
+            "height": 20,
+            "box": [0, 0, 20, 20],
             "pixels": bytes(768),
         }
         for name in "ab"
