@@ -22,8 +22,9 @@ from ray_sd.data import PreparedData, check_class_folder, connect, has_gpus, pre
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint, load_model
-from ray_sd.train.checkpoint import INDEX, is_whole, storage_reason
+from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
+from ray_sd.train.optimizers import build_rule, check_package
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
@@ -34,6 +35,7 @@ ADAPTER = "adapter"
 CONFIG = "config.yaml"
 WHAT_A_RUN_IS = (
     *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
+    *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
     *(
         f"dataset.{name}"
         for name in ("resolution", "buckets", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")
@@ -78,6 +80,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     another, or the method does not fit the model; and any other RaySdError for what goes wrong later.
     """
     check_installed(config.tracker)
+    check_package(config.trainer.optimizer)
     run = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": run.storage_path})
     beginning = _check_resume(config, run)
@@ -140,7 +143,9 @@ def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     if config.resume is False:
         return Beginning(None, None)
     origin = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
-    step = _finished_steps(origin)
+    index = _read_index(origin)
+    check_optimizer(index, build_rule(config.trainer.optimizer).kind, origin)
+    step = index["step"]
     if step >= config.trainer.max_steps:
         raise ConfigError(f"resume: {config.resume} has finished {step} steps; set trainer.max_steps above that")
     return Beginning(origin, origin)
@@ -179,13 +184,13 @@ def _at(config: dict, path: str) -> Any:
     return value
 
 
-def _finished_steps(checkpoint: str) -> int:
-    """Steps of a checkpoint folder, local or behind a URI."""
+def _read_index(checkpoint: str) -> dict:
+    """The index of a checkpoint folder, local or behind a URI."""
     folder, _, name = checkpoint.rstrip("/").rpartition("/")
     content = RunFolder(folder, name).read(INDEX)
     if content is None:
         raise ConfigError(f"resume: {checkpoint} is no checkpoint folder; it has no {INDEX}")
-    return json.loads(content)["step"]
+    return parse_index(content, checkpoint)
 
 
 def _mend(run: RunFolder) -> str | None:
