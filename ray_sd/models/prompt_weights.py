@@ -1,8 +1,6 @@
 """Prompts whose words have weights, in compel's syntax: `a (red)1.5 cat`, `a red++ cat`, `a (small)0.5 cat`."""
 
-import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,14 +92,7 @@ def _fragments(prompt: str) -> list[Any]:
     return fragments
 
 
-@lru_cache(maxsize=1)
 def _compel() -> Any:
-    # It imports every pipeline of diffusers, some of which warn of packages that nobody here needs.
-    muted = logging.getLogger("transformers")
-    level = muted.level
-    muted.setLevel(logging.ERROR)
-    try:
-        import compel.compel as library
-    finally:
-        muted.setLevel(level)
+    import compel.compel as library  # slow: it imports every pipeline of diffusers
+
     return library
