@@ -49,6 +49,13 @@ class ExperimentConfig(Schema):
         if self.trainer.text_encoder_learning_rate is not None and not getattr(adapter, "text_encoder", False):
             setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
             raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
+        if self.trainer.quantize_base is not None:
+            if adapter.name in ("full", "autoencoder"):
+                raise ValueError(
+                    f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"
+                )
+            if getattr(adapter, "use_dora", False):
+                raise ValueError("trainer.quantize_base does not go with use_dora, which reads the weights it scales")
         tokens = getattr(self.method, "tokens", None) or self.method
         if self.trainer.token_learning_rate is not None and not isinstance(tokens, PlaceholderTokens):
             raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")

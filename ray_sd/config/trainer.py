@@ -48,6 +48,9 @@ Schedule = Annotated[
 ]
 
 
+BaseFormat = Literal["nf4", "int8"]
+
+
 class ZeroConfig(Schema):
     """DeepSpeed ZeRO: what is divided among the workers (arXiv:1910.02054)."""
 
@@ -121,6 +124,9 @@ class TrainerConfig(Schema):
     """Decay of the moving average of what trains, exported instead of the last weights; null exports those."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs."""
+    quantize_base: BaseFormat | None = None
+    """Keep the U-Net's frozen linear layers in 4 bits (`nf4`, arXiv:2305.14314) or 8 (`int8`, arXiv:2208.07339), for
+    adapters on GPUs that are too small otherwise. Needs a GPU and bitsandbytes; null keeps them in `precision`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
@@ -175,8 +181,16 @@ class TrainerConfig(Schema):
             raise ValueError(
                 "compile does not go with zero.stage=3, which gathers parameters layer by layer; use stage 2"
             )
+        if self.quantize_base is not None:
+            self._check_quantization()
         self._check_optimizer()
         return self
+
+    def _check_quantization(self) -> None:
+        if self.use_gpu is False:
+            raise ValueError(f"quantize_base={self.quantize_base} needs a GPU, and use_gpu=false takes none")
+        if self.zero_stage == 3:
+            raise ValueError("quantize_base does not go with zero.stage=3, which divides every weight; use stage 2")
 
     def _check_optimizer(self) -> None:
         name = self.optimizer.name

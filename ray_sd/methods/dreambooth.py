@@ -12,11 +12,18 @@ from ray_sd.config.rows import CLASS, PriorRows, RowSpec
 from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.embeddings import read_embeddings, write_embeddings
 from ray_sd.methods.full import Full
+from ray_sd.methods.layer_adapter import LayerAdapter
 from ray_sd.methods.lora import Lora
 from ray_sd.methods.textual_inversion import add_tokens, attach_tokens, learnt_tokens, token_group
 from ray_sd.models import DiffusionModel
 
-ADAPTERS: dict[str, type[Lora | Full]] = {"lora": Lora, "full": Full}
+ADAPTERS: dict[str, type[Lora | LayerAdapter | Full]] = {
+    "lora": Lora,
+    "loha": LayerAdapter,
+    "lokr": LayerAdapter,
+    "oft": LayerAdapter,
+    "full": Full,
+}
 EMBEDDINGS = "embeddings"
 """Folder of the tokens, so that diffusers finds one file beside it."""
 

@@ -17,10 +17,11 @@ TEXT_PREFIX = "text_model."
 CLIPTextModelWithProjection's are under it in all releases."""
 
 
-def save_component(module: nn.Module, folder: Path) -> None:
-    """Write configuration and weights of a diffusers model or of a text encoder."""
+def save_component(module: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write configuration and weights of a diffusers model or of a text encoder; `weights` in place of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    content = module.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
     if isinstance(module, PreTrainedModel):
         module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)

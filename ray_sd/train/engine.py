@@ -5,6 +5,7 @@ The only file that imports deepspeed. Whatever gathers state is collective: ever
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ class Engine:
 
     def _cast_frozen(self, module: nn.Module) -> None:
         for parameter in module.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and not isinstance(parameter, _quantised()):
                 parameter.data = parameter.data.to(self.compute_dtype)
 
     def _scale_loss(self) -> None:
@@ -264,6 +265,12 @@ def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     if trainer.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[trainer.precision]
+
+
+def _quantised() -> tuple[type, ...]:
+    """Parameters of bitsandbytes, which quantise themselves when they move to the device."""
+    loaded = sys.modules.get("bitsandbytes")
+    return () if loaded is None else (loaded.nn.Params4bit, loaded.nn.Int8Params)
 
 
 class OffloadedAdamW(AdamW):

@@ -25,6 +25,7 @@ from ray_sd.models import fingerprint, load_model
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.optimizers import build_rule, check_package
+from ray_sd.train.quantize import check_quantization
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
@@ -91,6 +92,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
 
     check_class_folder(method.rows())
     connect()
+    check_quantization(config.trainer, has_gpus())
     data = prepare(config, method.rows())
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
