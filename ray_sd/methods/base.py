@@ -99,7 +99,7 @@ class DenoiserMethod(Method):
         return groups
 
     def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
-        return model.loss(batch, DiffusionLoss(self.config.min_snr_gamma, self.config.noise_offset))
+        return model.loss(batch, DiffusionLoss(self.config.min_snr_gamma, self.config.noise_offset, masked=True))
 
     def validation_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         return model.loss(batch)

@@ -68,14 +68,15 @@ class DreamBooth(DenoiserMethod):
     def objective(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the subject's rows plus `prior_loss_weight` times that of the class rows.
 
-        Both go through the model as one batch where they have one size. Either way timesteps, and with them Min-SNR
-        weights, stay with their rows.
+        Both go through the model as one batch where they have one size and hold the same. Either way timesteps, and
+        with them Min-SNR weights, stay with their rows.
         """
         subject_rows = {name: value for name, value in batch.items() if not name.startswith(CLASS)}
         if len(subject_rows) == len(batch):
             return super().objective(model, batch)
-        class_rows = {name: batch[CLASS + name] for name in subject_rows}
-        if subject_rows["latent_mean"].shape == class_rows["latent_mean"].shape:
+        class_rows = {name.removeprefix(CLASS): value for name, value in batch.items() if name.startswith(CLASS)}
+        alike = subject_rows["latent_mean"].shape == class_rows["latent_mean"].shape
+        if alike and subject_rows.keys() == class_rows.keys():
             both = {name: torch.cat([subject_rows[name], class_rows[name]]) for name in subject_rows}
             subject, prior = self.row_losses(model, both).chunk(2)
         else:

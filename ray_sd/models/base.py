@@ -18,6 +18,8 @@ class DiffusionLoss:
 
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
+    masked: bool = False
+    """Whether rows that have a mask count only within it."""
 
 
 PLAIN_LOSS = DiffusionLoss()
@@ -104,7 +106,8 @@ class DiffusionModel(nn.Module, ABC):
 
         A batch holds `latent_mean` and `latent_std` [B, C, h, w] (unscaled), either what `encode_text` gives or what
         `tokenize` gives, `row_seed` int64 [B] (the only randomness of a row), `add_time_ids` float32 [B, 6] where the
-        U-Net takes the size, and optionally `timesteps` int64 [B].
+        U-Net takes the size, and optionally `timesteps` int64 [B] and `loss_mask` float32 [B, 1, h, w], the weight of
+        each place.
         """
 
     @abstractmethod

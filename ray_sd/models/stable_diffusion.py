@@ -173,7 +173,8 @@ class StableDiffusion(DiffusionModel):
         conditions = batch if "text_embeds" in batch else batch | self.encode_text(batch)
         predicted = self.denoise(noisy, timesteps, conditions)
 
-        loss = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        mask = batch.get("loss_mask") if weighting.masked else None
+        loss = noise.row_means((predicted.float() - target).square(), mask)
         if weighting.min_snr_gamma is not None:
             weights = noise.min_snr_weights(schedule.prediction_type, alpha_bar, weighting.min_snr_gamma)
             loss = loss * weights.flatten()

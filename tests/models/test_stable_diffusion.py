@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from tiny_models import random_batch, save_tiny_model, tiny_config
 
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.models import DiffusionLoss, DiffusionModel, load_model
+from ray_sd.models import DiffusionLoss, DiffusionModel, load_model, noise
 from ray_sd.models.schedulers import SAMPLERS
 
 TRAINING = ("unet", "scheduler")
@@ -189,3 +189,23 @@ def test_parts_that_do_not_fit_together_are_refused(tiny: Path, component: str, 
     architecture = getattr(tiny_models, component.upper()) | change
     with pytest.raises(ArtifactError, match=words):
         load_model(tiny_config(tiny, **{component: {"architecture": architecture}}))
+
+
+def test_a_masked_row_counts_only_within_its_mask(tiny: Path):
+    model = load_model(tiny_config(tiny), TRAINING)
+    batch = random_batch(rows=2)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4] = 1
+    mask[0, :, 4:] = 0.25
+    batch |= {"loss_mask": mask, "timesteps": torch.tensor([500, 500])}
+    found = model.loss(batch, DiffusionLoss(masked=True))
+
+    draws = noise.draw_rows(batch["row_seed"], (4, 8, 8), 1000)
+    alpha_bar = model.noise_scheduler.alphas_cumprod[500]
+    latents = (batch["latent_mean"] + batch["latent_std"] * draws.posterior) * 0.5
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * draws.noise
+    error = (model.unet(noisy, batch["timesteps"], batch["text_embeds"]).sample - draws.noise).square()[0]
+    expected = (error[:, :4].sum() + 0.25 * error[:, 4:].sum()) / (4 * 8 * (4 + 0.25 * 4))
+    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert found[1] == 0  # nothing of it counts
+    assert torch.equal(model.loss(batch), model.loss({k: v for k, v in batch.items() if k != "loss_mask"}))
