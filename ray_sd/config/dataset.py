@@ -91,6 +91,29 @@ class BucketConfig(Schema):
     """Sides of the squares whose areas are used; a picture takes the largest that it fills. None takes `resolution`."""
 
 
+class AlphaMask(Schema):
+    """The picture's own alpha channel: what is transparent does not count. An opaque picture counts everywhere."""
+
+    name: Literal["alpha"] = "alpha"
+    """Kind of mask."""
+    outside: float = Field(0.0, ge=0, lt=1)
+    """Weight of what the mask leaves out."""
+
+
+class MaskFiles(Schema):
+    """A PNG file for each picture, of its size, white where the picture counts."""
+
+    name: Literal["files"] = "files"
+    """Kind of mask."""
+    path: str
+    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it."""
+    outside: float = Field(0.0, ge=0, lt=1)
+    """Weight of what the mask leaves out."""
+
+
+Mask = Annotated[AlphaMask | MaskFiles, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
+
+
 class TagConfig(Schema):
     """Captions that are lists of tags: each epoch takes one of several orders, with some tags left out. They are made
     once, so that their embeddings can be; validation takes the caption as it stands."""
@@ -152,6 +175,8 @@ class DatasetConfig(Schema):
     """What is cut out after the shorter side was resized: `center` or `random`."""
     flip: bool = False
     """Also train on the mirrored picture."""
+    mask: Mask | None = None
+    """Let the loss count only a part of each picture: `alpha` or `files`."""
     background: str = "#ffffff"
     """Colour (`#rrggbb`) behind transparent pixels."""
     max_pixels: int = Field(100_000_000, ge=1)

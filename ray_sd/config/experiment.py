@@ -60,6 +60,8 @@ class ExperimentConfig(Schema):
         if self.trainer.token_learning_rate is not None and not isinstance(tokens, PlaceholderTokens):
             raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")
         if isinstance(self.method, AutoencoderMethod):
+            if self.dataset.mask is not None:
+                raise ValueError("dataset.mask is for the denoiser's loss; method 'autoencoder' has none")
             if self.trainer.compile:
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
             crop = self.method.crop_size

@@ -4,7 +4,7 @@ What is slow to import is imported by the actors, since the tasks live in other 
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from ray_sd.config import ModelConfig
 from ray_sd.data.cache import KEY, CacheFolder, Field, located, row_key
 from ray_sd.data.examine import OF_THE_ROW, SHAPES
 
-LATENTS = ("mean", "std", "add_time_ids")
-"""Arrays of an encoded picture: the autoencoder's posterior, and how the picture was cut."""
+LATENTS = ("mean", "std", "add_time_ids", "mask")
+"""Arrays of an encoded picture: the autoencoder's posterior, how the picture was cut, and where it counts, if it is masked."""
 TEXT = pa.schema([("key", KEY), ("caption", pa.string())])
 
 
@@ -49,11 +49,16 @@ class ImageEncoder:
                 # Without a key the row is rejected for want of an entry.
                 if np.isfinite(row_mean).all() and np.isfinite(row_std).all():
                     columns["key"][i] = table["key"][int(i)].as_py()
-                    time_ids = add_time_ids(table.slice(int(i), 1).to_pylist()[0], height=shape[1], width=shape[2])
-                    columns["mean"][i], columns["std"][i] = row_mean.tobytes(), row_std.tobytes()
-                    columns["add_time_ids"][i] = time_ids.tobytes()
-                    columns["shapes"][i] = [row_mean.shape, row_std.shape, time_ids.shape]
-        table = table.drop_columns(["pixels", "shapes", "key"])
+                    record = table.slice(int(i), 1).drop_columns(["pixels"]).to_pylist()[0]
+                    time_ids = add_time_ids(record, height=shape[1], width=shape[2])
+                    arrays = {"mean": row_mean, "std": row_std, "add_time_ids": time_ids}
+                    if record["mask"] is not None:
+                        mask = latent_mask(record["mask"], shape[1:], row_mean.shape[1:])
+                        arrays["mask"] = mask.astype(self._dtype)
+                    for name, array in arrays.items():
+                        columns[name][i] = array.tobytes()
+                    columns["shapes"][i] = [array.shape for array in arrays.values()]
+        table = table.drop_columns(["pixels", "shapes", "key", "mask"])
         types = dict.fromkeys(LATENTS, pa.binary()) | {"shapes": SHAPES, "key": KEY}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, types[name]))
@@ -71,6 +76,13 @@ class ImageEncoder:
             scaled = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
             mean, std = self._model.encode_images(scaled)
         return mean.cpu().numpy().astype(self._dtype), std.cpu().numpy().astype(self._dtype)
+
+
+def latent_mask(mask: bytes, pixels: Sequence[int], latents: Sequence[int]) -> np.ndarray:
+    """A mask of `pixels` (height, width), in 8 bits, as the mean over each place of the latents: float32 [1, h, w]."""
+    (height, width), (h, w) = pixels, latents
+    places = np.frombuffer(mask, np.uint8).reshape(h, height // h, w, width // w)
+    return (places.mean(axis=(1, 3), dtype=np.float32) / 255)[None]
 
 
 def add_time_ids(record: dict[str, Any], *, height: int, width: int) -> np.ndarray:
@@ -125,7 +137,7 @@ def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str])
     dtypes: of each column with content, in the order of the record's `shapes`.
     """
     table = table.combine_chunks()
-    stored = [name for name in table.column_names if name not in OF_THE_ROW]
+    stored = [name for name in table.column_names if name not in OF_THE_ROW or name in dtypes]
     rest = table.filter(pc.is_null(table["key"])).drop_columns(list(dtypes))
     parts = [located(rest, None)]
     for places in of_one_shape(table):

@@ -39,11 +39,12 @@ PICTURE = pa.schema(
         ("bucket", pa.string()),
         ("shapes", SHAPES),
         ("pixels", pa.binary()),
+        ("mask", pa.binary()),
     ]
 )
 """A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
 Of each row exactly one record has either `captions` or a `reason`."""
-OF_THE_ROW = ("path", "reason", "captions", "image", "shapes")
+OF_THE_ROW = ("path", "reason", "captions", "image", "shapes", "mask")
 """What a cached picture does not keep: it may belong to several rows."""
 
 

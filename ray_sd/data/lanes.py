@@ -81,11 +81,10 @@ class LaneReader:
     """
 
     def __init__(self, data: PreparedData, config: ExperimentConfig, rows: RowSpec, lanes: Lanes) -> None:
-        memory = config.dataset.reader_memory << 20
         self._lanes = lanes
-        self._streams = [_Stream("", RowReader(data.train, rows, config.model, memory), lanes, config.seed)]
+        self._streams = [_Stream("", RowReader(data.train, rows, config), lanes, config.seed)]
         if data.prior is not None:
-            reader = RowReader(data.prior, rows, config.model, memory)
+            reader = RowReader(data.prior, rows, config)
             prior = replace(lanes, buckets=data.prior.buckets)
             self._streams.append(_Stream(CLASS, reader, prior, config.seed))
 

@@ -74,6 +74,7 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
     if rows.images == "latents":
         dataset = _encode(dataset, config, ImageEncoder)
         dtypes: dict[str, str] = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
+        dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
         tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
     else:
         tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)

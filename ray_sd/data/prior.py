@@ -45,6 +45,7 @@ def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tup
             "caption": CaptionConfig(template=prior.prompts[0]),
             "crop": CenterCrop(),
             "buckets": None,
+            "mask": None,
             "holdout": 0,
         }
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ray_sd.config import ModelConfig
+from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder
 from ray_sd.data.index import RowIndex
@@ -20,11 +20,12 @@ OPEN_FILES = 64
 class RowReader:
     """Reads rows of an index as arrays, in the precision that the cache stores."""
 
-    def __init__(self, index: RowIndex, rows: RowSpec, model: ModelConfig, memory: int) -> None:
-        """memory: bytes of row groups to keep."""
+    def __init__(self, index: RowIndex, rows: RowSpec, config: ExperimentConfig) -> None:
         self._index = index.load()
         self._rows = rows
-        self._tokenizer = load_tokenizers(model, rows) if rows.text == "tokens" else None
+        self._mask = config.dataset.mask
+        memory = config.dataset.reader_memory << 20
+        self._tokenizer = load_tokenizers(config.model, rows) if rows.text == "tokens" else None
         with_text = rows.text == "embeddings"
         self._images = ShardReader(self._index.folder(self._index.images), memory // 2 if with_text else memory)
         self._texts = ShardReader(self._index.folder(self._index.texts), memory // 2) if with_text else None
@@ -44,6 +45,9 @@ class RowReader:
         else:
             batch = {f"latent_{part}": np.stack([row[part] for row in images]) for part in ("mean", "std")}
             batch["add_time_ids"] = np.stack([row["add_time_ids"] for row in images])
+            if self._mask is not None and "mask" in images[0]:  # class pictures have none
+                mask = np.stack([row["mask"] for row in images]).astype(np.float32)
+                batch["loss_mask"] = self._mask.outside + (1 - self._mask.outside) * mask
         texts = [self._choose_caption(int(p), s if vary else None) for p, s in zip(positions, row_seeds, strict=True)]
         if self._texts is not None:
             places = [self._index.texts.of(*text) if text is not None else self._index.empty_text for text in texts]

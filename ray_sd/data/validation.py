@@ -24,7 +24,7 @@ def validation_batches(
     A batch holds rows of one bucket. Every rank gets the same number of batches of the same size; what fills them up
     has weight 0, so the weighted mean over all ranks does not depend on how many there are.
     """
-    reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
+    reader = RowReader(index, rows, config)
     timesteps = _timesteps(config, rows)
     size = config.trainer.rows_per_micro_batch
     parts = []

@@ -152,6 +152,7 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
         "format": FORMAT,
         "sizes": bucket_sizes(dataset),
         "background": dataset.background.lower().removeprefix("#"),
+        "mask": None if dataset.mask is None else dataset.mask.name,
     }
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}

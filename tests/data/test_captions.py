@@ -60,7 +60,7 @@ def test_epochs_draw_among_versions_and_validation_takes_the_caption_itself(
     config = configure(tmp_path / "pictures", caption={"tags": {}})
     for rows in (LATENTS, replace(LATENTS, text="tokens")):
         data = prepare(config, rows)
-        reader = RowReader(data.train, rows, config.model, 1 << 20)
+        reader = RowReader(data.train, rows, config)
         name = "text_embeds" if rows.text == "embeddings" else "input_ids"
         drawn = reader.read([0] * 60, range(60))[name]
         versions = {row.tobytes() for row in drawn}

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def read_all(index: RowIndex, config: Any, rows: RowSpec) -> dict[str, dict[str, np.ndarray]]:
     """Every row of an index by its id, first variant."""
-    reader = RowReader(index, rows, config.model, memory=1 << 20)
+    reader = RowReader(index, rows, config)
     ids = [reader.id(position) for position in range(index.num_rows)]
     batch = reader.read(range(index.num_rows), [0] * index.num_rows, vary=False)
     return {name: {key: array[i] for key, array in batch.items()} for i, name in enumerate(ids)}
@@ -85,7 +85,7 @@ def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configur
     settings = configure(tmp_path / "pictures", flip=True, crop="center", caption=caption, encode=encode)
     config = settings.model_copy(update={"model": xl})
     index = prepare(config, LATENTS).train
-    rows = RowReader(index, LATENTS, config.model, 1 << 20).read([0], [0], vary=False)
+    rows = RowReader(index, LATENTS, config).read([0], [0], vary=False)
     model = load_model(xl, {"text_encoder", "tokenizer"})
     with torch.inference_mode():
         expected = model.encode_text(model.tokenize(["a wide picture"]))
@@ -93,7 +93,7 @@ def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configur
     assert np.allclose(rows["pooled_text_embeds"], expected["pooled_text_embeds"], atol=1e-5)
     # The middle of 40 x 20 pixels at 16 x 16: scaled by 0.8, cut 8 pixels from the left.
     assert rows["add_time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]]
-    dropped = RowReader(index, replace(LATENTS, caption_dropout=1.0), config.model, 1 << 20).read([0], [0])
+    dropped = RowReader(index, replace(LATENTS, caption_dropout=1.0), config).read([0], [0])
     assert not dropped["text_embeds"].any()
     assert not dropped["pooled_text_embeds"].any()
 
