@@ -5,6 +5,7 @@ from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import training_batches
 from ray_sd.data.pipeline import prepare
 from ray_sd.data.prior import check_class_folder
+from ray_sd.data.sources import check_masks
 from ray_sd.data.validation import validation_batches
 from ray_sd.data.view import EncodeSummary, PreparedData
 
@@ -13,6 +14,7 @@ __all__ = [
     "PreparedData",
     "RowIndex",
     "check_class_folder",
+    "check_masks",
     "connect",
     "has_gpus",
     "prepare",

@@ -13,8 +13,8 @@ from ray_sd.config import DatasetConfig
 from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
-from ray_sd.data.crops import Variant, cut, variants
-from ray_sd.data.decode import RejectedError, decode
+from ray_sd.data.crops import Variant, cut, cut_mask, variants
+from ray_sd.data.decode import Layers, RejectedError, decode, decode_layers
 from ray_sd.data.sources import UNREADABLE, SourceRow
 
 BLOCK_BYTES = 4 << 20
@@ -89,15 +89,15 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
 
 
 def _records(row: SourceRow, config: DatasetConfig, needs_captions: bool, known: np.ndarray) -> list[dict[str, Any]]:
-    image = hashlib.blake2b(row.image, digest_size=16).hexdigest()
+    image = hashlib.blake2b(row.image + (row.mask or b""), digest_size=16).hexdigest()
     name = {"id": image if row.id is None else row.id, "path": row.path}
     try:
         if row.reason is not None:
             raise RejectedError(row.reason)
         head = {"captions": _captions(row, config, needs_captions), "image": image}
         encoded = [
-            {**name, "key": key, **_transform(picture, variant, config, image)}
-            for picture, variant, key in _missing(row, config, image, known)
+            {**name, "key": key, **_transform(layers, mask, variant, config, image)}
+            for layers, mask, variant, key in _missing(row, config, image, known)
         ]
     except RejectedError as error:
         return [{**name, "reason": str(error)}]
@@ -115,21 +115,40 @@ def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> li
 
 def _missing(
     row: SourceRow, config: DatasetConfig, image: str, known: np.ndarray
-) -> Iterator[tuple[Image.Image, Variant, bytes]]:
-    """The decoded picture with each variant that the cache does not have."""
-    picture = None
+) -> Iterator[tuple[Layers, Image.Image | None, Variant, bytes]]:
+    """The decoded picture and its mask with each variant that the cache does not have."""
+    layers, mask = None, None
     for variant in variants(config):
         key = image_key(image, variant)
         if not _contains(known, key):
-            if picture is None:
-                picture = decode(row.image, background=config.background, max_pixels=config.max_pixels)
-            yield picture, variant, key
+            if layers is None:
+                layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
+                mask = mask_of(row, layers, config)
+            yield layers, mask, variant, key
 
 
-def _transform(picture: Image.Image, variant: Variant, config: DatasetConfig, image: str) -> dict[str, Any]:
+def mask_of(row: SourceRow, layers: Layers, config: DatasetConfig) -> Image.Image | None:
+    """Where a picture counts, in 8 bits; None where all of it does. Raises RejectedError."""
+    if config.mask is None:
+        return None
+    opaque = Image.new("L", layers.picture.size, 255)
+    if row.mask is None:
+        return opaque if layers.alpha is None else layers.alpha
+    mask = decode(row.mask, background="#000000", max_pixels=config.max_pixels).convert("L")
+    if mask.size != layers.picture.size:
+        sizes = [f"{image.width} x {image.height}" for image in (mask, layers.picture)]
+        raise RejectedError(f"its mask has another size: {sizes[0]} pixels, the picture {sizes[1]}")
+    return mask
+
+
+def _transform(
+    layers: Layers, mask: Image.Image | None, variant: Variant, config: DatasetConfig, image: str
+) -> dict[str, Any]:
+    picture = layers.picture
     height, width = bucket_of(config, picture.width, picture.height)
     pixels, box = cut(picture, variant, height=height, width=width, seed=image)
     return {
+        "mask": None if mask is None else cut_mask(mask, variant, box, height=height, width=width).tobytes(),
         "width": picture.width,
         "height": picture.height,
         "box": list(box),
