@@ -13,6 +13,7 @@ from ray_sd.models import load_model
 from ray_sd.train.activations import Activations, fake_batch, measure_activations
 from ray_sd.train.engine import LARGEST_BUCKET, SMALL, cast_frozen, compute_dtype
 from ray_sd.train.optimizers import build_rule
+from ray_sd.train.quantize import frozen_linear_layers
 
 GIB = 2**30
 CUDA = 0.75 * GIB
@@ -21,6 +22,8 @@ LIVE_ELEMENTS = 1_000_000_000
 """Elements that ZeRO 3 keeps gathered (`stage3_max_live_parameters`)."""
 PREFETCHED_ELEMENTS = 50_000_000
 """Elements that it gathers at once (`stage3_prefetch_bucket_size`)."""
+QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+"""Bytes of a number of a quantised base; nf4 has an fp32 scale for each 64."""
 
 Parts = dict[str, float]
 """Bytes by what takes them."""
@@ -34,6 +37,8 @@ class Step:
     """Size of the weights that do not train."""
     frozen_elements: int
     """How many they are."""
+    quantizable_elements: int
+    """Those of them that `trainer.quantize_base` is for."""
     groups: tuple[tuple[Tensor, ...], ...]
     """Parameters that train, on the meta device, by optimizer group."""
     activations: Activations
@@ -52,44 +57,49 @@ class Step:
 class Estimates:
     """Of one configuration, and of the same with other settings of the trainer."""
 
-    def __init__(self, config: ExperimentConfig, on_gpu: bool) -> None:
-        self._config, self._on_gpu = config, on_gpu
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
         self._steps: dict[tuple, Step] = {}
 
-    def parts(self, trainer: TrainerConfig) -> Parts:
+    def parts(self, config: ExperimentConfig) -> Parts:
         """What takes each worker's memory at the moment when that is most: its GPU's, or without one the machine's."""
-        step = self.step(trainer)
+        trainer, step = config.trainer, self.step(config)
         moment = max(moments(trainer, step), key=lambda moment: sum(moment.values()))
         return resident(trainer, step) | dict(moment) | ({"CUDA": CUDA} if self._on_gpu else {})
 
-    def total(self, trainer: TrainerConfig) -> float:
-        return sum(self.parts(trainer).values())
+    def total(self, config: ExperimentConfig) -> float:
+        return sum(self.parts(config).values())
 
-    def step(self, trainer: TrainerConfig) -> Step:
+    def step(self, config: ExperimentConfig) -> Step:
         """Raises ConfigError where the method does not fit the model."""
-        key = (trainer.rows_per_micro_batch, trainer.gradient_checkpointing)
+        key = (config.trainer.rows_per_micro_batch, config.trainer.gradient_checkpointing)
         if key not in self._steps:
-            self._steps[key] = self._measure(trainer)
+            self._steps[key] = measure_step(config, self._on_gpu)
         return self._steps[key]
 
-    def _measure(self, trainer: TrainerConfig) -> Step:
-        config = self._config.model_copy(update={"trainer": trainer})
-        method = build_method(config.method)
-        model = load_model(config.model, method.components(), skeleton=True)
-        method.prepare(model, trainer)
-        dtype = compute_dtype(trainer, torch.device("cuda" if self._on_gpu else "cpu"))
-        cast_frozen(model, dtype)
-        activations = measure_activations(method, model, fake_batch(config, method, model), dtype)
-        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        groups = tuple(tuple(group["params"]) for group in method.parameter_groups(model, trainer))
-        return Step(sum(p.nbytes for p in frozen), sum(p.numel() for p in frozen), groups, activations)
+
+def measure_step(config: ExperimentConfig, on_gpu: bool) -> Step:
+    method = build_method(config.method)
+    model = load_model(config.model, method.components(), skeleton=True)
+    method.prepare(model, config.trainer)
+    dtype = compute_dtype(config.trainer, torch.device("cuda" if on_gpu else "cpu"))
+    cast_frozen(model, dtype)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    linear = [] if model.unet is None else frozen_linear_layers(model.unet)
+    return Step(
+        frozen_bytes=sum(parameter.nbytes for parameter in frozen),
+        frozen_elements=sum(parameter.numel() for parameter in frozen),
+        quantizable_elements=sum(model.unet.get_submodule(name).weight.numel() for name in linear),
+        groups=tuple(tuple(group["params"]) for group in method.parameter_groups(model, config.trainer)),
+        activations=measure_activations(method, model, fake_batch(config, method, model), dtype),
+    )
 
 
 def resident(trainer: TrainerConfig, step: Step) -> Parts:
     """What stays from step to step on one worker's GPU."""
     stage, share = trainer.zero_stage, _share(trainer, step)
     parts: Parts = {
-        "frozen weights": step.frozen_bytes / (trainer.num_workers if stage == 3 else 1),
+        "frozen weights": _frozen(trainer, step) / (trainer.num_workers if stage == 3 else 1),
         "trained weights": share if stage == 3 else 4 * step.elements,
     }
     if trainer.zero.offload:
@@ -140,6 +150,13 @@ def moments(trainer: TrainerConfig, step: Step) -> Iterator[Mapping[str, float]]
         # They are copied into one tensor; ZeRO 3 also keeps where they came from.
         gradients, buffer = (2 * share, bucket) if stage == 3 else (share, 0)
         yield {"gradients": gradients, "buffer of gradients": buffer, "update": _update(trainer, step)}
+
+
+def _frozen(trainer: TrainerConfig, step: Step) -> float:
+    if trainer.quantize_base is None or step.frozen_elements == 0:
+        return step.frozen_bytes
+    saved = step.frozen_bytes / step.frozen_elements - QUANTIZED[trainer.quantize_base]
+    return step.frozen_bytes - saved * step.quantizable_elements
 
 
 def _share(trainer: TrainerConfig, step: Step) -> int:

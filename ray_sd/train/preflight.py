@@ -31,8 +31,8 @@ def check_memory(config: ExperimentConfig) -> None:
     available = gpu_memory(trainer)
     # A cluster's head may have no GPU; its workers are not known before Ray is.
     on_gpu = available is not None or "RAY_ADDRESS" in os.environ if trainer.use_gpu is None else trainer.use_gpu
-    estimates = Estimates(config, on_gpu)
-    parts = estimates.parts(trainer)
+    estimates = Estimates(on_gpu)
+    parts = estimates.parts(config)
     total = sum(parts.values())
     if not on_gpu:
         logger.info("memory: a worker needs about %s for tensors", _gib(total))
@@ -43,9 +43,9 @@ def check_memory(config: ExperimentConfig) -> None:
         return
     words = f"the run needs about {_gib(total)} of each GPU, which has {_gib(available)}"
     if total * (1 - UNCERTAINTY) > available:
-        raise ConfigError(f"trainer: {words}; {_remedies(estimates, trainer, available)}")
+        raise ConfigError(f"trainer: {words}; {_remedies(estimates, config, available)}")
     if total > available * (1 - UNCERTAINTY / 2):
-        logger.warning("memory: %s; should it not fit: %s", words, _remedies(estimates, trainer, available))
+        logger.warning("memory: %s; should it not fit: %s", words, _remedies(estimates, config, available))
 
 
 def gpu_memory(trainer: TrainerConfig) -> float | None:
@@ -69,12 +69,12 @@ def _table(parts: Parts, available: float | None) -> Table:
     return table
 
 
-def _remedies(estimates: Estimates, trainer: TrainerConfig, available: float) -> str:
+def _remedies(estimates: Estimates, config: ExperimentConfig, available: float) -> str:
     """The settings that need less, each with what it needs, and those together that go together."""
-    now = least = estimates.total(trainer)
-    found, together, combined = [], trainer, []
-    for settings in _candidates(trainer):
-        changed = _changed(trainer, settings)
+    now = least = estimates.total(config)
+    found, together, combined = [], config, []
+    for settings in _candidates(config.trainer):
+        changed = _changed(config, settings)
         if changed is None or estimates.total(changed) > now * (1 - WORTH_TELLING):
             continue
         found.append(f"{_words(settings)} needs {_gib(estimates.total(changed))}")
@@ -96,20 +96,21 @@ def _candidates(trainer: TrainerConfig) -> list[dict[str, Any]]:
         found.append({"optimizer.name": "adamw_8bit"})
     found.append({"zero.stage": 0 if trainer.num_workers == 1 else 3})
     found.append({"zero.stage": max(trainer.zero_stage, 1), "zero.offload": True})
+    found.append({"quantize_base": "nf4"})
     return found
 
 
-def _changed(trainer: TrainerConfig, settings: dict[str, Any]) -> TrainerConfig | None:
+def _changed(config: ExperimentConfig, settings: dict[str, Any]) -> ExperimentConfig | None:
     """None where the settings do not go with the others."""
-    data = trainer.model_dump()
+    data = config.model_dump()
     for path, value in settings.items():
         *parents, key = path.split(".")
-        node = data
+        node = data["trainer"]
         for parent in parents:
             node = node[parent]
         node[key] = value
     try:
-        return TrainerConfig.model_validate(data)
+        return ExperimentConfig.model_validate(data)
     except ValidationError:
         return None
 

@@ -28,7 +28,7 @@ from ray_sd.train import checkpoint
 from ray_sd.train import engine as engine_module
 from ray_sd.train.engine import EMA, PARAMETER, Engine
 from ray_sd.train.loop import Objective
-from ray_sd.train.memory import Estimates, resident
+from ray_sd.train.memory import measure_step, resident
 from ray_sd.train.quantize import quantize_frozen
 
 # Workers do not have this module.
@@ -205,8 +205,7 @@ def test_every_optimizer_goes_on_where_it_was_saved(measured, name, workers, sta
 def test_what_stays_in_memory_is_what_is_estimated(measured, stage, workers):
     _, _, config = _prepared("full")
     trainer = _trainer(config, stage, workers)
-    estimates = Estimates(config.model_copy(update={"trainer": trainer}), on_gpu=False)
-    step = estimates.step(trainer)
+    step = measure_step(config, on_gpu=False)
     # ZeRO 3 keeps a buffer for gradients and a bucket from step to step.
     buffers = 4 * step.elements / workers + step.bucket if stage == 3 else 0
     expected = sum(resident(trainer, step).values()) + buffers

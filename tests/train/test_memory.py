@@ -13,15 +13,15 @@ from ray_sd.methods import build_method
 from ray_sd.models import load_model
 from ray_sd.train.activations import Activations, fake_batch, measure_activations
 from ray_sd.train.engine import cast_frozen
-from ray_sd.train.memory import GIB, Estimates, Parts, moments, resident
+from ray_sd.train.memory import GIB, Estimates, Parts, measure_step, moments, resident
 
 FULL_SIZE = ["experiment=smoke", "trainer=default", "trainer.precision=bf16"]
 
 
-@pytest.fixture
-def full_size(tmp_path: Path) -> Callable[..., ExperimentConfig]:
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExperimentConfig]:
     """SD 1.5 or SDXL, whose sizes are known without their weights."""
-    file = tmp_path / "model.safetensors"
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
     file.touch()
 
     def configure(model: str, *settings: str) -> ExperimentConfig:
@@ -32,12 +32,14 @@ def full_size(tmp_path: Path) -> Callable[..., ExperimentConfig]:
     return configure
 
 
+@pytest.fixture(scope="module")
+def of_all_weights() -> Estimates:
+    """Of method `full` of SD 1.5, whose steps are measured once for each batch size."""
+    return Estimates(on_gpu=True)
+
+
 def parts(config: ExperimentConfig) -> Parts:
-    return Estimates(config, on_gpu=True).parts(config.trainer)
-
-
-def total(config: ExperimentConfig) -> float:
-    return Estimates(config, on_gpu=True).total(config.trainer)
+    return Estimates(on_gpu=True).parts(config)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -124,49 +126,63 @@ def test_attention_keeps_no_matrix_of_all_places_with_all(full_size):
         (["trainer.batch_size=1"], 17.7),
     ],
 )
-def test_all_weights_of_sd15_take_about_what_others_measured(full_size, settings: list[str], published: float):
+def test_all_weights_of_sd15_take_about_what_others_measured(full_size, of_all_weights, settings, published):
     """GB of a Tesla T4 at 512 pixels, half precision, latents and embeddings cached: examples/dreambooth of
     ShivamShrirao/diffusers."""
-    found = total(full_size("sd15", "method=full", "trainer.zero.stage=0", *settings))
+    found = of_all_weights.total(full_size("sd15", "method=full", "trainer.zero.stage=0", *settings))
     assert found / GIB == pytest.approx(published, rel=0.25)
 
 
-def test_weights_gradients_and_state_follow_from_the_number_of_parameters(full_size):
+def test_weights_gradients_and_state_follow_from_the_number_of_parameters(full_size, of_all_weights):
     settings = ["trainer.zero.stage=0", "trainer.ema_decay=0.9", "trainer.gradient_checkpointing=true"]
-    config = full_size("sd15", "method=full", "trainer.batch_size=1", *settings)
+    found = of_all_weights.parts(full_size("sd15", "method=full", "trainer.batch_size=1", *settings))
     unet = 859_520_964
-    found = parts(config)
     assert (found["trained weights"], found["moving average"]) == (4 * unet, 4 * unet)
     assert found["optimizer (adamw)"] == pytest.approx(8 * unet, rel=1e-6)
     assert found["gradients"] + found["update"] == 8 * unet
-    frozen = parts(full_size("sd15", "method=lora"))["frozen weights"]
-    assert frozen == 2 * unet
+    assert parts(full_size("sd15", "method=lora", "trainer.batch_size=1"))["frozen weights"] == 2 * unet
 
 
-def test_workers_divide_what_zero_divides(full_size):
-    estimates = {
-        stage: parts(full_size("sdxl", "method=full", "trainer.num_workers=4", f"trainer.zero.stage={stage}"))
+def test_workers_divide_what_zero_divides(full_size, of_all_weights):
+    found = [
+        of_all_weights.parts(full_size("sd15", "method=full", "trainer.num_workers=4", f"trainer.zero.stage={stage}"))
         for stage in (0, 1, 2, 3)
-    }
-    assert [found["optimizer (adamw)"] / estimates[0]["optimizer (adamw)"] for found in estimates.values()] == (
-        pytest.approx([1, 0.25, 0.25, 0.25], rel=1e-6)
-    )
-    assert estimates[3]["trained weights"] == estimates[2]["trained weights"] / 4
-    assert "moving average" not in estimates[0]
+    ]
+    state = [each["optimizer (adamw)"] / found[0]["optimizer (adamw)"] for each in found]
+    assert state == pytest.approx([1, 0.25, 0.25, 0.25], rel=1e-6)
+    assert found[3]["trained weights"] == found[2]["trained weights"] / 4
+    assert all("moving average" not in each for each in found)
 
 
-def test_offloaded_state_takes_no_gpu_memory(full_size):
+def test_offloaded_state_takes_no_gpu_memory(full_size, of_all_weights):
     settings = ["method=full", "trainer.num_workers=4", "trainer.zero.stage=2", "trainer.ema_decay=0.9"]
-    found = parts(full_size("sd15", *settings, "trainer.zero.offload=true"))
-    assert found.keys().isdisjoint({"optimizer (adamw)", "their copy that ZeRO updates", "moving average"})
-    assert sum(found.values()) < total(full_size("sd15", *settings))
+    here, offloaded = (
+        of_all_weights.parts(full_size("sd15", *settings, f"trainer.zero.offload={offload}"))
+        for offload in ("false", "true")
+    )
+    left = {"optimizer (adamw)", "their copy that ZeRO updates", "moving average"}
+    assert left <= here.keys()
+    assert left.isdisjoint(offloaded)
+    assert sum(offloaded.values()) < sum(here.values())
+
+
+def test_a_quantised_base_takes_less(full_size):
+    """SDXL's U-Net has 2.57 G parameters, most of them in linear layers, of which nf4 keeps 4.5 bits."""
+    settings = ["method=lora", "trainer.use_gpu=true", "trainer.batch_size=1"]
+    estimates = Estimates(on_gpu=True)
+    whole, int8, nf4 = (
+        estimates.parts(full_size("sdxl", *settings, f"trainer.quantize_base={base}"))["frozen weights"]
+        for base in ("null", "int8", "nf4")
+    )
+    assert 0.5 < int8 / whole < 0.65
+    assert 0.28 < nf4 / whole < 0.45
 
 
 def test_accumulated_gradients_stay_beside_activations(full_size):
     settings = ["method=full", "trainer.zero.stage=0", "trainer.batch_size=4", "trainer.optimizer=adamw_8bit"]
     at_once = full_size("sd15", *settings, "trainer.micro_batch_size=4")
     one_by_one = full_size("sd15", *settings, "trainer.micro_batch_size=1")
-    step = Estimates(one_by_one, on_gpu=True).step(one_by_one.trainer)
+    step = measure_step(one_by_one, on_gpu=True)
     backward = next(moments(one_by_one.trainer, step))
     assert backward["gradients"] == 4 * step.elements
     assert backward["activations"] < parts(at_once)["activations"]
@@ -190,5 +206,28 @@ def test_prior_preservation_doubles_the_batch(full_size):
 
 def test_memory_that_stays_has_no_entry_for_what_is_not_there():
     config = load_config(["experiment=smoke", "trainer.zero.stage=0"])
-    step = Estimates(config, on_gpu=False).step(config.trainer)
+    step = measure_step(config, on_gpu=False)
     assert resident(config.trainer, step).keys() == {"frozen weights", "trained weights", "optimizer (adamw)"}
+
+
+def test_the_documents_tell_what_common_runs_need(full_size):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for words, model, settings in (
+        ("a LoRA of SD 1.5 at 512 pixels", "sd15", ["method=lora"]),
+        ("all weights of SD 1.5, 8-bit AdamW", "sd15", ["method=full", "trainer/optimizer=adamw_8bit", "trainer.zero.stage=0"]),
+        ("a LoRA of SDXL at 1024 pixels", "sdxl", ["method=lora"]),
+        ("all weights of SDXL on four GPUs, ZeRO 2", "sdxl", ["method=full", "trainer.num_workers=4", "trainer.zero.stage=2"]),
+    ):  # fmt: skip
+        needs = [
+            Estimates(on_gpu=True).total(
+                full_size(
+                    model,
+                    "trainer.batch_size=4",
+                    "trainer.micro_batch_size=1",
+                    *settings,
+                    f"trainer.gradient_checkpointing={checkpointing}",
+                )
+            )
+            for checkpointing in ("false", "true")
+        ]
+        assert f"| {words} | {needs[0] / GIB:.1f} | {needs[1] / GIB:.1f} |" in text

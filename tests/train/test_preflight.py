@@ -15,7 +15,7 @@ ON_GPU = ["experiment=smoke", "model=emoji", "dataset.resolution=64", "trainer.u
 
 def needed(*settings: str) -> float:
     config = load_config([*ON_GPU, *settings])
-    return Estimates(config, on_gpu=True).total(config.trainer) / GIB
+    return Estimates(on_gpu=True).total(config) / GIB
 
 
 def test_a_run_that_cannot_fit_is_refused_before_ray_starts(configure, monkeypatch):
