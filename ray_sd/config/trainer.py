@@ -131,6 +131,9 @@ class TrainerConfig(Schema):
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
     """Run the U-Net through `torch.compile`."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of each GPU in GiB, with which the run's needs are compared before Ray starts; null asks this machine's
+    GPUs, if it has any."""
     zero: ZeroConfig = ZeroConfig()
     """DeepSpeed ZeRO."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -37,6 +37,8 @@ STEPS_OF_A_LOSS_SCALE = 2000
 """Steps without an overflow after which the scale of the fp16 loss doubles."""
 SMALL = 50_000_000
 """Up to so many trained elements, a second copy of their gradients costs less than the hooks that would save it."""
+LARGEST_BUCKET = 500_000_000
+"""Elements of gradients that are summed over the workers at once."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It calls every optimizer but Adam untested; which go with which stage is checked before.
@@ -68,7 +70,7 @@ class Engine:
         self.parameters = parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._rule = OffloadedAdamW(trainer.optimizer) if trainer.zero.offload else build_rule(trainer.optimizer)
-        self._cast_frozen(module)
+        cast_frozen(module, self.compute_dtype)
         self._peak_rates = [group["lr"] for group in groups]
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device),
@@ -153,11 +155,6 @@ class Engine:
         for group in self._optimizer.param_groups:
             group.update(scalars)
         self._updates = step
-
-    def _cast_frozen(self, module: nn.Module) -> None:
-        for parameter in module.parameters():
-            if not parameter.requires_grad and not isinstance(parameter, _quantised()):
-                parameter.data = parameter.data.to(self.compute_dtype)
 
     def _scale_loss(self) -> None:
         # Above stage 0 DeepSpeed's own scaler clips gradients before it unscales them, and stays where it is after an
@@ -267,6 +264,13 @@ def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     return _DTYPES[trainer.precision]
 
 
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what does not train in the precision that layers compute in."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and not isinstance(parameter, _quantised()):
+            parameter.data = parameter.data.to(dtype)
+
+
 def _quantised() -> tuple[type, ...]:
     """Parameters of bitsandbytes, which quantise themselves when they move to the device."""
     loaded = sys.modules.get("bitsandbytes")
@@ -291,7 +295,7 @@ def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype, elements: int)
     zero: dict = {
         "stage": trainer.zero_stage,
         # A buffer of this size is filled during the backward pass; DeepSpeed's default takes 2 GB for any adapter.
-        "reduce_bucket_size": min(elements, 500_000_000),
+        "reduce_bucket_size": min(elements, LARGEST_BUCKET),
     }
     if trainer.zero_stage == 1 and elements <= SMALL:
         # Stage 1 then reduces after the backward pass instead of from a hook on each of an adapter's many tensors.

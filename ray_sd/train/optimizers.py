@@ -68,6 +68,10 @@ class UpdateRule(ABC):
     def drop_unpacked(self, state: State) -> None:
         """Leave only what the optimizer keeps."""
 
+    @abstractmethod
+    def temporaries(self, sizes: list[int]) -> int:
+        """Bytes that a step on a GPU takes for a moment, for tensors of so many numbers."""
+
     def learning_rate(self, group: dict) -> float:
         """The rate that a group is updated with."""
         return group["lr"]
@@ -84,6 +88,9 @@ class AdamW(UpdateRule):
 
     def set_step(self, state: State, step: int) -> None:
         state["step"] = torch.tensor(float(step))
+
+    def temporaries(self, sizes: list[int]) -> int:
+        return 4 * sum(sizes)  # torch takes the roots of all second moments at once
 
 
 class AdamW8bit(UpdateRule):
@@ -125,6 +132,9 @@ class AdamW8bit(UpdateRule):
         for key in self.keys(()):
             del state[key]
 
+    def temporaries(self, sizes: list[int]) -> int:
+        return 0
+
 
 class Adafactor(UpdateRule):
     settings: AdafactorOptimizer
@@ -160,6 +170,9 @@ class Adafactor(UpdateRule):
         for key in self.keys(tuple(shape)):
             state[key] = tensor.new_zeros(shapes.get(key, shape))
 
+    def temporaries(self, sizes: list[int]) -> int:
+        return 12 * max(sizes)
+
 
 class Lion(UpdateRule):
     settings: LionOptimizer
@@ -175,6 +188,9 @@ class Lion(UpdateRule):
 
     def set_step(self, state: State, step: int) -> None:
         """It counts no steps."""
+
+    def temporaries(self, sizes: list[int]) -> int:
+        return 8 * max(sizes)
 
 
 class Prodigy(UpdateRule):
@@ -209,6 +225,9 @@ class Prodigy(UpdateRule):
         super().initialize(optimizer, tensor)
         beginning = tensor.detach().flatten()[:: self.settings.slice_p]
         optimizer.state[tensor] |= {"s": torch.zeros_like(beginning), "p0": beginning.clone()}
+
+    def temporaries(self, sizes: list[int]) -> int:
+        return 8 * max(sizes)
 
     def learning_rate(self, group: dict) -> float:
         return group["lr"] * group["d"]

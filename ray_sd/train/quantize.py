@@ -31,11 +31,7 @@ def quantize_frozen(module: nn.Module, kind: BaseFormat, dtype: torch.dtype) -> 
     """
     import bitsandbytes
 
-    frozen = [
-        name
-        for name, layer in module.named_modules()
-        if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
-    ]
+    frozen = frozen_linear_layers(module)
     for name in frozen:
         layer = module.get_submodule(name)
         shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
@@ -50,3 +46,12 @@ def quantize_frozen(module: nn.Module, kind: BaseFormat, dtype: torch.dtype) -> 
         quantised.bias = layer.bias
         module.set_submodule(name, quantised)
     return len(frozen)
+
+
+def frozen_linear_layers(module: nn.Module) -> list[str]:
+    """Names of what `quantize_frozen` replaces."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and not any(p.requires_grad for p in layer.parameters())
+    ]

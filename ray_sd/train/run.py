@@ -21,10 +21,11 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData, check_class_folder, check_masks, connect, has_gpus, prepare
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
-from ray_sd.models import fingerprint, load_model
+from ray_sd.models import fingerprint
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.optimizers import build_rule, check_package
+from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
@@ -86,10 +87,10 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     config = config.model_copy(update={"storage_path": run.storage_path})
     beginning = _check_resume(config, run)
     run.check_writable()
-    # What cannot be trained is found before any work is done.
-    method = build_method(config.method)
-    method.prepare(load_model(config.model, method.components(), skeleton=True), config.trainer)
+    # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
+    check_memory(config)
 
+    method = build_method(config.method)
     check_class_folder(method.rows())
     check_masks(config.dataset)
     connect()

@@ -1,5 +1,6 @@
 """DeepSpeed at every ZeRO stage and worker count against a plain loop, and state that moves between them."""
 
+import gc
 import hashlib
 import json
 import sys
@@ -27,6 +28,7 @@ from ray_sd.train import checkpoint
 from ray_sd.train import engine as engine_module
 from ray_sd.train.engine import EMA, PARAMETER, Engine
 from ray_sd.train.loop import Objective
+from ray_sd.train.memory import measure_step, resident
 from ray_sd.train.quantize import quantize_frozen
 
 # Workers do not have this module.
@@ -198,6 +200,18 @@ def test_every_optimizer_goes_on_where_it_was_saved(measured, name, workers, sta
         assert resumed["sums"][key] == pytest.approx(value, rel=tolerance if tolerance < 1e-3 else 1e-2), key
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_stays_in_memory_is_what_is_estimated(measured, stage, workers):
+    _, _, config = _prepared("full")
+    trainer = _trainer(config, stage, workers)
+    step = measure_step(config, on_gpu=False)
+    # ZeRO 3 keeps a buffer for gradients and a bucket from step to step.
+    buffers = 4 * step.elements / workers + step.bucket if stage == 3 else 0
+    expected = sum(resident(trainer, step).values()) + buffers
+    assert measured[f"memory-{workers}-{stage}"]["resident"] == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_moments_in_8_bits_take_a_quarter_of_the_memory(measured, stage):
     """But for the small parameters of stage 0 and one scale a block."""
@@ -275,8 +289,13 @@ def _measure(settings: dict) -> None:
             (folder / f"{name}.json").write_text(json.dumps(found))
 
     for stage in (0, 1, 2, 3):
+        engine = None  # the last one's memory
+        before = _live_bytes()
         engine, config = _engine(stage, workers)
         losses = _run(engine, rank, workers, 0, 5)
+        if rank == 0:
+            found = {"resident": _live_bytes() - before}
+            (folder / f"memory-{workers}-{stage}.json").write_text(json.dumps(found))
         if (stage, workers) == (2, 2):
             checkpoint.save(engine, folder / "saved", step=5, rank=rank, world_size=workers, config=config)
         record(f"whole-{workers}-{stage}", losses + _run(engine, rank, workers, 5, STEPS), engine)
@@ -293,6 +312,14 @@ def _measure(settings: dict) -> None:
         _measure_variants(record, folder, rank)
     else:
         _measure_methods(record, rank)
+
+
+def _live_bytes() -> int:
+    """Bytes of all tensors in this process."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _measure_optimizers(record: Callable, folder: Path, rank: int, workers: int) -> None:
@@ -367,14 +394,18 @@ def _engine(
     method, model, config = _prepared(kind)
     if quantize is not None:
         assert quantize_frozen(model.unet, quantize, torch.float32) > 40
-    trainer = TrainerConfig.model_validate(
+    trainer = _trainer(config, stage, workers, **changes)
+    groups = method.parameter_groups(model, trainer)
+    parameters = checkpoint.trained_parameters(model)
+    return Engine(Objective(method, model).train(), parameters, groups, trainer, torch.device("cpu")), config
+
+
+def _trainer(config: ExperimentConfig, stage: int, workers: int, **changes: object) -> TrainerConfig:
+    return TrainerConfig.model_validate(
         config.trainer.model_dump()
         | {"num_workers": workers, "batch_size": BATCH, "zero": {"stage": stage, "param_persistence_threshold": 0}}
         | changes
     )
-    groups = method.parameter_groups(model, trainer)
-    parameters = checkpoint.trained_parameters(model)
-    return Engine(Objective(method, model).train(), parameters, groups, trainer, torch.device("cpu")), config
 
 
 def _run(
