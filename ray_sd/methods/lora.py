@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraAdapter
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
+from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
 from ray_sd.methods.kohya import to_kohya
 from ray_sd.methods.weights import TEXT_PREFIX
 from ray_sd.models import DiffusionModel
 
+LOADERS: dict[str, type[LoraBaseMixin]] = {
+    "stable_diffusion": StableDiffusionPipeline,
+    "stable_diffusion_xl": StableDiffusionXLPipeline,
+}
+"""Whose class methods write and read a family's LoRA files."""
 KOHYA = "kohya/lora.safetensors"
 """Written beside the diffusers file for other tools; in a folder of its own, so that diffusers finds one file."""
 METADATA = ("r", "lora_alpha", "target_modules", "use_dora", "lora_bias")
@@ -26,7 +31,7 @@ METADATA = ("r", "lora_alpha", "target_modules", "use_dora", "lora_bias")
 TEXT_ENCODER_NAMES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
 """diffusers' names in a text encoder; it does not load PEFT's there when only `fc1` and `fc2` are adapted."""
 LAYER = re.compile(
-    r"(unet|text_encoder)\.(?:text_model\.)?(.+)\."
+    r"(unet|text_encoder|text_encoder_2)\.(?:text_model\.)?(.+)\."
     r"(lora_A|lora_B|lora_linear_layer\.down|lora_linear_layer\.up|lora_magnitude_vector)(?:\.weight)?"
 )
 
@@ -37,10 +42,12 @@ class Lora(DenoiserMethod):
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
         model.train()
-        for name, targets in self._targets().items():
+        for name, targets in self._targets(model).items():
             module = getattr(model, name)
             _check_targets(name, module, targets)
             module.add_adapter(self._peft_config(targets))
+        if self.config.text_encoder:
+            freeze_unread(model)
         if trainer.gradient_checkpointing:
             enable_gradient_checkpointing(model)
 
@@ -50,23 +57,19 @@ class Lora(DenoiserMethod):
     def export(self, model: DiffusionModel, folder: Path) -> None:
         layers: dict[str, dict[str, Tensor]] = {}
         metadata: dict[str, dict[str, Any]] = {}
-        for name in self._targets():
+        for name in self._targets(model):
             module = getattr(model, name)
             weights = get_peft_model_state_dict(module, adapter_name="default")
-            rename = _text_encoder_key if name == "text_encoder" else str
+            rename = str if name == "unet" else _text_encoder_key
             layers[name] = {rename(key): tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
             config = module.peft_config["default"].to_dict()
             metadata[name] = {
                 key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in METADATA
             }
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=layers["unet"],
-            text_encoder_lora_layers=layers.get("text_encoder"),
-            unet_lora_adapter_metadata=metadata["unet"],
-            text_encoder_lora_adapter_metadata=metadata.get("text_encoder"),
-        )
-        if not self.config.use_dora:
+        of_layers = {f"{name}_lora_layers": tensors for name, tensors in layers.items()}
+        of_metadata = {f"{name}_lora_adapter_metadata": words for name, words in metadata.items()}
+        LOADERS[model.config.family].save_lora_weights(folder, **of_layers, **of_metadata)
+        if not self.config.use_dora and model.config.family == "stable_diffusion":
             to_kohya(folder / LORA_WEIGHT_NAME_SAFE, folder / KOHYA)
 
     def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
@@ -77,10 +80,10 @@ class Lora(DenoiserMethod):
         attach_weights(model, path, scale)
         return len(weights)
 
-    def _targets(self) -> dict[str, tuple[str, ...]]:
+    def _targets(self, model: DiffusionModel) -> dict[str, tuple[str, ...]]:
         targets = {"unet": self.config.target_modules}
         if self.config.text_encoder:
-            targets["text_encoder"] = self.config.text_encoder_target_modules
+            targets |= dict.fromkeys(model.text_encoders(), self.config.text_encoder_target_modules)
         return targets
 
     def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
@@ -105,19 +108,20 @@ def _text_encoder_key(key: str) -> str:
 
 def attach_weights(model: DiffusionModel, path: Path, scale: float) -> None:
     """Add a LoRA file to the loaded U-Net and text encoder as one more active adapter of strength `scale`."""
-    weights, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+    loader = LOADERS[model.config.family]
+    weights, alphas, metadata = loader.lora_state_dict(
         str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
     )
     adapter = f"adapter_{len(getattr(model.unet, 'peft_config', {}))}"
-    loaders = {
-        "unet": StableDiffusionPipeline.load_lora_into_unet,
-        "text_encoder": StableDiffusionPipeline.load_lora_into_text_encoder,
-    }
-    for name, load in loaders.items():
+    settings = {"adapter_name": adapter, "metadata": metadata, "low_cpu_mem_usage": True}
+    for name in ("unet", *model.text_encoders()):
         if not any(key.startswith(f"{name}.") for key in weights):
             continue
         module = getattr(model, name)
-        load(weights, alphas, module, adapter_name=adapter, metadata=metadata, low_cpu_mem_usage=True)
+        if name == "unet":
+            loader.load_lora_into_unet(weights, alphas, module, **settings)
+        else:
+            loader.load_lora_into_text_encoder(weights, alphas, module, prefix=name, **settings)
         module.set_adapter(list(module.peft_config))
         for layer in module.modules():
             if isinstance(layer, LoraLayer) and adapter in layer.r:
@@ -154,7 +158,8 @@ def _check_fit(path: Path, key: str, tensor: Tensor, model: DiffusionModel) -> N
         module = getattr(model, component)
         if module is None:
             raise ArtifactError(f"{path} adapts the {component}, which is not loaded")
-        layer = dict(module.named_modules()).get(name)
+        layers = dict(module.named_modules())
+        layer = layers.get(name, layers.get(TEXT_PREFIX + name))
     if layer is None:
         raise ArtifactError(f"{path}: the base has no layer for {key}; it was made for another base")
     outputs, inputs = layer.weight.shape[:2]

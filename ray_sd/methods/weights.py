@@ -6,25 +6,28 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, PreTrainedModel
 
 from ray_sd.errors import ArtifactError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 TEXT_PREFIX = "text_model."
-"""transformers before version 5 kept CLIPTextModel's layers under this prefix; every release loads it."""
+"""transformers before version 5 kept CLIPTextModel's layers under this prefix; every release loads it.
+CLIPTextModelWithProjection's are under it in all releases."""
 
 
-def save_component(module: nn.Module, folder: Path) -> None:
-    """Write configuration and weights of a diffusers model or of a CLIPTextModel."""
+def save_component(module: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write configuration and weights of a diffusers model or of a text encoder; `weights` in place of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    if isinstance(module, CLIPTextModel):
-        module.config.architectures = ["CLIPTextModel"]
+    content = module.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+    if isinstance(module, PreTrainedModel):
+        module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)
-        prefixed = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
-        save_file(prefixed, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
+        if isinstance(module, CLIPTextModel):
+            weights = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+        save_file(weights, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
     else:
         module.save_config(folder)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -32,7 +35,7 @@ def save_component(module: nn.Module, folder: Path) -> None:
 
 def load_component(module: nn.Module, folder: Path) -> int:
     """Replace a component's weights by those in the folder; returns their number."""
-    path = folder / (TEXT_WEIGHTS if isinstance(module, CLIPTextModel) else WEIGHTS)
+    path = folder / (TEXT_WEIGHTS if isinstance(module, PreTrainedModel) else WEIGHTS)
     weights = _read(path)
     if isinstance(module, CLIPTextModel):
         weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
@@ -45,7 +48,7 @@ def load_component(module: nn.Module, folder: Path) -> int:
                 "it was made for another base"
             )
     module.load_state_dict(weights)
-    if not isinstance(module, CLIPTextModel):
+    if not isinstance(module, PreTrainedModel):
         saved = json.loads((folder / "config.json").read_text())
         if "scaling_factor" in saved:
             module.register_to_config(scaling_factor=saved["scaling_factor"])

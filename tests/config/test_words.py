@@ -17,7 +17,7 @@ from ray_sd.errors import ConfigError
         ("a.b.c=1", "a: no such setting"),
         (
             "method.name=lorra",
-            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, lora",
+            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, loha, lokr",
         ),
         (
             "trainer.schedule.name=zzz",

@@ -147,7 +147,7 @@ def test_the_shipped_layouts_have_the_published_sizes(layout: str, unet: int, te
 
 @pytest.mark.parametrize(("layout", "padding"), [("sd15", 49407), ("sd21", 0)])
 def test_the_shipped_tokenizer_is_clips(layout: str, padding: int):
-    tokenizer = single_file.load_tokenizer(layout)
+    tokenizer = single_file.load_tokenizer(layout, "tokenizer")
     assert len(tokenizer) == 49408
     ids = tokenizer(["a photo of a cat"], padding="max_length").input_ids[0]
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [padding] * 70
