@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         rows = build_method(config.method).rows()
         check_class_folder(rows)
         check_crop(config.dataset)
-    check_masks(config.dataset)
+        check_masks(config.dataset)
         prepare(config, rows)
 
 
