@@ -7,12 +7,12 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
+from ray_sd.methods.weights import read_tensors, tensor_names
 
 Embedding = dict[str, Tensor]
 """Vectors [n, D] of one token by the name of the text encoder's component."""
@@ -28,19 +28,20 @@ TOKEN = "token"
 
 
 def write_embeddings(folder: Path, embeddings: dict[str, Embedding]) -> None:
-    """Write fp32 vectors by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside."""
-    (folder / A1111).mkdir(parents=True, exist_ok=True)
+    """Write vectors by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside."""
     for token, embedding in embeddings.items():
-        vectors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in embedding.items()}
-        if len(vectors) == 1:
-            [alone] = vectors.values()
-            own, other = {token: alone}, {EMB_PARAMS: alone}
-        else:
-            own = other = {name: vectors[part] for name, part in PAIR.items()}
         name = LEARNED if len(embeddings) == 1 else f"{LEARNED}-{file_name(token)}"
-        metadata = {"format": "pt", TOKEN: token}
-        save_file(own, folder / f"{name}.safetensors", metadata=metadata)
-        save_file(other, folder / A1111 / f"{file_name(token)}.safetensors", metadata=metadata)
+        write_embedding(folder / f"{name}.safetensors", token, embedding, token)
+        write_embedding(folder / A1111 / f"{file_name(token)}.safetensors", token, embedding, EMB_PARAMS)
+
+
+def write_embedding(file: Path, token: str, embedding: Embedding, name: str) -> None:
+    """Write one token; `name` is the tensor's where there is one text encoder: the token itself, or EMB_PARAMS."""
+    vectors = {part: tensor.detach().cpu().contiguous() for part, tensor in embedding.items()}
+    alone = len(vectors) == 1
+    tensors = {name: vectors["text_encoder"]} if alone else {key: vectors[part] for key, part in PAIR.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt", TOKEN: token})
 
 
 def read_embeddings(folder: Path) -> dict[str, Embedding]:
@@ -51,16 +52,15 @@ def read_embeddings(folder: Path) -> dict[str, Embedding]:
     return dict(read_embedding(file) for file in files)
 
 
+def holds_embedding(file: Path) -> bool:
+    """Whether a file has the names of one of these layouts; a LoRA has at least two tensors."""
+    names = tensor_names(file)
+    return len(names) == 1 or set(names) == set(PAIR)
+
+
 def read_embedding(file: Path, token: str | None = None) -> tuple[str, Embedding]:
     """Token and vectors of one file of any layout; `token` names what is in it otherwise."""
-    if file.suffix != ".safetensors":
-        raise ArtifactError(f"{file} is no .safetensors file; pickled embeddings are not read")
-    try:
-        with safe_open(file, "pt") as content:
-            metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in list(content.keys())}
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file} cannot be read as .safetensors: {error}") from error
+    tensors, metadata = read_tensors(file)
     for name, tensor in tensors.items():
         if tensor.ndim not in (1, 2):
             raise ArtifactError(f"{file} is no embedding: {name} has {tensor.ndim} dimensions")

@@ -1,10 +1,14 @@
 """Whole components as folders of an export, in the layout that plain diffusers and transformers load."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel
 
@@ -17,11 +21,16 @@ TEXT_PREFIX = "text_model."
 CLIPTextModelWithProjection's are under it in all releases."""
 
 
-def save_component(module: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write configuration and weights of a diffusers model or of a text encoder; `weights` in place of its own."""
+def save_component(
+    module: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write configuration and weights of a diffusers model or of a text encoder, in `dtype` if given.
+
+    weights: in place of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = module.state_dict() if weights is None else weights
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+    weights = {name: tensor.detach().to(dtype or tensor.dtype).cpu().contiguous() for name, tensor in content.items()}
     if isinstance(module, PreTrainedModel):
         module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)
@@ -36,7 +45,7 @@ def save_component(module: nn.Module, folder: Path, weights: dict[str, Tensor] |
 def load_component(module: nn.Module, folder: Path) -> int:
     """Replace a component's weights by those in the folder; returns their number."""
     path = folder / (TEXT_WEIGHTS if isinstance(module, PreTrainedModel) else WEIGHTS)
-    weights = _read(path)
+    weights, _ = read_tensors(path)
     if isinstance(module, CLIPTextModel):
         weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
     own = module.state_dict()
@@ -55,12 +64,28 @@ def load_component(module: nn.Module, folder: Path) -> int:
     return len(weights)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    with _opened(path) as content:
+        return {name: content.get_tensor(name) for name in list(content.keys())}, content.metadata() or {}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    with _opened(path) as content:
+        return list(content.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has no {path.name}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
 
 

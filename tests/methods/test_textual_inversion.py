@@ -255,5 +255,5 @@ def test_files_that_are_no_embedding_are_refused(tmp_path: Path, content: dict, 
     save_file({name: torch.zeros(shape) for name, shape in content.items()}, tmp_path / "x.safetensors")
     with pytest.raises(ArtifactError, match=words):
         read_embedding(tmp_path / "x.safetensors")
-    with pytest.raises(ArtifactError, match="pickled embeddings are not read"):
+    with pytest.raises(ArtifactError, match="pickled weights are not read"):
         read_embedding(tmp_path / "x.pt")
