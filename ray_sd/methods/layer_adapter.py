@@ -24,6 +24,7 @@ from ray_sd.config.method import LohaAdapter, LokrAdapter, OftAdapter
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods import weights
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
+from ray_sd.methods.targets import check_targets, targets_of
 from ray_sd.models import DiffusionModel
 
 PEFT = "peft"
@@ -40,9 +41,9 @@ class LayerAdapter(DenoiserMethod):
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
         model.train()
-        for name, targets in self._targets(model).items():
+        for name, targets in targets_of(self.config, model).items():
             module = getattr(model, name)
-            _check_targets(name, module, targets)
+            check_targets(name, module, targets)
             if isinstance(self.config, OftAdapter):
                 _check_blocks(module, targets, self.config.block_size)
             module.add_adapter(_peft_config(self.config, targets))
@@ -56,7 +57,7 @@ class LayerAdapter(DenoiserMethod):
 
     def export(self, model: DiffusionModel, folder: Path) -> None:
         """Write the adapted components with the adapter fused in, which plain diffusers loads, and the adapters alone."""
-        for name, targets in self._targets(model).items():
+        for name, targets in targets_of(self.config, model).items():
             module = getattr(model, name)
             _save_adapter(module, _peft_config(self.config, targets), folder / PEFT / name)
             weights.save_component(module, folder / name, fused_weights(module))
@@ -66,14 +67,8 @@ class LayerAdapter(DenoiserMethod):
             raise ArtifactError(f"{folder} rotates weights, which has no strength; use adapter_scale=1")
         return sum(
             _attach(getattr(model, name), folder / PEFT / name, scale, targets)
-            for name, targets in self._targets(model).items()
+            for name, targets in targets_of(self.config, model).items()
         )
-
-    def _targets(self, model: DiffusionModel) -> dict[str, tuple[str, ...]]:
-        targets = {"unet": self.config.target_modules}
-        if self.config.text_encoder:
-            targets |= dict.fromkeys(model.text_encoders(), self.config.text_encoder_target_modules)
-        return targets
 
 
 def fused_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -123,7 +118,7 @@ def _attach(module: nn.Module, folder: Path, scale: float, targets: tuple[str, .
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{folder} cannot be read as an adapter of PEFT: {str(error).splitlines()[0]}") from error
-    _check_targets(folder.name, module, targets)
+    check_targets(folder.name, module, targets)
     adapter = f"adapter_{len(getattr(module, 'peft_config', {}))}"
     inject_adapter_in_model(config, module, adapter)
     expected = get_peft_model_state_dict(module, adapter_name=adapter)
@@ -150,11 +145,3 @@ def _check_blocks(module: nn.Module, targets: tuple[str, ...], block_size: int) 
                 raise ConfigError(
                     f"method.block_size: {block_size} does not divide the {inputs} inputs of {name}; try {near}"
                 )
-
-
-def _check_targets(name: str, module: nn.Module, targets: tuple[str, ...]) -> None:
-    layers = [layer for layer, _ in module.named_modules()]
-    setting = "target_modules" if name == "unet" else "text_encoder_target_modules"
-    for target in targets:
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
-            raise ConfigError(f"method.{setting}: no layer of the {name} is named '{target}'")

@@ -6,16 +6,16 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraAdapter
-from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.errors import ArtifactError
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
 from ray_sd.methods.lora_names import LoraNames, layer_name
 from ray_sd.methods.lora_reader import read_lora
 from ray_sd.methods.lora_writers import diffusers_tensors, write_diffusers, write_kohya
 from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.methods.targets import check_targets, targets_of
 from ray_sd.models import DiffusionModel
 
 LOADERS: dict[str, type[LoraBaseMixin]] = {
@@ -37,9 +37,9 @@ class Lora(DenoiserMethod):
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
         model.train()
-        for name, targets in self._targets(model).items():
+        for name, targets in targets_of(self.config, model).items():
             module = getattr(model, name)
-            _check_targets(name, module, targets)
+            check_targets(name, module, targets)
             module.add_adapter(self._peft_config(targets))
         if self.config.text_encoder:
             freeze_unread(model)
@@ -57,12 +57,6 @@ class Lora(DenoiserMethod):
 
     def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
         return attach_updates(model, read_lora(folder / LORA_FILE, LoraNames(model)), scale)
-
-    def _targets(self, model: DiffusionModel) -> dict[str, tuple[str, ...]]:
-        targets = {"unet": self.config.target_modules}
-        if self.config.text_encoder:
-            targets |= dict.fromkeys(model.text_encoders(), self.config.text_encoder_target_modules)
-        return targets
 
     def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
         alpha = self.config.alpha if self.config.alpha is not None else self.config.rank
@@ -128,11 +122,3 @@ def attach_updates(model: DiffusionModel, updates: Updates, scale: float) -> int
                 layer.set_scale(adapter, scale)
         module.requires_grad_(False)
     return len(tensors)
-
-
-def _check_targets(name: str, module: nn.Module, targets: tuple[str, ...]) -> None:
-    layers = [layer for layer, _ in module.named_modules()]
-    setting = "target_modules" if name == "unet" else "text_encoder_target_modules"
-    for target in targets:
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
-            raise ConfigError(f"method.{setting}: no layer of the {name} is named '{target}'")
