@@ -86,8 +86,8 @@ def main() -> None:
     contact_sheet(sheets, [method for method in options.methods for _ in range(8)], columns=8).save(
         RESULTS / "subject_learning.png", optimize=True
     )
-    rows = [[method, *(f"{figures[method].get(name, '')}" for name in columns(figures))] for method in figures]
-    print_table("A subject learnt by the embedded model", ["method", *columns(figures)], rows)
+    rows = [[name, *(f"{figures[method].get(name, '')}" for method in figures)] for name in columns(figures)]
+    print_table("A subject learnt by the embedded model", ["figure", *figures], rows)
     tell_bars(figures)
     print(f"pictures: {RESULTS / 'subject_learning.png'}")
     write_result("subject_learning", figures, settings={"seeds": SEEDS, "others": OTHERS, "untrained": known})
