@@ -125,7 +125,7 @@ def faces(label: str) -> dict[str, float]:
         for number in range(10):
             draw = random.Random(f"{label} {scale} {number}")
             picture = ground("grain", (800, 600), draw)
-            seen += finder.find([Layers(picture, None)]) != [None]
+            seen += int(finder.find([Layers(picture, None)]) != [None])
             small = photograph.resize((round(photograph.width * scale), round(photograph.height * scale)))
             left, top = draw.randint(0, 800 - small.width), draw.randint(0, 600 - small.height)
             picture.paste(small, (left, top))
@@ -134,7 +134,7 @@ def faces(label: str) -> dict[str, float]:
             seconds += time.perf_counter() - began
             x0, y0, x1, y1 = (edge * scale for edge in face)
             box = (x0 + left, y0 + top, x1 + left, y1 + top)
-            hits += subject is not None and overlap(subject.box, box) > 0.5
+            hits += int(subject is not None and overlap(subject.box, box) > 0.5)
             pictures += 1
     return {"found": hits, "pictures": pictures, "seen_in_nothing": seen, "ms": 1000 * seconds / pictures}
 
@@ -187,7 +187,7 @@ def write_contact_sheet(sprites: Sequence[Sprite]) -> None:
             if layers.alpha is not None:
                 layers.picture.putalpha(layers.alpha)
             layers.picture.save(pictures / f"{name}-{number}.png")
-        ground("plain", SIZES[0], random.Random(0)).save(pictures / "sky.png")
+        ground("plain", SIZES[0], random.Random(0)).save(pictures / "empty.png")
         config = load_config(
             [
                 "experiment=smoke",

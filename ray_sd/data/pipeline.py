@@ -99,7 +99,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     elif rows.text == "tokens":
         cut = count_cut_captions(config, rows, unique)
 
-    not_found, sheet = 0, None
+    not_found, sheet = None, None
     if isinstance(dataset.crop, SubjectCrop):
         not_found, sheet = write_subjects(view.folder.location, listing, dataset, view.kinds[0], table, images.entries)
     encoded = len(table) - int(_has_none(table, view.kinds, images.new_keys).sum())

@@ -32,20 +32,21 @@ DIM = 0.45
 
 def write_subjects(
     folder: Location, listing: Listing, dataset: DatasetConfig, variant: Variant, rows: pa.Table, entries: pa.Table
-) -> tuple[int, str]:
+) -> tuple[int, str | None]:
     """Write the list and the contact sheet into a view's folder.
 
     variant: the one to show. rows: `id` and `image` of usable rows. entries: of the cache, with what was found.
-    Returns in how many rows nothing was found, and where the contact sheet is.
+    Returns in how many rows nothing was found, and where the contact sheet is, if there is one.
     """
     keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
     found = entries.take(pc.index_in(keys, value_set=entries["key"]))
     _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
     shown = list(_shown(listing, dataset, variant, entries))
-    if shown:
-        pictures, labels = [picture for picture, _ in shown], [label for _, label in shown]
-        sheet = contact_sheet(pictures, labels, columns=max(1, round(math.sqrt(len(shown) / 2))))
-        (folder / SHEET).write(png_bytes(sheet, {"crop": dataset.crop.model_dump(mode="json")}))
+    if not shown:
+        return found["subject"].null_count, None
+    pictures, labels = [picture for picture, _ in shown], [label for _, label in shown]
+    sheet = contact_sheet(pictures, labels, columns=max(1, round(math.sqrt(len(shown) / 2))))
+    (folder / SHEET).write(png_bytes(sheet, {"crop": dataset.crop.model_dump(mode="json")}))
     return found["subject"].null_count, (folder / SHEET).path
 
 

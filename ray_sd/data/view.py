@@ -40,10 +40,10 @@ class EncodeSummary:
     reasons: dict[str, int]
     """How many rows were rejected for what."""
     rejected_file: str
-    not_found: int = 0
+    not_found: int | None = None
     """Rows in which a subject crop found nothing, so that they are cut from the middle."""
     contact_sheet: str | None = None
-    """File that shows what a subject crop found."""
+    """File that shows what a subject crop found; None where no picture could be shown."""
 
     @property
     def reused(self) -> int:
@@ -58,10 +58,10 @@ class EncodeSummary:
             )
         if self.cut_captions:
             parts.append(f"{self.cut_captions} captions are longer than the text encoder reads and are cut")
-        if self.contact_sheet is not None:
+        if self.not_found is not None:
             otherwise = f", the other {self.not_found} are cut from the middle" if self.not_found else ""
-            found = self.rows - self.not_found
-            parts.append(f"subject found in {found} of {self.rows}{otherwise}; see {self.contact_sheet}")
+            see = f" (see {self.contact_sheet})" if self.contact_sheet is not None else ""
+            parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)

@@ -85,7 +85,7 @@ def test_pictures_are_cut_to_their_subject_and_the_others_from_the_middle(
 
     summary = prepared.summary
     assert summary.not_found == 1
-    words = f"subject found in 3 of 4, the other 1 are cut from the middle; see {summary.contact_sheet}"
+    words = f"subject found in 3 of 4, the other 1 are cut from the middle (see {summary.contact_sheet})"
     assert words in str(summary)
     told = lines(summary)
     assert told["nothing.png"] == {

@@ -30,22 +30,21 @@ class DetectorFinder:
 
     def __init__(self, crop: SubjectCrop) -> None:
         """Raises ArtifactError for a model that cannot be loaded, and ConfigError for a label that it does not know."""
-        import torch
-
         if crop.detector is None:
             raise ValueError("a detector needs a model")
         self._threshold = crop.detector.threshold
         # Labels first: to find one wrong, no weights need to be fetched.
-        folder = _folder(crop.detector, "*.json")
-        self._names = _wanted(crop, _load_config(folder))
-        _folder(crop.detector, "*.safetensors")
+        self._names = _wanted(crop, _load_config(_folder(crop.detector, "*.json")))
+        folder = _folder(crop.detector, "*.safetensors")
         self._processor = _load_processor(folder)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = _load_model(folder).to(self._device)
+        self._model = _load_model(folder)
 
     def find(self, pictures: Sequence[Layers]) -> list[Subject | None]:
         import torch
 
+        # Not before there is work: who only wants to know whether it loads takes no GPU.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model.to(device)
         inputs: dict[int, dict[str, Tensor]] = {
             i: self._processor(images=picture, return_tensors="pt")
             for i, (picture, _) in enumerate(pictures)
@@ -58,7 +57,7 @@ class DetectorFinder:
             groups[values["pixel_values"].shape].append(i)
         found: list[Subject | None] = [None] * len(pictures)
         for group in groups.values():
-            batch = {name: torch.cat([inputs[i][name] for i in group]).to(self._device) for name in inputs[group[0]]}
+            batch = {name: torch.cat([inputs[i][name] for i in group]).to(device) for name in inputs[group[0]]}
             with torch.inference_mode():
                 outputs = self._model(**batch)
             sizes = [(pictures[i].picture.height, pictures[i].picture.width) for i in group]
@@ -85,8 +84,8 @@ def fingerprint(detector: DetectorConfig) -> str:
     from ray_sd.models.components import read_json
     from ray_sd.models.fingerprints import BOOKKEEPING, tensors_digest
 
-    folder = _folder(detector, "*.json")
-    _folder(detector, "*.safetensors")
+    _folder(detector, "*.json")
+    folder = _folder(detector, "*.safetensors")
     digest = hashlib.blake2b(tensors_digest(_weight_files(folder)).encode(), digest_size=16)
     for name in ("config.json", "preprocessor_config.json"):
         content = {key: value for key, value in read_json(folder / name).items() if key not in BOOKKEEPING}
