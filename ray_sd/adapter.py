@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ray_sd import __version__
-from ray_sd.config import ExperimentConfig
+from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -42,11 +42,11 @@ class AdapterManifest(BaseModel):
     base: Base
     """What it was made for."""
     config: dict[str, Any]
-    """Resolved configuration of the run."""
+    """Resolved configuration of the run, or of the export."""
     data_fingerprint: str | None
     """Fingerprint of the training rows."""
     step: int
-    """Optimizer steps taken."""
+    """Optimizer steps taken; 0 of what no run made."""
     metrics: dict[str, float | None]
     """Last measurements; null where one was not finite."""
     versions: dict[str, str]
@@ -64,17 +64,44 @@ def write_manifest(
     data_fingerprint: str | None = None,
     metrics: dict[str, float] | None = None,
 ) -> AdapterManifest:
-    """Describe an exported folder. `fingerprints` are those of the base's components that it relies on."""
-    model = config.model
+    """Describe what a run exported. `fingerprints` are those of the base's components that it relies on."""
+    return describe_folder(
+        folder,
+        kind=config.method.name,
+        family=config.model.family,
+        base=describe_base(config.model, fingerprints),
+        config=config.model_dump(mode="json"),
+        step=step,
+        data_fingerprint=data_fingerprint,
+        metrics=metrics or {},
+    )
+
+
+def describe_base(model: ModelConfig, fingerprints: dict[str, str]) -> Base:
     parts = [(name, getattr(model, name)) for name in ("unet", "vae", "text_encoder")]
     sources = [model.base] if model.base else []
     sources += [f"{name}={part.path}" for name, part in parts if part is not None and part.path]
+    return Base(name=model.name, source=", ".join(sources) or "random weights", fingerprints=fingerprints)
+
+
+def describe_folder(
+    folder: Path,
+    *,
+    kind: str,
+    family: str,
+    base: Base,
+    config: dict[str, Any],
+    step: int = 0,
+    data_fingerprint: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> AdapterManifest:
+    """Write the manifest of a folder's files. `config["method"]` is what `kind` is built from."""
     manifest = AdapterManifest(
         format_version=FORMAT_VERSION,
-        kind=config.method.name,
-        family=model.family,
-        base=Base(name=model.name, source=", ".join(sources) or "random weights", fingerprints=fingerprints),
-        config=config.model_dump(mode="json"),
+        kind=kind,
+        family=family,
+        base=base,
+        config=config,
         data_fingerprint=data_fingerprint,
         step=step,
         metrics=metrics or {},

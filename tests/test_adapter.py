@@ -73,7 +73,6 @@ def change_manifest(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), "is no adapter: it has no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "adapter", "models", "methods", "generate", "data", "train", "tune", "jobs"]
+LAYERS = ["config", "adapter", "models", "methods", "generate", "data", "export", "train", "tune", "jobs"]
 BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
 SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "serve"}
 RAY_IN = {"data", "train", "tune", "serve", "jobs"}

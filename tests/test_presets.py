@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from ray_sd.config import ExperimentConfig, GenerateConfig
 from ray_sd.config.compose import PRESETS, compose_presets, preset_groups
 from ray_sd.config.documentation import preset_description
-from ray_sd.config.load import load_config
+from ray_sd.config.load import ROOTS, load_config
 from ray_sd.config.settings import below
 from ray_sd.embedded.autoencoder import LATENT_CHANNELS
 
@@ -23,7 +23,7 @@ def names(group: str) -> list[str]:
 
 def test_every_file_belongs_to_a_group():
     known = {PRESETS / group / f"{name}.yaml" for group, name in ALL}
-    assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / "train.yaml", PRESETS / "generate.yaml"}
+    assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / f"{root}.yaml" for root in ROOTS.values()}
 
 
 @pytest.mark.parametrize(("group", "name"), ALL)

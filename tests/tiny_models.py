@@ -206,8 +206,12 @@ def export_adapter(base: Path, folder: Path, method: dict, **model: object) -> A
     trained = load_model(config.model, verbs.components())
     verbs.prepare(trained, TrainerConfig())
     optimizer = torch.optim.AdamW(verbs.parameter_groups(trained, TrainerConfig(learning_rate=0.05)))
+    rows = verbs.rows()
     for step in range(3):
-        verbs.objective(trained, random_batch(seed=step)).backward()
+        batch = random_batch(text=rows.text, seed=step)
+        if rows.placeholders:
+            batch |= trained.tokenize([" ".join(["a", *(token for token, _ in rows.placeholders)])] * 3)
+        verbs.objective(trained, batch).backward()
         optimizer.step()
     verbs.export(trained, folder)
     fingerprints = {component: fingerprint(config.model, component) for component in verbs.relies_on()}

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from ray_sd.config.base import Schema
 from ray_sd.config.compose import PRESETS, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
+from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import ROOTS
 from ray_sd.config.settings import describe, options, schemas, variants
 
@@ -44,6 +45,8 @@ def document() -> str:
     blocks = [_INTRODUCTION, _presets()]
     blocks.append(f"## Settings of `jobs/train.py` and `jobs/encode.py`\n\n{_root(ExperimentConfig)}")
     blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
+    for verb, schema in EXPORTS.items():
+        blocks.append(f"## Settings of `jobs/export.py {verb}`\n\n{_root(schema, elsewhere={'model'})}")
     return "\n".join(blocks)
 
 

@@ -76,7 +76,7 @@ class GenerateConfig(Schema):
     model: ModelConfig
     """Group `model`."""
     adapter: str | None = None
-    """Adapter folder that training wrote."""
+    """Adapter folder that training wrote, or a LoRA or embedding of another tool: a `.safetensors` file or a folder."""
     adapter_scale: float = 1.0
     """Strength of a LoRA."""
     allow_other_base: bool = False

@@ -13,11 +13,16 @@ from pydantic import ValidationError
 from ray_sd.config.base import Schema
 from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
+from ray_sd.config.export import EXPORTS
 from ray_sd.config.overrides import apply_overrides
 from ray_sd.config.words import no_such, problems
 from ray_sd.errors import ConfigError, RaySdError
 
-ROOTS: dict[type[Schema], str] = {ExperimentConfig: "train", GenerateConfig: "generate"}
+ROOTS: dict[type[Schema], str] = {
+    ExperimentConfig: "train",
+    GenerateConfig: "generate",
+    **dict.fromkeys(EXPORTS.values(), "export"),
+}
 """The file in `presets/` that each root schema is composed from."""
 
 Root = TypeVar("Root", bound=Schema)

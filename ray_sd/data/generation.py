@@ -4,9 +4,7 @@ import io
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +13,17 @@ from typing import Any
 import ray
 import torch
 from PIL import Image
-from pyarrow import fs
 from rich.progress import Progress, TaskID
 
 from ray_sd import __version__
-from ray_sd.adapter import read_manifest
+from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import GenerateConfig
 from ray_sd.data.cluster import connect, has_gpus
-from ray_sd.data.locations import Location, locate, writable_folder
+from ray_sd.data.locations import Location, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
 from ray_sd.methods import load_adapter
+from ray_sd.methods.contents import read_contents
 from ray_sd.models import DiffusionModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -108,8 +106,8 @@ def load_for_generation(config: GenerateConfig) -> DiffusionModel:
     """The model with its adapter, in half precision on a GPU if this process has one, in fp32 on the CPU otherwise."""
     model = load_model(config.model)
     if config.adapter is not None:
-        with _local_folder(config.adapter) as folder:
-            load_adapter(model, folder, config.adapter_scale, config.allow_other_base)
+        with local_copy(config.adapter, "adapter") as adapter:
+            load_adapter(model, adapter, config.adapter_scale, config.allow_other_base)
     model.requires_grad_(False)
     return model.to_half().to("cuda") if torch.cuda.is_available() else model
 
@@ -186,10 +184,10 @@ def _show(progress: Progress, task: TaskID, before: int, done: int, total: int) 
 def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
     """Position and PNG of each request, drawn by `config.num_workers` workers of Ray Data."""
     if config.adapter is not None:
-        with _local_folder(config.adapter) as folder:
-            read_manifest(folder)  # what is wrong with it is found before workers start
+        with local_copy(config.adapter, "adapter") as adapter:
+            _check_adapter(config, adapter)
         if "://" not in config.adapter:
-            config = config.model_copy(update={"adapter": str(folder)})
+            config = config.model_copy(update={"adapter": str(adapter)})
     connect()
     rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))
@@ -206,18 +204,12 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
         yield row["position"], row["png"]
 
 
-@contextmanager
-def _local_folder(path: str) -> Iterator[Path]:
-    """The folder, copied to this machine for as long as it is read if `path` is a URI."""
-    source = locate(path, "adapter")
-    if isinstance(source.filesystem, fs.LocalFileSystem):
-        yield Path(source.path)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        fs.copy_files(
-            source.path, scratch, source_filesystem=source.filesystem, destination_filesystem=fs.LocalFileSystem()
-        )
-        yield Path(scratch)
+def _check_adapter(config: GenerateConfig, adapter: Path) -> None:
+    """Find what is wrong with an adapter before workers start."""
+    if (adapter / MANIFEST).is_file():
+        read_manifest(adapter)
+    else:
+        read_contents(adapter, load_model(config.model, ("unet", "text_encoder"), skeleton=True))
 
 
 def _label(config: GenerateConfig, request: ImageRequest) -> str:

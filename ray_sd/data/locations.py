@@ -1,6 +1,7 @@
 """Where files are: local folders, folders of this package, and URIs of any filesystem of pyarrow or fsspec."""
 
 import logging
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,22 @@ def locate(path: str, setting: str) -> Location:
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(f"{setting}: {path}: {error}") from error
         return Location(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root)
+
+
+@contextmanager
+def local_copy(path: str, setting: str) -> Iterator[Path]:
+    """A file or folder of any filesystem, copied to this machine for as long as it is read if it is not here."""
+    source = locate(path, setting)
+    if isinstance(source.filesystem, fs.LocalFileSystem):
+        yield Path(source.path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        # A file keeps its name, which may say what is in it.
+        target = str(Path(scratch) / Path(source.path).name)
+        fs.copy_files(
+            source.path, target, source_filesystem=source.filesystem, destination_filesystem=fs.LocalFileSystem()
+        )
+        yield Path(target)
 
 
 def writable_folder(path: str, setting: str) -> Location:

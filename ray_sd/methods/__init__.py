@@ -1,20 +1,24 @@
 """What is learnt: one file a method."""
 
+import logging
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from ray_sd import config
-from ray_sd.adapter import AdapterManifest, read_manifest
+from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
 from ray_sd.errors import ArtifactError
 from ray_sd.methods.autoencoder import Autoencoder
 from ray_sd.methods.base import Method
+from ray_sd.methods.contents import attach_contents, read_contents
 from ray_sd.methods.dreambooth import DreamBooth
 from ray_sd.methods.full import Full
 from ray_sd.methods.layer_adapter import LayerAdapter
 from ray_sd.methods.lora import Lora
 from ray_sd.methods.textual_inversion import TextualInversion
 from ray_sd.models import DiffusionModel, fingerprint
+
+logger = logging.getLogger(__name__)
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
@@ -32,27 +36,38 @@ def build_method(settings: config.Method) -> Method:
     return METHODS[settings.name](settings)
 
 
-def load_adapter(model: DiffusionModel, folder: Path | str, scale: float = 1.0, allow_other_base: bool = False) -> int:
-    """Load an adapter folder into a model for generation; returns the number of tensors taken.
+def load_adapter(model: DiffusionModel, path: Path | str, scale: float = 1.0, allow_other_base: bool = False) -> int:
+    """Load an adapter into a model for generation; returns the number of tensors taken.
 
-    Raises ArtifactError for a folder that is incomplete or damaged, and for an adapter of another base, unless
-    `allow_other_base` is given and its layers fit.
+    It is a folder that training wrote, or a LoRA or embedding of another tool, as a file or a folder. Raises
+    ArtifactError for what is incomplete or damaged, for an adapter of another base, unless `allow_other_base` is given
+    and its layers fit, and for a file of which not all belongs to the model.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        contents = read_contents(path, model)
+        if contents.weights:
+            settings = " ".join(f"model.{component}={folder}" for component, folder in contents.weights.items())
+            raise ArtifactError(
+                f"{path} holds whole weights and no {MANIFEST}; as parts of the model they are {settings}"
+            )
+        logger.info("%s: %s", path, contents.summary())
+        return attach_contents(model, contents, scale)
+    manifest = read_manifest(path)
     if manifest.kind not in METHODS:
         raise ArtifactError(
-            f"{folder} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}"
+            f"{path} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}"
         )
-    _check_base(model, folder, manifest, allow_other_base)
+    check_base(model, path, manifest, allow_other_base)
     method = build_method(TypeAdapter(config.Method).validate_python(manifest.config["method"]))
-    count = method.attach(model, folder, scale)
+    count = method.attach(model, path, scale)
     if count == 0:
-        raise ArtifactError(f"{folder} holds no weights")
+        raise ArtifactError(f"{path} holds no weights")
     return count
 
 
-def _check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, allow_other_base: bool) -> None:
+def check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, allow_other_base: bool) -> None:
+    """Raise ArtifactError for an adapter that was made for another base than `model`."""
     if manifest.family != model.config.family:
         raise ArtifactError(f"{folder} was made for a model of family {manifest.family}, not {model.config.family}")
     if allow_other_base:
@@ -65,4 +80,4 @@ def _check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, 
             )
 
 
-__all__ = ["METHODS", "Method", "build_method", "load_adapter"]
+__all__ = ["METHODS", "Method", "build_method", "check_base", "load_adapter"]

@@ -24,15 +24,13 @@ from ray_sd.config.method import LohaAdapter, LokrAdapter, OftAdapter
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods import weights
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
+from ray_sd.methods.lora import TRAINED
+from ray_sd.methods.lora_reader import PEFT_PREFIX, PEFT_WEIGHTS
 from ray_sd.methods.targets import check_targets, targets_of
 from ray_sd.models import DiffusionModel
 
 PEFT = "peft"
 """Folder of the adapters themselves, one folder a component, as PEFT lays them out."""
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-TRAINED = "default"
-"""PEFT's name for the adapter that trains."""
 
 
 class LayerAdapter(DenoiserMethod):

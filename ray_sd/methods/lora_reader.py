@@ -100,11 +100,13 @@ def _read_peft_component(folder: Path, component: str, names: LoraNames) -> Upda
 def _updates(
     path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]], names: LoraNames
 ) -> Updates:
+    found = _by_layer(path, tensors, names)
     updates: Updates = {}
-    for layer, parts in _by_layer(path, tensors, names).items():
-        component, name = layer
-        update = _update(path, parts, names.layers[layer], settings.get(component), name)
-        updates.setdefault(component, {})[name] = update
+    for (component, name), module in names.layers.items():
+        parts = found.get((component, name))
+        if parts is not None:
+            update = _update(path, parts, module, settings.get(component), name)
+            updates.setdefault(component, {})[name] = update
     return updates
 
 

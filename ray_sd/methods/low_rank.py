@@ -29,18 +29,17 @@ class LowRank:
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return (self.alpha / self.rank * product).reshape(len(self.up), *self.down.shape[1:])
 
-    def change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """What the layer's `weight` gains from this update at a strength, in fp32.
+    def added_to(self, weight: Tensor, strength: float = 1.0, base: Tensor | None = None) -> Tensor:
+        """A layer's `weight` with this update at a strength, in fp32; `base` is the weight below updates that came before.
 
-        A DoRA gives each row of the sum the learnt length (equation 5 of its paper), as PEFT computes it.
+        A DoRA then gives each row another length (equation 5 of its paper), which it reckons from the base, as PEFT does.
         """
+        delta = strength * self.delta()
+        summed = weight.float() + delta
         if self.magnitude is None:
-            return strength * self.delta()
-        weight = weight.float()
-        summed = weight + strength * self.delta()
-        lengths = summed.flatten(1).norm(dim=1)
-        rows = (-1, *[1] * (weight.ndim - 1))
-        return summed * (self.magnitude.float() / lengths).reshape(rows) - weight
+            return summed
+        lengths = ((weight if base is None else base).float() + delta).flatten(1).norm(dim=1)
+        return summed * (self.magnitude.float() / lengths).reshape(-1, *[1] * (weight.ndim - 1))
 
     def with_alpha(self, alpha: float) -> "LowRank":
         """The same update, written with another alpha."""
@@ -48,9 +47,10 @@ class LowRank:
             return self
         return replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
 
-    def to(self, dtype: torch.dtype) -> "LowRank":
-        magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
-        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype), magnitude=magnitude)
+    def to(self, kind: torch.dtype | torch.device | str) -> "LowRank":
+        """The update in another precision, or on another device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(kind)
+        return replace(self, down=self.down.to(kind), up=self.up.to(kind), magnitude=magnitude)
 
 
 Updates = dict[str, dict[str, LowRank]]
@@ -80,7 +80,7 @@ def compress(update: LowRank, rank: int) -> LowRank:
 def decompose(delta: Tensor, rank: int) -> LowRank:
     """The best update of at most `rank` for a change [out, in, …] of a weight."""
     matrix = delta.double().flatten(1)
-    # Eigenvectors of the smaller Gram matrix are singular vectors, in a seventh of a decomposition's time.
+    # Eigenvectors of the smaller Gram matrix are singular vectors, found far sooner than by decomposing a wide matrix.
     if matrix.shape[0] <= matrix.shape[1]:
         left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]
         right = left.T @ matrix

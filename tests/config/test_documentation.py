@@ -2,6 +2,7 @@
 
 from ray_sd.config import ExperimentConfig, GenerateConfig
 from ray_sd.config.documentation import TARGET, document
+from ray_sd.config.export import EXPORTS
 from ray_sd.config.settings import schemas, settings_below
 
 
@@ -11,7 +12,7 @@ def test_page_is_current():
 
 def test_every_setting_is_on_the_page_with_its_meaning():
     page = document()
-    for schema in (ExperimentConfig, GenerateConfig):
+    for schema in (ExperimentConfig, GenerateConfig, *EXPORTS.values()):
         for path, field, owner in settings_below(schema):
             assert field.description, f"{owner.__name__}: no docstring under {path}"
             if path in schema.model_fields and schemas(field.annotation):

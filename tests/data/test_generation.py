@@ -2,7 +2,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_config
 
 from ray_sd.config import GenerateConfig
@@ -52,6 +54,31 @@ def test_an_adapter_is_loaded_from_a_folder_and_from_a_uri(base: Path, tmp_path:
         assert read_parameters(Path(result.pictures[0]))["adapter"] == adapter
     plain = generation.draw(config(base, tmp_path))
     assert difference(Image.open(plain.pictures[0]), expected) > 5
+
+
+def test_a_file_of_another_tool_is_loaded_from_a_path_and_from_a_uri(base: Path, tmp_path: Path):
+    export_adapter(base, tmp_path / "adapter", {"name": "lora", "rank": 4})
+    file = tmp_path / "adapter" / "kohya" / "lora.safetensors"
+    fsspec.filesystem("memory").put(str(file), "/loras/lora.safetensors")
+    adapters = (str(tmp_path / "adapter"), str(file), "memory://loras/lora.safetensors")
+    drawn = [generation.draw(config(base, tmp_path, adapter=adapter)).pictures[0] for adapter in adapters]
+    pictures = [Image.open(path) for path in drawn]
+    assert difference(pictures[0], pictures[1]) <= 1
+    assert difference(pictures[1], pictures[2]) == 0
+    plain = generation.draw(config(base, tmp_path))
+    assert difference(Image.open(plain.pictures[0]), pictures[0]) > 5
+
+
+def test_a_file_that_does_not_fit_is_told_before_workers_start(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(generation, "connect", lambda: pytest.fail("Ray was started for a file that does not fit"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    save_file(
+        {"lora_unet_a.lora_down.weight": torch.ones(1), "lora_unet_a.alpha": torch.ones(1)}, tmp_path / "x.safetensors"
+    )
+    job = config(base, tmp_path, prompts_file=str(prompts), adapter=str(tmp_path / "x.safetensors"))
+    with pytest.raises(ArtifactError, match="the base has no layer for 2 of 2 tensors, such as lora_unet_a.alpha"):
+        generation.draw(job)
 
 
 def test_new_pictures_are_numbered_on_and_overwrite_nothing(base: Path, tmp_path: Path):

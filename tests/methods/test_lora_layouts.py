@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from kohya_keys import PUBLISHED, PUBLISHED_CONVOLUTIONS
 from peft import LoHaConfig, PeftModel, get_peft_model
 from PIL import Image
+from random_loras import random_updates
 from safetensors.torch import load_file, save_file
 from tiny_models import difference, draw, tiny_config, tiny_xl_config
 
@@ -21,7 +22,7 @@ from ray_sd.methods.lora import attach_updates, trained_updates
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import read_lora
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya, write_peft
-from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.methods.low_rank import Updates
 from ray_sd.models import DiffusionModel, load_model
 
 FAMILIES = {"sd15": "stable_diffusion", "sd21": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
@@ -122,24 +123,6 @@ def base(request: pytest.FixtureRequest, tiny: Path, tiny_xl: Path) -> Callable[
     return lambda: load_model(config)
 
 
-def random_updates(
-    model: DiffusionModel, text: bool = True, convolutions: bool = False, dora: bool = False, alike: bool = True
-) -> Updates:
-    """A LoRA that changes a picture a lot. Where its layers are not alike they differ in rank and alpha."""
-    generator = torch.Generator().manual_seed(0)
-    updates: Updates = {}
-    for number, ((component, name), layer) in enumerate(LoraNames(model).layers.items()):
-        if ("layers." not in name or not text) if component != "unet" else not (convolutions or "attentions." in name):
-            continue
-        weight = layer.weight.detach()
-        rank, alpha = (4, 2.0) if alike else (2 + number % 3, 1.0 + number % 2)
-        down = torch.randn(rank, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
-        up = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2), generator=generator) / 2
-        magnitude = 1.3 * weight.flatten(1).norm(dim=1) if dora else None
-        updates.setdefault(component, {})[name] = LowRank(down, up, alpha, magnitude)
-    return updates
-
-
 def picture_with(model: DiffusionModel, updates: Updates) -> Image.Image:
     attach_updates(model, updates, 1.0)
     return draw(model.pipeline())
@@ -188,7 +171,7 @@ def test_a_fused_update_is_what_pefts_layers_compute(base: Callable[[], Diffusio
             for component, layers in updates.items():
                 for name, update in layers.items():
                     weight = names.layers[component, name].weight
-                    weight += update.change(weight, 0.7)
+                    weight.copy_(update.added_to(weight, 0.7))
         assert difference(draw(fused.pipeline()), draw(attached.pipeline())) <= 1
 
 

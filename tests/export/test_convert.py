@@ -1,0 +1,105 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import picture
+from random_loras import random_updates
+from safetensors.torch import load_file
+from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_xl_config
+
+from ray_sd.adapter import read_manifest
+from ray_sd.errors import ArtifactError
+from ray_sd.methods import load_adapter
+from ray_sd.methods.lora_names import LoraNames
+from ray_sd.methods.lora_writers import write_diffusers, write_kohya
+from ray_sd.models import load_model
+
+FAMILIES = {"sd15": ("tiny", tiny_config), "sdxl": ("tiny_xl", tiny_xl_config)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_draws_alike_after_every_conversion_and_back(
+    request: pytest.FixtureRequest, job: Callable, tmp_path: Path, name: str
+):
+    folder, config = request.getfixturevalue(FAMILIES[name][0]), FAMILIES[name][1]
+    write_diffusers(random_updates(load_model(config(folder)), alike=False), tmp_path / "start.safetensors")
+    expected = picture(folder, "start.safetensors", config=config)
+    assert difference(picture(folder, config=config), expected) > 10
+
+    steps = {
+        "x.safetensors": "kohya",
+        "peft": "peft",
+        "mine": "diffusers",
+        "again.safetensors": "diffusers",
+        "last.safetensors": "kohya",
+    }
+    source = "start.safetensors"
+    for output, layout in steps.items():
+        printed = job("convert", f"adapter={source}", f"layout={layout}", f"output={output}", base=folder, model=name)
+        assert printed.startswith(f"output:  {output}\n")
+        assert "layers of the unet" in printed
+        assert difference(picture(folder, output, config=config), expected) <= 1, output
+        source = output
+    for file in ("x.safetensors", "again.safetensors"):
+        pipeline = load_model(config(folder)).pipeline()
+        pipeline.load_lora_weights(tmp_path, weight_name=file)
+        assert difference(draw(pipeline, "a <cat>"), expected) <= 1, file
+
+
+def test_an_imported_lora_is_an_adapter_of_its_base(tiny: Path, job: Callable, tmp_path: Path):
+    model = load_model(tiny_config(tiny))
+    write_kohya(random_updates(model), tmp_path / "x.safetensors", LoraNames(model))
+    job("convert", "adapter=x.safetensors", "output=mine")
+    manifest = read_manifest(tmp_path / "mine")
+    assert (manifest.kind, manifest.base.name, manifest.base.source) == ("lora", "sd15", str(tiny))
+    assert set(manifest.files) == {"pytorch_lora_weights.safetensors", "kohya/lora.safetensors"}
+    assert manifest.config["method"]["rank"] == 4
+    other = load_model(tiny_config(save_tiny_model(tmp_path / "other", seed=1)))
+    with pytest.raises(ArtifactError, match="mine was made for the base 'sd15'"):
+        load_adapter(other, tmp_path / "mine")
+
+
+def test_what_a_run_made_keeps_its_base_through_a_conversion(adapters: dict[str, Path], job: Callable, tmp_path: Path):
+    """Of a base that is not at hand: only its names and sizes are needed."""
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    job("convert", f"adapter={adapters['lora']}", "output=mine", base=other)
+    assert read_manifest(tmp_path / "mine").base == read_manifest(adapters["lora"]).base
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pivotal", "dora"])
+def test_adapters_of_every_kind_become_folders_that_draw_alike(
+    tiny: Path,
+    adapters: dict[str, Path],
+    job: Callable,
+    kind: str,
+):
+    job("convert", f"adapter={adapters[kind]}", "output=mine")
+    assert difference(picture(tiny, "mine"), picture(tiny, adapters[kind])) <= 1
+    assert difference(picture(tiny, "mine"), picture(tiny)) > 5
+
+
+def test_an_embedding_changes_its_layout_and_its_word(tiny: Path, adapters: dict[str, Path], job: Callable):
+    expected = picture(tiny, adapters["tokens"])
+    job("convert", f"adapter={adapters['tokens']}", "layout=a1111", "output=katze.safetensors")
+    assert list(load_file("katze.safetensors")) == ["emb_params"]
+    assert difference(picture(tiny, "katze.safetensors", prompt="a katze"), expected) == 0
+    job("convert", "adapter=katze.safetensors", "token=<neko>", "output=neko.safetensors", "dtype=float16")
+    assert {name: tensor.dtype for name, tensor in load_file("neko.safetensors").items()} == {"<neko>": torch.float16}
+    assert difference(picture(tiny, "neko.safetensors", prompt="a <neko>"), expected) <= 1
+
+
+def test_the_words_of_a_pivotal_tuning_lie_beside_its_file(tiny: Path, adapters: dict[str, Path], job: Callable):
+    printed = job("convert", f"adapter={adapters['pivotal']}", "layout=kohya", "output=x.safetensors")
+    assert "x-embeddings: the tokens, for which such a file has no place" in printed
+    words = Path("x-embeddings") / "a1111" / "cat.safetensors"
+    found = picture(tiny, "x.safetensors", words, prompt="a cat")
+    assert difference(found, picture(tiny, adapters["pivotal"])) <= 1
+
+
+def test_half_precision_is_half_the_size(adapters: dict[str, Path], job: Callable):
+    for dtype in ("float32", "float16"):
+        job("convert", f"adapter={adapters['lora']}", f"dtype={dtype}", f"output={dtype}.safetensors")
+    tensors = load_file("float16.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert Path("float16.safetensors").stat().st_size < 0.7 * Path("float32.safetensors").stat().st_size

@@ -1,0 +1,73 @@
+"""What `jobs/export.py` refuses, in one line and without leaving anything behind."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.export import main
+
+
+def test_what_exists_is_not_written_over(adapters: dict[str, Path], refusal: Callable, tmp_path: Path):
+    (tmp_path / "x.safetensors").write_text("precious")
+    words = refusal("convert", f"adapter={adapters['lora']}", "output=x.safetensors")
+    assert words == "error: output: x.safetensors exists; give another name, or move it away"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "full exists" in refusal("fuse", f"adapters={adapters['lora']}", "output=full")
+    (tmp_path / "y-embeddings").mkdir()
+    (tmp_path / "y-embeddings" / "file").touch()
+    words = refusal("convert", f"adapter={adapters['pivotal']}", "layout=kohya", "output=y.safetensors")
+    assert "y-embeddings exists" in words
+    assert (tmp_path / "x.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["merge", "adapters=[{lora}, {full}]"], "full holds whole weights .unet., of which there is one"),
+        (["merge", "adapters=[{lora}, {dora}]"], "dora is a DoRA, and DoRAs do not add up"),
+        (["merge", "adapters=[{tokens}, {pivotal}]"], "both hold the token <cat>; give one of them"),
+        (["merge", "adapters=[{tokens}, {lora}]", "weights=[0.5, 1]"], "have no strength; give it weight 1"),
+        (["merge", "adapters=[{lora}, {lora}]", "weights=[1]"], "2 adapters and 1 weights; give a weight for each"),
+        (["merge", "adapters=[{lora}]", "rank=0"], "rank: '0' is out of range"),
+        (["fuse", "adapters=[{full}]", "weights=[0.5]"], "full holds whole weights, which have no strength"),
+        (["fuse", "adapters=[{full}, {full}]"], "both hold all weights of the unet; give one of them"),
+        (["fuse", "adapters={lora}", "output=model.safetensors"], "block_out_channels .32, 64., and layout 'sd15'"),
+        (["fuse", "adapters={lora}", "layout=kohya"], "layout: no such setting"),
+        (["convert", "adapter={full}"], "whole weights .unet. have one layout; jobs/export.py fuse"),
+        (["convert", "adapter={lora}", "layout=kohya"], "layout kohya is one file; output must end in .safetensors"),
+        (["convert", "adapter={lora}", "layout=peft", "output=x.safetensors"], "output must be a folder"),
+        (["convert", "adapter={tokens}", "layout=kohya", "output=x.safetensors"], "kohya-ss reads embeddings in"),
+        (["convert", "adapter={tokens}", "layout=peft"], "layout peft is a LoRA's"),
+        (["convert", "adapter={lora}", "layout=a1111", "output=x.safetensors"], "A1111 reads a LoRA in layout kohya"),
+        (["convert", "adapter={lora}", "token=<cat>"], "token is the word of an embedding's file"),
+        (["convert", "adapter={lora}", "output=s3://bucket/x"], "is no path of this machine; write here"),
+        (["convert", "adapter=nowhere"], "no file or folder .*nowhere"),
+        (["extract", "tuned={lora}"], "holds no whole weights to extract from; it is an adapter already"),
+        (["extract", "tuned={base}"], "is the model 'sd15' itself: no layer of it differs by more than 0.002"),
+        (["extract", "tuned=embedded/emoji"], "was not tuned from 'sd15': its unet.* is .*, the base's "),
+        (["extract", "tuned={base}", "layout=a1111", "output=x.safetensors"], "a LoRA is extracted to diffusers"),
+        (["export", "adapter={lora}"], "no verb 'export'; .*the verbs are: convert, extract, fuse, merge"),
+    ],
+)
+def test_wrong_use_is_refused_in_words(
+    tiny: Path,
+    adapters: dict[str, Path],
+    refusal: Callable,
+    arguments: list[str],
+    words: str,
+):
+    paths = {**{name: str(path) for name, path in adapters.items()}, "base": str(tiny)}
+    output = [] if any(argument.startswith("output=") for argument in arguments) else ["output=out"]
+    line = refusal(*(argument.format(**paths) for argument in arguments), *output)
+    assert re.search(words, line), line
+
+
+def test_each_verb_shows_its_settings(capsys: pytest.CaptureFixture[str]):
+    main(["--help"])
+    assert "python jobs/export.py merge" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert "Strength of each adapter" in capsys.readouterr().out
