@@ -289,12 +289,12 @@ def _measure(settings: dict) -> None:
             (folder / f"{name}.json").write_text(json.dumps(found))
 
     for stage in (0, 1, 2, 3):
-        engine = None  # the last one's memory
-        before = _live_bytes()
+        before = _storages()
         engine, config = _engine(stage, workers)
         losses = _run(engine, rank, workers, 0, 5)
         if rank == 0:
-            found = {"resident": _live_bytes() - before}
+            added = [storage for key, storage in _storages().items() if key not in before]
+            found = {"resident": sum(storage.nbytes() for storage in added)}
             (folder / f"memory-{workers}-{stage}.json").write_text(json.dumps(found))
         if (stage, workers) == (2, 2):
             checkpoint.save(engine, folder / "saved", step=5, rank=rank, world_size=workers, config=config)
@@ -314,12 +314,12 @@ def _measure(settings: dict) -> None:
         _measure_methods(record, rank)
 
 
-def _live_bytes() -> int:
-    """Bytes of all tensors in this process."""
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """What all tensors of this process lie in. As long as they are held, no other takes the key of one of them."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return {storage._cdata: storage for storage in storages}
 
 
 def _measure_optimizers(record: Callable, folder: Path, rank: int, workers: int) -> None:

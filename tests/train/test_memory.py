@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.compose import preset_groups
 from ray_sd.config.load import load_config
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
@@ -93,6 +94,16 @@ def _most_allocated(profiled: profile) -> int:
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+@pytest.mark.parametrize("name", preset_groups("train")["method"])
+def test_every_method_has_an_estimate(name: str):
+    words = {"textual_inversion": "method.", "pivotal": "method.tokens."}
+    settings = [f"{words[name]}placeholder_token=<x>"] if name in words else []
+    config = load_config(["experiment=smoke", "model=tiny_random_xl", f"method={name}", *settings])
+    found = parts(config)
+    assert found["trained weights"] > 0
+    assert found["activations"] > 0
 
 
 def test_half_precision_keeps_halves_but_for_norms(full_size):
