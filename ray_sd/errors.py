@@ -15,3 +15,9 @@ class DataError(RaySdError):
 
 class ArtifactError(RaySdError):
     """A model folder, an adapter or a checkpoint is missing a part, damaged, or made for something else."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -2,9 +2,12 @@
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ray_sd.errors import first_line
 
 # The limit is dataset.max_pixels, held against the header below; Pillow's own would refuse what the user allowed.
 Image.MAX_IMAGE_PIXELS = None
@@ -16,11 +19,25 @@ class RejectedError(Exception):
     """A row that cannot be used; its message is the reason written to `rejected.jsonl`."""
 
 
+class Layers(NamedTuple):
+    """An upright picture, and what of it is transparent."""
+
+    picture: Image.Image
+    """RGB, transparency on the background."""
+    alpha: Image.Image | None
+    """Opacity, in 8 bits; None where nothing is transparent."""
+
+
 def decode(data: bytes, *, background: str, max_pixels: int) -> Image.Image:
     """Decode a picture to RGB: upright by its EXIF orientation, transparency on `background` (`#rrggbb`).
 
     Of an animation the first frame is taken. Raises RejectedError, for more than `max_pixels` before any pixel is decoded.
     """
+    return decode_layers(data, background=background, max_pixels=max_pixels).picture
+
+
+def decode_layers(data: bytes, *, background: str, max_pixels: int) -> Layers:
+    """As `decode`, with the picture's transparency."""
     if not data:
         raise RejectedError("the file is empty")
     try:
@@ -36,7 +53,7 @@ def decode(data: bytes, *, background: str, max_pixels: int) -> Image.Image:
     except RejectedError:
         raise
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.
-        raise RejectedError(f"cannot be decoded: {_first_line(error)}") from error
+        raise RejectedError(f"cannot be decoded: {first_line(error)}") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -50,15 +67,12 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
-def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    transparent = picture.has_transparency_data or picture.mode in ("La", "RGBa")
-    if not transparent:
-        return picture.convert("RGB")
+def _flatten(picture: Image.Image, background: str) -> Layers:
+    if not picture.has_transparency_data and picture.mode not in ("La", "RGBa"):
+        return Layers(picture.convert("RGB"), None)
     layer = picture.convert("RGBA")
     ground = Image.new("RGBA", layer.size, f"#{background.removeprefix('#')}")
-    return Image.alpha_composite(ground, layer).convert("RGB")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    alpha = layer.getchannel("A")
+    # Many files have an alpha channel in which nothing is transparent.
+    transparent = bool((np.asarray(alpha) < 255).any())
+    return Layers(Image.alpha_composite(ground, layer).convert("RGB"), alpha if transparent else None)

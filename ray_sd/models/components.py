@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 import ray_sd.embedded
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import ComponentSource
-from ray_sd.errors import ArtifactError
+from ray_sd.errors import ArtifactError, first_line
 from ray_sd.models import single_file
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
             raise ArtifactError(f"{root} is no .safetensors file; pickled weights are not read")
         return SingleFile(root, config.layout)
     folder = _find_subfolder(config, component, source, root)
-    if weights and _is_hub_id(source.path):
+    if weights and is_hub_id(source.path):
         _fetch_weights(config, component, source.path, folder.relative_to(root))
     return Folder(folder, config.variant)
 
@@ -120,7 +120,7 @@ def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(location.path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
-        raise ArtifactError(f"cannot read the tokenizer in {location.path}: {_first_line(error)}") from error
+        raise ArtifactError(f"cannot read the tokenizer in {location.path}: {first_line(error)}") from error
     if tokenizer.model_max_length > NO_LENGTH:
         tokenizer.model_max_length = CLIP_LENGTH
     return tokenizer
@@ -164,12 +164,13 @@ def _find_root(config: ModelConfig, component: str, path: str) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if _is_hub_id(path):
+    if is_hub_id(path):
         return _fetch(config, component, path, ["*.json", "*.txt"])
     raise ArtifactError(f"model '{config.name}': no folder or file {path} for the {component}")
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether a path of the configuration names a repository of the hub: it looks like one, and no local folder has that name."""
     return not path.startswith("embedded/") and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
@@ -213,18 +214,18 @@ def _fetch_weights(config: ModelConfig, component: str, hub_id: str, subfolder: 
 def _fetch(config: ModelConfig, component: str, hub_id: str, patterns: list[str], ignore: str | None = None) -> Path:
     revision = config.revision if hub_id == config.base else None
     try:
-        return _snapshot(hub_id, revision, tuple(patterns), ignore)
+        return snapshot(hub_id, revision, tuple(patterns), ignore)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         setting = "base" if hub_id == config.base else component
         raise ArtifactError(
             f"model '{config.name}': cannot fetch the {component} of '{hub_id}' from the Hugging Face hub "
-            f"({_first_line(error)}), and no local folder has that name; download it elsewhere and give its folder: "
+            f"({first_line(error)}), and no local folder has that name; download it elsewhere and give its folder: "
             f"model.{setting}=/path/to/folder"
         ) from error
 
 
 @lru_cache(maxsize=64)
-def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...], ignore: str | None) -> Path:
+def snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...], ignore: str | None) -> Path:
     """Fetch files once a process: a load asks several times."""
     return Path(
         huggingface_hub.snapshot_download(
@@ -252,7 +253,7 @@ def _build(config: ModelConfig, component: str, cls: type[nn.Module], architectu
         return cls.from_config(architecture)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(
-            f"model '{config.name}': cannot build a {cls.__name__} from model.{component}.architecture: {_first_line(error)}"
+            f"model '{config.name}': cannot build a {cls.__name__} from model.{component}.architecture: {first_line(error)}"
         ) from error
 
 
@@ -272,7 +273,7 @@ def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Mod
     files = weight_files(component, folder)
     variant = folder.variant if folder.variant and f".{folder.variant}" in files[0].name else None
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             module, info = cls.from_pretrained(
                 str(folder.path),
                 variant=variant,
@@ -282,7 +283,7 @@ def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Mod
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ArtifactError(f"cannot read the {component} in {folder.path}: {_first_line(error)}") from error
+        raise ArtifactError(f"cannot read the {component} in {folder.path}: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ArtifactError(
@@ -292,7 +293,8 @@ def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Mod
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every file that it loads."""
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
@@ -323,8 +325,3 @@ def weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
             f"no .safetensors weights for the {component} in {folder.path} (found: {found}); pickled weights are not read"
         )
     return tuple(of_variant or plain)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

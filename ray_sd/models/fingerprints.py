@@ -39,7 +39,7 @@ def fingerprint(config: ModelConfig, component: str) -> str:
         case SingleFile(_, layout) if component not in single_file.PREFIXES:
             digest.update(json.dumps([layout, single_file.read_config(layout, component)], sort_keys=True).encode())
         case SingleFile(path, layout):
-            digest.update(f"{layout} {_tensors_digest((path,), single_file.PREFIXES[component])}".encode())
+            digest.update(f"{layout} {tensors_digest((path,), single_file.PREFIXES[component])}".encode())
         case Folder(path):
             for part in _folder_content(component, location):
                 digest.update(part.encode())
@@ -58,10 +58,11 @@ def _folder_content(component: str, folder: Folder) -> Iterator[str]:
     kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in BOOKKEEPING}
     yield json.dumps(kept, sort_keys=True)
     if component != "scheduler":
-        yield _tensors_digest(weight_files(component, folder), ("",))
+        yield tensors_digest(weight_files(component, folder))
 
 
-def _tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...]) -> str:
+def tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...] = ("",)) -> str:
+    """Digest of the tensors in safetensors files whose names begin with one of `prefixes`."""
     stats = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return _cached_tensors_digest(files, prefixes, stats)
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from sample_pictures import bomb_png, encoded, noise_png
 
-from ray_sd.data.decode import RejectedError, decode
+from ray_sd.data.decode import RejectedError, decode, decode_layers
 
 
 def pixels(data: bytes, background: str = "#ffffff") -> np.ndarray:
@@ -26,6 +26,17 @@ def test_transparency_shows_the_background():
     picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     picture.putpixel((1, 0), (10, 20, 30, 255))
     assert pixels(encoded(picture), "#ff8000").tolist() == [[[255, 128, 0], [10, 20, 30]]]
+
+
+def test_transparency_is_kept_beside_the_picture_and_turned_with_it():
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (10, 20, 30, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned right by 90 degrees
+    layers = decode_layers(encoded(picture, exif=exif), background="#ffffff", max_pixels=10)
+    assert np.asarray(layers.alpha).tolist() == [[0], [200]]
+    opaque = encoded(Image.new("RGBA", (2, 1), "red"))
+    assert decode_layers(opaque, background="#ffffff", max_pixels=10).alpha is None
 
 
 def test_a_transparent_palette_entry_shows_the_background():
