@@ -1,10 +1,11 @@
 """Where pictures come from and how they become training rows."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.words import no_such
 
 
 class ImageFolderSource(Schema):
@@ -76,7 +77,72 @@ class RandomCrop(Schema):
     """Windows encoded per picture."""
 
 
-Crop = Annotated[CenterCrop | RandomCrop, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
+class DetectorConfig(Schema):
+    """An object-detection model of transformers, run in a pool of Ray Data actors."""
+
+    shorthand = "path"
+    path: str
+    """Hub id (`hustvl/yolos-tiny`, `PekingU/rtdetr_r50vd`) or local folder, with safetensors weights."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Score below which a detection does not count."""
+    batch_size: int = Field(8, ge=1)
+    """Pictures that an actor looks at together."""
+
+
+CASCADE_LABELS = ("cat face", "face")
+MARGINS = {"foreground": 0.1, "cascade": 0.5, "detector": 0.1}
+"""By finder; a face is much less than its subject."""
+
+
+class SubjectCrop(Schema):
+    """A window around the animal or object; the middle of the picture where none is found."""
+
+    name: Literal["subject"] = "subject"
+    """Kind of crop."""
+    finder: Literal["foreground", "cascade", "detector"] = "foreground"
+    """What finds the subject: `foreground` takes what is not transparent, or what stands out from the border (any subject,
+    no model); `cascade` faces of cats and people (no model); `detector` asks a model, and is chosen by naming one."""
+    detector: DetectorConfig | None = None
+    """The model that finds it."""
+    labels: tuple[str, ...] = ()
+    """What may be the subject, by the detector's names (`[cat, dog]`) or as `[cat face]`, `[face]` of the cascades;
+    empty takes anything. Of several the best-scoring one is taken."""
+    margin: float | None = Field(None, ge=0)
+    """Room on each side of the subject, as a share of its longer side; null takes 0.1, around faces 0.5."""
+    max_enlargement: float = Field(2.0, ge=1)
+    """A small subject keeps more of its surroundings rather than being enlarged further than this."""
+
+    @property
+    def padding(self) -> float:
+        """`margin`, or what suits the finder."""
+        return MARGINS[self.finder] if self.margin is None else self.margin
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_model_is_for_the_detector(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("detector") is not None:
+            return {"finder": "detector", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "SubjectCrop":
+        if self.finder == "detector" and self.detector is None:
+            raise ValueError("finder 'detector' needs a model; name one by detector=HUB_ID_OR_FOLDER")
+        if self.finder != "detector" and self.detector is not None:
+            raise ValueError(f"finder '{self.finder}' asks no model; leave out detector, or take finder=detector")
+        if self.finder == "foreground" and self.labels:
+            raise ValueError(
+                "finder 'foreground' knows no labels; leave them out, or take finder=cascade or detector=…"
+            )
+        for label in self.labels if self.finder == "cascade" else ():
+            if label not in CASCADE_LABELS:
+                raise ValueError(f"labels: {no_such('label', label, CASCADE_LABELS)}")
+        return self
+
+
+Crop = Annotated[CenterCrop | RandomCrop | SubjectCrop, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
 
 
 class CaptionConfig(Schema):
@@ -117,7 +183,7 @@ class DatasetConfig(Schema):
     resolution: int | tuple[int, int] = 512
     """Size in pixels that training sees: one number for a square, or `[height, width]`. A multiple of 8."""
     crop: Crop = CenterCrop()
-    """What is cut out after the shorter side was resized: `center` or `random`."""
+    """What is cut out and scaled to `resolution`: the `center`, `random` windows, or the `subject`."""
     flip: bool = False
     """Also train on the mirrored picture."""
     background: str = "#ffffff"

@@ -88,9 +88,12 @@ def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]
     siblings = list(owner.model_fields) if owner is not None else []
     hint = suggestion(key, siblings)
     if not hint:
-        # Another variant of the same union may have it, under the very path that this one refuses.
-        paths = [setting.path for setting in settings_below(schema)]
-        elsewhere = [other for other in paths if other.endswith(f".{key}") and other != path]
+        settings = list(settings_below(schema))
+        # Another kind of the same setting may have it, under the very path that this one refuses.
+        owners = [setting.owner.model_fields.get("name") for setting in settings if setting.path == path]
+        if owners and owners[0] is not None:
+            return f"no such setting; it belongs to {path.rpartition('.')[0]}={owners[0].default}"
+        elsewhere = [setting.path for setting in settings if setting.path.endswith(f".{key}")]
         hint = (
             f"; did you mean '{elsewhere[0]}'?"
             if elsewhere

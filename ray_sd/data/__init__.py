@@ -1,6 +1,7 @@
 """From pictures and captions to batches: sources, crops, the cache of encoded rows, and the workers' lanes."""
 
 from ray_sd.data.cluster import connect, has_gpus
+from ray_sd.data.crops import check_crop
 from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import training_batches
 from ray_sd.data.pipeline import prepare
@@ -13,6 +14,7 @@ __all__ = [
     "PreparedData",
     "RowIndex",
     "check_class_folder",
+    "check_crop",
     "connect",
     "has_gpus",
     "prepare",

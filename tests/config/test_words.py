@@ -15,6 +15,7 @@ from ray_sd.errors import ConfigError
         ("trainer.rank=1", "trainer.rank: no such setting; did you mean 'method.rank'?"),
         ("tracker.zzz=1", "tracker.zzz: no such setting; the settings here are: tensorboard, wandb, mlflow"),
         ("a.b.c=1", "a: no such setting"),
+        ("dataset.crop.detector=a/b", "dataset.crop.detector: no such setting; it belongs to dataset.crop=subject"),
         (
             "method.name=lorra",
             "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, lora",

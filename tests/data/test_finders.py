@@ -1,0 +1,112 @@
+import io
+import time
+
+import pytest
+from PIL import Image, ImageDraw
+from sample_pictures import noise_png
+from subject_pictures import GREY, find, overlap, photograph, rectangle
+
+from ray_sd.data.crops import Box
+
+
+def holds(box: Box, *points: tuple[float, float]) -> bool:
+    return all(box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in points)
+
+
+def test_a_cut_out_is_found_by_its_transparency():
+    picture = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((100, 20, 179, 89), fill=(10, 20, 30, 60))  # its shadow
+    draw.ellipse((90, 10, 149, 69), fill=(200, 100, 0, 255))
+    (subject,) = find({}, picture)
+    assert (subject.box, subject.label) == ((90, 10, 150, 70), "cut-out")
+
+
+def test_an_empty_cut_out_has_no_subject():
+    assert find({}, Image.new("RGBA", (200, 100), (10, 10, 10, 0))) == [None]
+
+
+@pytest.mark.parametrize("ground", ["grass.png", "brick.png", "gravel.png"])
+def test_what_stands_out_is_found_on_a_photographed_ground(ground: str):
+    picture = photograph(ground).resize((512, 384))
+    ImageDraw.Draw(picture).ellipse((300, 100, 449, 279), fill=(230, 140, 30))
+    (subject,) = find({}, picture)
+    assert subject.label == "foreground"
+    assert overlap(subject.box, (300, 100, 450, 280)) > 0.85
+
+
+def test_what_the_lower_border_cuts_off_is_found_whole():
+    (subject,) = find({}, rectangle((150, 120, 250, 300), (20, 90, 20)))
+    assert overlap(subject.box, (150, 120, 250, 300)) > 0.9
+    assert subject.box[3] == 300
+
+
+def test_what_reaches_the_other_borders_is_followed_to_them():
+    picture = rectangle((0, 60, 200, 200), (20, 90, 20))
+    ImageDraw.Draw(picture).rectangle((0, 60, 19, 200), fill=(220, 190, 60))
+    (subject,) = find({}, picture)
+    assert subject.box[0] == 0
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.new("RGB", (300, 200), "red"),
+        Image.new("RGB", (1, 1)),
+        Image.new("RGB", (5000, 3)),
+        Image.open(io.BytesIO(noise_png(0, (200, 200)))),
+    ],
+    ids=["one colour", "one pixel", "a line", "noise"],
+)
+@pytest.mark.parametrize("finder", ["foreground", "cascade"])
+def test_where_nothing_stands_out_nothing_is_found(finder: str, picture: Image.Image):
+    assert find({"finder": finder}, picture) == [None]
+
+
+def test_areas_of_one_colour_take_no_longer_than_others():
+    """Without grain this one takes eight seconds, and an empty white page a minute."""
+    halves = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(halves).rectangle((0, 0, 149, 199), fill=(200, 30, 30))
+    start = time.process_time()
+    find({}, halves)
+    assert time.process_time() - start < 4
+
+
+def test_the_foreground_of_a_picture_is_always_the_same():
+    coffee, rocket = photograph("coffee.png"), photograph("rocket.jpg")
+    first = find({}, coffee)
+    assert find({}, rocket, coffee)[1:] == first
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_the_face_of_a_cat_is_found(scale: float, mirrored: bool):
+    cat = photograph("chelsea.png")
+    eyes_and_nose = [(175, 96), (315, 130), (262, 228)]
+    if mirrored:
+        cat = cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        eyes_and_nose = [(cat.width - x, y) for x, y in eyes_and_nose]
+    (subject,) = find({"finder": "cascade"}, cat.resize((round(cat.width * scale), round(cat.height * scale))))
+    assert subject.label == "cat face"
+    assert holds(subject.box, *((x * scale, y * scale) for x, y in eyes_and_nose))
+
+
+def test_the_face_of_a_person_is_found():
+    (subject,) = find({"finder": "cascade"}, photograph("astronaut.png"))
+    assert subject.label == "face"
+    assert holds(subject.box, (205, 110), (245, 108), (226, 150))
+    assert overlap(subject.box, (175, 65, 275, 165)) > 0.7
+
+
+def test_only_the_faces_that_were_asked_for_count():
+    both = Image.new("RGB", (800, 300), GREY)
+    both.paste(photograph("chelsea.png"))
+    both.paste(photograph("astronaut.png").crop((120, 0, 345, 225)).resize((300, 300)), (480, 0))
+    (cat,) = find({"finder": "cascade", "labels": ["cat face"]}, both)
+    (face,) = find({"finder": "cascade", "labels": ["face"]}, both)
+    assert cat.box[2] < 480 < face.box[0]
+
+
+@pytest.mark.parametrize("name", ["coffee.png", "rocket.jpg", "brick.png", "motorcycle_left.png"])
+def test_no_face_is_seen_in_pictures_without_one(name: str):
+    assert find({"finder": "cascade"}, photograph(name)) == [None]
