@@ -80,18 +80,22 @@ class CacheFolder:
         return [info.base_name for info in self.location.files((".parquet",))]
 
     def entries(self, *columns: pa.Field) -> pa.Table:
-        """Key, shard, row and the given columns of every row in the folder. A shard that cannot be read is left out."""
+        """Key, shard, row and the given columns of every row in the folder, null where a shard has no such column.
+
+        A shard that cannot be read is left out.
+        """
         shards = self.shards()
         with ThreadPoolExecutor(16) as pool:
             tables = pool.map(lambda shard: self._entries(shard, columns), shards)
         schema = pa.schema([("key", KEY), *columns, ("shard", pa.string()), ("row", pa.int32())])
-        return pa.concat_tables([schema.empty_table(), *(table for table in tables if table is not None)])
+        found = (table for table in tables if table is not None)
+        return pa.concat_tables([schema.empty_table(), *found], promote_options="default")
 
     def _entries(self, shard: str, columns: Sequence[pa.Field]) -> pa.Table | None:
         path = (self.location / shard).path
         try:
             with self.root.filesystem.open_input_file(path) as stream:
-                table = pq.read_table(stream, columns=["key", *(column.name for column in columns)])
+                table = pq.ParquetFile(stream).read(["key", *(column.name for column in columns)])
         except (OSError, pa.ArrowException) as error:
             logger.warning("cache: %s is left out, since it cannot be read: %s", path, error)
             return None

@@ -109,8 +109,15 @@ def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str])
     return pa.concat_tables([located(present.drop_columns(list(dtypes)), shard), located(rest, None)])
 
 
+def limit_threads(num_actors: int) -> None:
+    """Give this actor its share of the CPU's cores, one share being left to decoding."""
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
+
+
 def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
-    """The model on this actor's GPU, or with its share of the CPU's cores, one share being left to decoding."""
+    """The model on this actor's GPU, or with its share of the cores."""
     import torch
 
     from ray_sd.models import load_model
@@ -118,5 +125,5 @@ def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> 
     model = load_model(config, components)
     if torch.cuda.is_available():
         return model.to("cuda")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
+    limit_threads(num_actors)
     return model

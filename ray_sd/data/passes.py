@@ -12,13 +12,15 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from ray_sd.config import ExperimentConfig
+from ray_sd.config import DatasetConfig, ExperimentConfig
+from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
+from ray_sd.data.crops import Variant
 from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, text_key, write_shard
-from ray_sd.data.examine import PICTURE, examine
+from ray_sd.data.examine import PICTURE, Examination, examine
 from ray_sd.data.reader import load_tokenizers
 from ray_sd.data.sources import Listing
 
@@ -33,6 +35,10 @@ _HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")]
 TEXTS_PER_BLOCK = 256
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 """Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
+SHOW_CPUS, DETECT_CPUS, CUT_CPUS = 0.2, 0.1, 0.2
+"""The same, of what stands in for decoding where a model finds subjects."""
+ENTRY = ("key", "shard", "row")
+SUBJECT_ENTRY = ("box", "subject", "subject_label", "subject_score")
 
 
 @dataclass(frozen=True)
@@ -44,29 +50,22 @@ class ImagePass:
     rejected: list[tuple[str, str]]
     """Path and reason."""
     entries: pa.Table
-    """All entries of the cache folder: `key`, `shard`, `row`."""
+    """All entries of the cache folder: `key`, `shard`, `row`, and of a subject crop what became of it."""
     new_keys: pa.Array
     """Keys that were encoded now."""
 
 
-def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, folder: CacheFolder) -> ImagePass:
+def encode_images(
+    config: ExperimentConfig, rows: RowSpec, listing: Listing, folder: CacheFolder, kinds: list[Variant]
+) -> ImagePass:
     """Read every unit of the source and bring all variants of its pictures into the cache folder."""
     settings = config.dataset.encode
-    entries = folder.entries()
+    subject = SUBJECT_ENTRY if isinstance(config.dataset.crop, SubjectCrop) else ()
+    entries = folder.entries(*(PICTURE.field(name) for name in subject))
     # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
     known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
-    dataset = _dataset(listing.units, config).map_batches(
-        examine,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "read": listing.read,
-            "config": config.dataset,
-            "needs_captions": rows.needs_captions,
-            "known_keys": known,
-        },
-        num_cpus=DECODE_CPUS,
-    )
+    examination = Examination(listing.read, config.dataset, kinds, rows.needs_captions, known)
+    dataset = _examine(_dataset(listing.units, config), config, examination)
     pixels = config.dataset.height * config.dataset.width
     if rows.images == "latents":
         dataset = _encode(dataset, config, ImageEncoder)
@@ -78,7 +77,7 @@ def encode_images(config: ExperimentConfig, rows: RowSpec, listing: Listing, fol
     for table in tables:
         heads.append(table.filter(pc.is_valid(table["captions"])).select(_HEADS.names))
         rejected += table.filter(pc.is_valid(table["reason"])).select(["path", "reason"]).to_pylist()
-        new.append(table.filter(pc.is_valid(table["key"])).select(["key", "shard", "row"]))
+        new.append(table.filter(pc.is_valid(table["key"])).select(entries.column_names))
     fresh = pa.concat_tables(new)
     reasons = [(row["path"], row["reason"]) for row in rejected]
     return ImagePass(
@@ -127,6 +126,41 @@ def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Datas
     return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
 
 
+def _examine(dataset: ray.data.Dataset, config: ExperimentConfig, examination: Examination) -> ray.data.Dataset:
+    """From units of the source to tables of PICTURE."""
+    detector = _detector(config.dataset)
+    task = {"batch_size": None, "batch_format": "pyarrow", "fn_kwargs": {"examination": examination}}
+    if detector is None:
+        return dataset.map_batches(examine, num_cpus=DECODE_CPUS, **task)
+    # It loads OpenCV and what goes with it, which the other crops do without.
+    from ray_sd.data.detect import SubjectDetector, cut_shown, show
+
+    num_actors = config.dataset.encode.num_actors
+    shown = dataset.map_batches(show, num_cpus=SHOW_CPUS, **task)
+    found = shown.map_batches(
+        SubjectDetector,
+        batch_size=detector.batch_size,
+        batch_format="pyarrow",
+        fn_constructor_args=(config.dataset.crop, num_actors),
+        compute=ActorPoolStrategy(min_size=1, max_size=num_actors),
+        num_cpus=DETECT_CPUS,
+        num_gpus=_gpus(config),
+    )
+    return found.map_batches(cut_shown, num_cpus=CUT_CPUS, **task)
+
+
+def _detector(dataset: DatasetConfig) -> DetectorConfig | None:
+    return dataset.crop.detector if isinstance(dataset.crop, SubjectCrop) else None
+
+
+def _gpus(config: ExperimentConfig) -> float:
+    """An actor's share of a GPU: where a model finds subjects, it and the encoder go on one, if there is one only."""
+    use_gpu = has_gpus() if config.trainer.use_gpu is None else config.trainer.use_gpu
+    if not use_gpu:
+        return 0
+    return 1 if _detector(config.dataset) is None else 0.5
+
+
 def _encode(
     dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type[ImageEncoder | TextEncoder]
 ) -> ray.data.Dataset:
@@ -135,7 +169,6 @@ def _encode(
     # What is wrong with it is told in words here; Ray would wrap an actor's error in a traceback.
     load_model(config.model, encoder.components)
     settings = config.dataset.encode
-    use_gpu = has_gpus() if config.trainer.use_gpu is None else config.trainer.use_gpu
     return dataset.map_batches(
         encoder,
         batch_size=settings.batch_size,
@@ -143,7 +176,7 @@ def _encode(
         fn_constructor_args=(config.model, settings.dtype, settings.num_actors),
         compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=ENCODE_CPUS,
-        num_gpus=1 if use_gpu else 0,
+        num_gpus=_gpus(config),
     )
 
 

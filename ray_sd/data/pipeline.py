@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
+from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import KEY
 from ray_sd.data.cluster import connect
-from ray_sd.data.crops import variants
+from ray_sd.data.crops import Variant
 from ray_sd.data.encode import text_key
 from ray_sd.data.examine import image_key
 from ray_sd.data.index import RowIndex, place, write_index
 from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
 from ray_sd.data.prior import class_data
-from ray_sd.data.sources import UNREADABLE, list_source
+from ray_sd.data.sources import UNREADABLE, Listing, list_source
+from ray_sd.data.subjects import write_subjects
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
 
@@ -51,7 +53,8 @@ def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     prepared = view.load()
     if prepared is None:
         connect()
-        prepared = _index(config, rows, view, encode_images(config, rows, listing, view.images))
+        images = encode_images(config, rows, listing, view.images, view.kinds)
+        prepared = _index(config, rows, view, listing, images)
         if not any(reason.startswith(UNREADABLE) for reason in prepared.summary.reasons):
             view.store(prepared)
     summary = prepared.summary
@@ -61,10 +64,10 @@ def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     return prepared
 
 
-def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePass) -> PreparedData:
+def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing, images: ImagePass) -> PreparedData:
     """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
     dataset = config.dataset
-    usable = _has_all(images.rows, dataset, images.entries["key"])
+    usable = _has_all(images.rows, view.kinds, images.entries["key"])
     reasons = _write_rejected(view, images, usable)
     table = _in_order(images.rows.filter(pa.array(usable)))
     if rows.templates:
@@ -76,7 +79,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
 
     columns = {"id": table["id"], "captions": table["captions"]}
     metadata: dict[str, Any] = {}
-    places, metadata["image"] = place(images.entries, _image_keys(table, dataset), view.images.name)
+    places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
     columns |= {f"image_{name}": column for name, column in places.items()}
 
     captions = table["captions"].combine_chunks()
@@ -93,7 +96,10 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
     elif rows.text == "tokens":
         cut = count_cut_captions(config, rows, unique)
 
-    encoded = len(table) - int(_has_none(table, dataset, images.new_keys).sum())
+    not_found, sheet = None, None
+    if isinstance(dataset.crop, SubjectCrop):
+        not_found, sheet = write_subjects(view.folder.location, listing, dataset, view.kinds[0], table, images.entries)
+    encoded = len(table) - int(_has_none(table, view.kinds, images.new_keys).sum())
     summary = EncodeSummary(
         rows=len(table),
         held_out=dataset.holdout,
@@ -104,29 +110,30 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, images: ImagePas
         rejected=sum(reasons.values()),
         reasons=dict(reasons),
         rejected_file=view.rejected.path,
+        not_found=not_found,
+        contact_sheet=sheet,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
-    return PreparedData(train, validation, _fingerprint(table, dataset, view), summary)
+    return PreparedData(train, validation, _fingerprint(table, view), summary)
 
 
-def _has_all(table: pa.Table, dataset: DatasetConfig, present: pa.ChunkedArray) -> np.ndarray:
+def _has_all(table: pa.Table, kinds: list[Variant], present: pa.ChunkedArray) -> np.ndarray:
     """For each row whether all of its variants are in `present`."""
-    return np.all(_found(table, dataset, present), axis=1)
+    return np.all(_found(table, kinds, present), axis=1)
 
 
-def _has_none(table: pa.Table, dataset: DatasetConfig, present: pa.Array) -> np.ndarray:
-    return ~np.any(_found(table, dataset, present), axis=1)
+def _has_none(table: pa.Table, kinds: list[Variant], present: pa.Array) -> np.ndarray:
+    return ~np.any(_found(table, kinds, present), axis=1)
 
 
-def _found(table: pa.Table, dataset: DatasetConfig, present: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def _found(table: pa.Table, kinds: list[Variant], present: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """bool [N, variants]"""
-    found = pc.is_in(_image_keys(table, dataset).values, value_set=present)
-    return found.to_numpy(zero_copy_only=False).reshape(len(table), len(variants(dataset)))
+    found = pc.is_in(_image_keys(table, kinds).values, value_set=present)
+    return found.to_numpy(zero_copy_only=False).reshape(len(table), len(kinds))
 
 
-def _image_keys(table: pa.Table, dataset: DatasetConfig) -> pa.ListArray:
+def _image_keys(table: pa.Table, kinds: list[Variant]) -> pa.ListArray:
     """For each row the keys of its variants."""
-    kinds = variants(dataset)
     keys = [image_key(image, kind) for image in table["image"].to_pylist() for kind in kinds]
     return pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32) * len(kinds), pa.array(keys, KEY))
 
@@ -196,8 +203,8 @@ def _write_indices(
     return train, write_index(view.root, f"{view.folder.name}/validation.index", held_out, metadata)
 
 
-def _fingerprint(table: pa.Table, dataset: DatasetConfig, view: View) -> str:
-    kinds = " ".join(map(str, variants(dataset)))
+def _fingerprint(table: pa.Table, view: View) -> str:
+    kinds = " ".join(map(str, view.kinds))
     digest = hashlib.blake2b(f"{view.images.name} {view.texts and view.texts.name} {kinds}".encode(), digest_size=16)
     for row in table.to_batches(max_chunksize=4096):
         digest.update(json.dumps(row.select(["id", "image", "captions"]).to_pylist()).encode())

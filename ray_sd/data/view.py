@@ -37,6 +37,10 @@ class EncodeSummary:
     reasons: dict[str, int]
     """How many rows were rejected for what."""
     rejected_file: str
+    not_found: int | None = None
+    """Rows in which a subject crop found nothing, so that they are cut from the middle."""
+    contact_sheet: str | None = None
+    """File that shows what a subject crop found; None where no picture could be shown."""
 
     @property
     def reused(self) -> int:
@@ -51,6 +55,10 @@ class EncodeSummary:
             )
         if self.cut_captions:
             parts.append(f"{self.cut_captions} captions are longer than the text encoder reads and are cut")
+        if self.not_found is not None:
+            otherwise = f", the other {self.not_found} are cut from the middle" if self.not_found else ""
+            see = f" (see {self.contact_sheet})" if self.contact_sheet is not None else ""
+            parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
@@ -73,6 +81,7 @@ class View:
     """One configuration's folders in the cache."""
 
     def __init__(self, config: ExperimentConfig, rows: RowSpec, root: Location, listing: Listing) -> None:
+        self.kinds = variants(config.dataset)
         image, text = _image_description(config, rows), _text_description(config, rows)
         view = {
             "format": FORMAT,
@@ -82,7 +91,7 @@ class View:
             **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
             "templates": rows.templates,
             "placeholders": [token for token, _ in rows.placeholders],
-            "variants": [str(variant) for variant in variants(config.dataset)],
+            "variants": [str(variant) for variant in self.kinds],
         }
         self.root = root
         self.images = CacheFolder(root, f"{rows.images}/{digest_of(image)}")

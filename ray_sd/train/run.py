@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import PreparedData, check_class_folder, connect, has_gpus, prepare
+from ray_sd.data import PreparedData, check_class_folder, check_crop, connect, has_gpus, prepare
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint, load_model
@@ -84,6 +84,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     method.prepare(load_model(config.model, method.components(), skeleton=True), config.trainer)
 
     check_class_folder(method.rows())
+    check_crop(config.dataset)
     connect()
     data = prepare(config, method.rows())
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)

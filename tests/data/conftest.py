@@ -1,1 +1,2 @@
 from sample_pictures import configure, folder, rejected  # noqa: F401
+from tiny_detector import detector, random_detector  # noqa: F401

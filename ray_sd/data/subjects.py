@@ -1,0 +1,118 @@
+"""What a subject crop found, for a person to check: a line for every row, and a contact sheet of some."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw
+
+from ray_sd.config import DatasetConfig
+from ray_sd.data.crops import Box, Variant
+from ray_sd.data.decode import RejectedError, decode
+from ray_sd.data.examine import image_key, source_rows
+from ray_sd.data.locations import Location
+from ray_sd.data.sources import Listing, SourceRow
+from ray_sd.generate import contact_sheet, png_bytes
+
+LINES, SHEET = "subjects.jsonl", "subjects.png"
+NOT_FOUND = "whole picture"
+NUM_PICTURES = 64
+NUM_UNITS = 8
+"""Files with many pictures that the contact sheet takes some from; each is read from its beginning."""
+CELL = 180
+"""Height of a picture on the contact sheet, in pixels."""
+GAP = 4
+DIM = 0.45
+
+
+def write_subjects(
+    folder: Location, listing: Listing, dataset: DatasetConfig, variant: Variant, rows: pa.Table, entries: pa.Table
+) -> tuple[int, str | None]:
+    """Write the list and the contact sheet into a view's folder.
+
+    variant: the one to show. rows: `id` and `image` of usable rows. entries: of the cache, with what was found.
+    Returns in how many rows nothing was found, and where the contact sheet is, if there is one.
+    """
+    keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
+    found = entries.take(pc.index_in(keys, value_set=entries["key"]))
+    _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
+    shown = list(_shown(listing, dataset, variant, entries))
+    if not shown:
+        return found["subject"].null_count, None
+    pictures, labels = [picture for picture, _ in shown], [label for _, label in shown]
+    sheet = contact_sheet(pictures, labels, columns=max(1, round(math.sqrt(len(shown) / 2))))
+    (folder / SHEET).write(png_bytes(sheet, {"crop": dataset.crop.model_dump(mode="json")}))
+    return found["subject"].null_count, (folder / SHEET).path
+
+
+def _write_lines(file: Location, ids: list[str], found: list[dict[str, Any]]) -> None:
+    with file.open_for_writing() as stream:
+        for name, entry in zip(ids, found, strict=True):
+            line = {
+                "id": name,
+                "label": entry["subject_label"],
+                "score": entry["subject_score"],
+                "subject": entry["subject"] and [round(edge, 1) for edge in entry["subject"]],
+                "window": [round(edge, 1) for edge in entry["box"]],
+            }
+            stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def _shown(
+    listing: Listing, dataset: DatasetConfig, variant: Variant, entries: pa.Table
+) -> Iterator[tuple[Image.Image, str]]:
+    """Pictures and labels of the contact sheet."""
+    for row in _sample(listing):
+        image = hashlib.blake2b(row.image, digest_size=16).hexdigest()
+        place = pc.index(entries["key"], image_key(image, variant)).as_py()
+        if place < 0:
+            continue
+        entry = entries.slice(place, 1).to_pylist()[0]
+        try:
+            picture = decode(row.image, background=dataset.background, max_pixels=dataset.max_pixels)
+        except RejectedError:  # though its twin in the cache could be read, under a larger dataset.max_pixels
+            continue
+        label = entry["subject_label"] or NOT_FOUND
+        score = "" if entry["subject_score"] is None else f" {entry['subject_score']:.2f}"
+        yield _pair(picture, entry["subject"], entry["box"], dataset), f"{row.id or row.path}: {label}{score}"
+
+
+def _sample(listing: Listing) -> Iterator[SourceRow]:
+    """Rows from all over the source: single files of a folder, the first rows of some of the files with many rows."""
+    parts = [unit.slice(i, 1) for unit in listing.units for i in range(len(unit))]
+    count = NUM_PICTURES if len(parts) > len(listing.units) else NUM_UNITS
+    chosen = [parts[i * len(parts) // count] for i in range(count)] if len(parts) > count else parts
+    for part in chosen:
+        yield from itertools.islice(source_rows(listing.read, part), math.ceil(NUM_PICTURES / len(chosen)))
+
+
+def _pair(picture: Image.Image, subject: Box | None, window: Box, dataset: DatasetConfig) -> Image.Image:
+    """The whole picture with the subject's box, dim outside of the window, beside the window as training sees it."""
+    scale = min(CELL / picture.height, CELL * 4 / 3 / picture.width)
+    whole = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    left, top, right, bottom = (round(edge * scale) for edge in window)
+    marked = Image.blend(Image.new("RGB", whole.size, "black"), whole, DIM)
+    marked.paste(whole.crop((left, top, right, bottom)), (left, top))
+    draw = ImageDraw.Draw(marked)
+    _outline(draw, window, scale, "white")
+    if subject is not None:
+        _outline(draw, subject, scale, "yellow")
+    crop = picture.resize((dataset.width, dataset.height), Image.Resampling.LANCZOS, box=window)
+    crop = crop.resize((max(1, round(CELL * dataset.width / dataset.height)), CELL))
+    pair = Image.new("RGB", (marked.width + GAP + crop.width, CELL), "white")
+    pair.paste(marked, (0, 0))
+    pair.paste(crop, (marked.width + GAP, 0))
+    return pair
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: Box, scale: float, colour: str) -> None:
+    left, top, right, bottom = (round(edge * scale) for edge in box)
+    right, bottom = max(left, right - 1), max(top, bottom - 1)
+    # With an edge in black, so that it is seen on whatever is below it.
+    draw.rectangle((left, top, right, bottom), outline="black", width=3)
+    draw.rectangle((left, top, right, bottom), outline=colour, width=2)
