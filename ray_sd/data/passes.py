@@ -37,7 +37,6 @@ DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 """Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
 SHOW_CPUS, DETECT_CPUS, CUT_CPUS = 0.2, 0.1, 0.2
 """The same, of what stands in for decoding where a model finds subjects."""
-ENTRY = ("key", "shard", "row")
 SUBJECT_ENTRY = ("box", "subject", "subject_label", "subject_score")
 
 
@@ -120,10 +119,20 @@ def _blocks(table: pa.Table) -> list[pa.Table]:
 
 
 def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Dataset:
-    settings = config.dataset.encode
-    batch = 3 * config.dataset.height * config.dataset.width * settings.batch_size * settings.num_actors
-    limit = max(BYTES_UNDER_WAY * settings.num_actors, BATCHES_UNDER_WAY * batch)
+    num_actors = config.dataset.encode.num_actors
+    limit = max(BYTES_UNDER_WAY, BATCHES_UNDER_WAY * _batch_bytes(config.dataset)) * num_actors
     return ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=limit)
+
+
+def _batch_bytes(dataset: DatasetConfig) -> int:
+    """The largest batch of pictures that waits for a model."""
+    encoded = 3 * dataset.height * dataset.width * dataset.encode.batch_size
+    detector = _detector(dataset)
+    if detector is None:
+        return encoded
+    from ray_sd.data.detect import SIDE
+
+    return max(encoded, 3 * SIDE * SIDE * detector.batch_size)
 
 
 def _examine(dataset: ray.data.Dataset, config: ExperimentConfig, examination: Examination) -> ray.data.Dataset:

@@ -34,9 +34,8 @@ class DetectorFinder:
             raise ValueError("a detector needs a model")
         self._threshold = crop.detector.threshold
         # Labels first: to find one wrong, no weights need to be fetched.
-        folder = _folder(crop.detector, "*.json")
-        self._names = _wanted(crop, _load_config(folder))
-        _folder(crop.detector, "*.safetensors")
+        self._names = _wanted(crop, _load_config(_folder(crop.detector, "*.json")))
+        folder = _folder(crop.detector, "*.safetensors")
         self._processor = _load_processor(folder)
         self._model = _load_model(folder)
 
@@ -85,8 +84,8 @@ def fingerprint(detector: DetectorConfig) -> str:
     from ray_sd.models.components import read_json
     from ray_sd.models.fingerprints import BOOKKEEPING, tensors_digest
 
-    folder = _folder(detector, "*.json")
-    _folder(detector, "*.safetensors")
+    _folder(detector, "*.json")
+    folder = _folder(detector, "*.safetensors")
     digest = hashlib.blake2b(tensors_digest(_weight_files(folder)).encode(), digest_size=16)
     for name in ("config.json", "preprocessor_config.json"):
         content = {key: value for key, value in read_json(folder / name).items() if key not in BOOKKEEPING}
