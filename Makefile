@@ -54,4 +54,8 @@ embedded: $(STAMP)
 	python jobs/release_emoji.py runs/finish_vae_emoji/adapter
 	python jobs/train.py experiment=pretrain_emoji
 	python jobs/release_emoji.py runs/pretrain_emoji/adapter
+	python jobs/train.py experiment=dreambooth name=owl
+	python jobs/release_emoji.py runs/owl/adapter
+	python jobs/train.py experiment=textual_inversion name=owl-word
+	python jobs/release_emoji.py runs/owl-word/adapter
 	python benchmarks/embedded_quality.py

@@ -169,17 +169,18 @@ Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def encode_once(model: DiffusionModel, pixels: torch.Tensor, captions: list[str]) -> Fetch:
     with torch.no_grad():
         mean, std = model.encode_images(pixels)
-        text = model.encode_text(model.tokenize(captions))
+        text = model.encode_text(model.tokenize(captions))["text_embeds"]
     return lambda rows: ((mean[rows] + std[rows] * torch.randn_like(std[rows])) * model.latent_scale, text[rows])
 
 
 def encode_each_step(model: DiffusionModel, pixels: torch.Tensor, captions: list[str]) -> Fetch:
-    input_ids = model.tokenize(captions)
+    input_ids = model.tokenize(captions)["input_ids"]
 
     @torch.no_grad()
     def fetch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = model.encode_images(pixels[rows])
-        return (mean + std * torch.randn_like(std)) * model.latent_scale, model.encode_text(input_ids[rows])
+        text = model.encode_text({"input_ids": input_ids[rows]})["text_embeds"]
+        return (mean + std * torch.randn_like(std)) * model.latent_scale, text
 
     return fetch
 

@@ -28,12 +28,13 @@ def main(argv: Sequence[str]) -> None:
         print(cache_table(folders))
     else:
         config = load_config(argv, ExperimentConfig)
-        from ray_sd.data import check_class_folder, check_crop, prepare
+        from ray_sd.data import check_class_folder, check_crop, check_masks, prepare
         from ray_sd.methods import build_method
 
         rows = build_method(config.method).rows()
         check_class_folder(rows)
         check_crop(config.dataset)
+        check_masks(config.dataset)
         prepare(config, rows)
 
 

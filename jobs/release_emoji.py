@@ -2,31 +2,39 @@
 
 An autoencoder becomes `ray_sd/embedded/emoji/vae`. Its latents are rescaled so that every channel has a mean square of
 one over the training pictures: the scaling factor is then 1, and no channel drowns in noise before the others do.
-A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline.
+A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline. An adapter of theirs becomes
+`ray_sd/embedded/adapters/NAME`, by the name of its run or a second argument.
 """
 
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_sd.adapter import read_manifest
+from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import run_job, validate
 from ray_sd.errors import ConfigError
 
 FOLDER = Path("ray_sd/embedded/emoji")
+ADAPTERS = Path("ray_sd/embedded/adapters")
 PICTURES = Path("runs/data/emoji")
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
-        raise ConfigError("give one adapter folder, as in runs/pretrain_emoji/adapter")
+    if len(argv) not in (1, 2):
+        raise ConfigError(
+            "give one adapter folder, as in runs/pretrain_emoji/adapter, and maybe the name of an adapter"
+        )
     adapter = Path(argv[0])
     manifest = read_manifest(adapter)
-    release = {"autoencoder": release_autoencoder, "full": release_pipeline}
-    if manifest.kind not in release:
-        raise ConfigError(f"{adapter} is of method '{manifest.kind}'; only autoencoder and full are released")
-    release[manifest.kind](adapter, validate(manifest.config, ExperimentConfig))
+    config = validate(manifest.config, ExperimentConfig)
+    release = {"autoencoder": release_autoencoder, "full": release_pipeline}.get(manifest.kind)
+    if release is None:
+        release_adapter(adapter, ADAPTERS / (argv[1] if len(argv) == 2 else config.name))
+    else:
+        release(adapter, config)
 
 
 def release_autoencoder(adapter: Path, config: ExperimentConfig) -> None:
@@ -52,6 +60,14 @@ def release_pipeline(adapter: Path, config: ExperimentConfig) -> None:
     pipeline = model.pipeline()
     pipeline.scheduler.save_pretrained(FOLDER / "scheduler")
     pipeline.save_config(FOLDER)
+
+
+def release_adapter(adapter: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(adapter, folder)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["config"]["storage_path"] = "runs"  # wherever the run was
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

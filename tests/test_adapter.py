@@ -81,8 +81,8 @@ def change_manifest(folder: Path, **values: object) -> None:
         (lambda folder: change_manifest(folder, step="many"), "manifest.json is damaged"),
         (lambda folder: change_manifest(folder, format_version=99), "has format 99, this version of ray_sd reads 1"),
         (
-            lambda folder: change_manifest(folder, kind="lokr"),
-            "of kind 'lokr'; this version knows lora, textual_inversion",
+            lambda folder: change_manifest(folder, kind="sliders"),
+            "of kind 'sliders'; this version knows lora, loha",
         ),
         (lambda folder: change_manifest(folder, family="flux"), "for a model of family flux, not stable_diffusion"),
         (

@@ -6,9 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ray_sd.adapter import AdapterManifest, write_manifest
 from ray_sd.config import ExperimentConfig, ModelConfig, TrainerConfig
@@ -26,6 +33,17 @@ UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
     "norm_num_groups": 8,
+}
+UNET_XL = UNET | {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+    "cross_attention_dim": 32 + 48,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
 }
 VAE = {
     "sample_size": 64,
@@ -48,6 +66,13 @@ TEXT_ENCODER = {
     "eos_token_id": 513,
     "pad_token_id": 513,
 }
+TEXT_ENCODER_2 = TEXT_ENCODER | {
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "projection_dim": 24,
+    "pad_token_id": 0,
+    "hidden_act": "gelu",
+}
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -59,7 +84,7 @@ SCHEDULER = {
 }
 
 
-def save_tokenizer(folder: Path) -> Path:
+def save_tokenizer(folder: Path, **settings: str) -> Path:
     """A CLIP tokenizer with one token a byte: 512 of them, then start and end."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -67,7 +92,7 @@ def save_tokenizer(folder: Path) -> Path:
     tokens = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer.from_pretrained(folder, model_max_length=16).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(folder, model_max_length=16, **settings).save_pretrained(folder)
     return folder
 
 
@@ -85,6 +110,31 @@ def save_tiny_model(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return folder
 
 
+def save_tiny_xl_model(folder: Path, seed: int = 0, **index: object) -> Path:
+    """A Stable Diffusion XL folder in the diffusers layout, with values of its own for the pipeline."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            unet=UNet2DConditionModel(**UNET_XL),
+            vae=AutoencoderKL(**VAE, force_upcast=True),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_ENCODER_2)),
+            tokenizer=CLIPTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer")),
+            tokenizer_2=CLIPTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer_2", pad_token="!")),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
+            ),
+            **index,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_xl_config(folder: Path, **settings: object) -> ModelConfig:
+    family = {"family": "stable_diffusion_xl", "scheduler": {"sampler": "euler"}}
+    return ModelConfig.model_validate({"name": "tiny_xl", "base": str(folder), **family, **settings})
+
+
 def tiny_config(folder: Path, **settings: object) -> ModelConfig:
     return ModelConfig.model_validate({"name": "tiny", "base": str(folder), **settings})
 
@@ -93,6 +143,25 @@ def tiny_config(folder: Path, **settings: object) -> ModelConfig:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a whole tiny model that predicts the noise; not to be written to."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny Stable Diffusion XL; not to be written to."""
+    return save_tiny_xl_model(tmp_path_factory.mktemp("models") / "tiny_xl")
+
+
+def random_xl_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch that fits the tiny Stable Diffusion XL."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    batch = random_batch(rows, text, seed)
+    batch["add_time_ids"] = torch.randint(1, 2000, (rows, 6), generator=generator).float()
+    if text == "embeddings":
+        batch["text_embeds"] = torch.randn(rows, 16, 80, generator=generator)
+        batch["pooled_text_embeds"] = torch.randn(rows, 24, generator=generator)
+    else:
+        batch["input_ids_2"] = batch["input_ids"].clone()
+    return batch
 
 
 def random_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -115,7 +184,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
-def draw(pipeline: StableDiffusionPipeline, prompt: str = "a cat", seed: int = 1, **settings: object) -> Image.Image:
+def draw(pipeline: DiffusionPipeline, prompt: str = "a cat", seed: int = 1, **settings: object) -> Image.Image:
     """What a plain diffusers pipeline draws, in three steps unless told otherwise."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)

@@ -145,6 +145,57 @@ class SubjectCrop(Schema):
 Crop = Annotated[CenterCrop | RandomCrop | SubjectCrop, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
 
 
+class BucketConfig(Schema):
+    """Sizes of about one area but different shapes, so that pictures are neither squashed nor cut to squares. Every
+    batch is of one size. The scheme is NovelAI's."""
+
+    step: int = Field(64, ge=8, multiple_of=8)
+    """Sides are multiples of so many pixels; for the U-Net's sake at least 64 with Stable Diffusion."""
+    max_aspect_ratio: float = Field(2.0, ge=1)
+    """Longest side over shortest; a picture that is longer is cut to it."""
+    resolutions: tuple[int, ...] = ()
+    """Sides of the squares whose areas are used; a picture takes the largest that it fills. None takes `resolution`."""
+
+
+class AlphaMask(Schema):
+    """The picture's own alpha channel: what is transparent does not count. An opaque picture counts everywhere."""
+
+    name: Literal["alpha"] = "alpha"
+    """Kind of mask."""
+    outside: float = Field(0.0, ge=0, lt=1)
+    """Weight of what the mask leaves out."""
+
+
+class MaskFiles(Schema):
+    """A PNG file for each picture, of its size, white where the picture counts."""
+
+    name: Literal["files"] = "files"
+    """Kind of mask."""
+    path: str
+    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it."""
+    outside: float = Field(0.0, ge=0, lt=1)
+    """Weight of what the mask leaves out."""
+
+
+Mask = Annotated[AlphaMask | MaskFiles, Field(discriminator="name"), BeforeValidator(name_to_mapping)]
+
+
+class TagConfig(Schema):
+    """Captions that are lists of tags: each epoch takes one of several orders, with some tags left out. They are made
+    once, so that their embeddings can be; validation takes the caption as it stands."""
+
+    separator: str = Field(",", min_length=1)
+    """What stands between tags."""
+    shuffle: bool = True
+    """Change the order of the tags."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of leaving a tag out."""
+    keep_first: int = Field(0, ge=0)
+    """Tags at the beginning that stay where they are, such as the subject's name."""
+    num_variants: int = Field(8, ge=1)
+    """Versions of each caption, the caption itself included."""
+
+
 class CaptionConfig(Schema):
     """Where a row's caption comes from. A row without one falls back to the template; without either it is rejected."""
 
@@ -158,6 +209,8 @@ class CaptionConfig(Schema):
     """Written before every caption, as it stands."""
     suffix: str = ""
     """Written after every caption, as it stands."""
+    tags: TagConfig | None = None
+    """Shuffle and leave out tags; `{}` takes the defaults, null takes captions as they are."""
 
 
 class EncodeConfig(Schema):
@@ -182,10 +235,14 @@ class DatasetConfig(Schema):
     """Where the captions are."""
     resolution: int | tuple[int, int] = 512
     """Size in pixels that training sees: one number for a square, or `[height, width]`. A multiple of 8."""
+    buckets: BucketConfig | None = None
+    """Train pictures in sizes near their own shapes instead of one; `{}` takes the defaults."""
     crop: Crop = CenterCrop()
     """What is cut out and scaled to `resolution`: the `center`, `random` windows, or the `subject`."""
     flip: bool = False
     """Also train on the mirrored picture."""
+    mask: Mask | None = None
+    """Let the loss count only a part of each picture: `alpha` or `files`."""
     background: str = "#ffffff"
     """Colour (`#rrggbb`) behind transparent pixels."""
     max_pixels: int = Field(100_000_000, ge=1)
@@ -216,7 +273,17 @@ class DatasetConfig(Schema):
                 raise ValueError(
                     f"resolution {side} is not a positive multiple of 8; try {max(8, round(side / 8) * 8)}"
                 )
+        if self.buckets is not None:
+            self._check_buckets(self.buckets)
         digits = self.background.removeprefix("#")
         if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
             raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")
         return self
+
+    def _check_buckets(self, buckets: BucketConfig) -> None:
+        if self.height != self.width:
+            raise ValueError(f"buckets need one number for resolution, not [{self.height}, {self.width}]")
+        for side in buckets.resolutions or (self.height,):
+            if side % buckets.step:
+                near = max(buckets.step, round(side / buckets.step) * buckets.step)
+                raise ValueError(f"the resolution {side} is no multiple of buckets.step={buckets.step}; try {near}")

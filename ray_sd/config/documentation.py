@@ -108,8 +108,8 @@ def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
         kinds = variants(field.annotation)
         nested = schemas(field.annotation)
         if kinds:
-            default = field.get_default()
-            shown = "**required**" if field.is_required() else f"`{default.name}`"
+            default = None if field.is_required() else field.get_default()
+            shown = "**required**" if field.is_required() else f"`{'null' if default is None else default.name}`"
             yield f"| `{here}` | {' · '.join(f'`{kind}`' for kind in kinds)} | {shown} | {_text(field.description)} |"
             for kind, kind_schema in kinds.items():
                 yield _kind(here, kind, kind_schema)

@@ -49,10 +49,19 @@ class ExperimentConfig(Schema):
         if self.trainer.text_encoder_learning_rate is not None and not getattr(adapter, "text_encoder", False):
             setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
             raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
+        if self.trainer.quantize_base is not None:
+            if adapter.name in ("full", "autoencoder"):
+                raise ValueError(
+                    f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"
+                )
+            if getattr(adapter, "use_dora", False):
+                raise ValueError("trainer.quantize_base does not go with use_dora, which reads the weights it scales")
         tokens = getattr(self.method, "tokens", None) or self.method
         if self.trainer.token_learning_rate is not None and not isinstance(tokens, PlaceholderTokens):
             raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")
         if isinstance(self.method, AutoencoderMethod):
+            if self.dataset.mask is not None:
+                raise ValueError("dataset.mask is for the denoiser's loss; method 'autoencoder' has none")
             if self.trainer.compile:
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
             crop = self.method.crop_size
@@ -78,6 +87,8 @@ class GenerateConfig(Schema):
     """Text file with one prompt a line, run as a batch job over a pool of workers; replaces `prompt`."""
     negative_prompt: str = ""
     """What not to draw."""
+    prompt_weighting: bool = False
+    """Read weights in both prompts: `a (red)1.5 cat`, `a red++ cat`, `a (small)0.5 cat`."""
     num_images: int = Field(1, ge=1)
     """Pictures a prompt; seeds count up from `seed`."""
     seed: int = Field(0, ge=0)

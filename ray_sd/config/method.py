@@ -112,7 +112,18 @@ class TextualInversionMethod(PlaceholderTokens, DiffusionMethod):
         return self
 
 
-class LoraAdapter(Schema):
+class AdaptedLayers(Schema):
+    """Which layers get an adapter."""
+
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """U-Net layers that get an adapter, by the end of their name."""
+    text_encoder: bool = False
+    """Also adapt the text encoder."""
+    text_encoder_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Text encoder layers that get an adapter."""
+
+
+class LoraAdapter(AdaptedLayers):
     """Low-rank adapters on the attention layers (arXiv:2106.09685)."""
 
     name: Literal["lora"] = "lora"
@@ -123,18 +134,57 @@ class LoraAdapter(Schema):
     """Scale is alpha / rank; null takes the rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the down-projection."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """U-Net layers that get an adapter, by the end of their name."""
     use_dora: bool = False
     """Weight-decomposed LoRA (arXiv:2402.09353)."""
-    text_encoder: bool = False
-    """Also adapt the text encoder."""
-    text_encoder_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    """Text encoder layers that get an adapter."""
 
 
 class LoraMethod(LoraAdapter, DiffusionMethod):
     """Low-rank adapters on the attention layers (arXiv:2106.09685)."""
+
+
+class LohaAdapter(AdaptedLayers):
+    """Hadamard products of two low-rank updates (arXiv:2108.06098): a higher rank from as many numbers."""
+
+    name: Literal["loha"] = "loha"
+    """What trains."""
+    rank: int = Field(8, ge=1)
+    """Rank of each of the two; the update's is up to its square."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale is alpha / rank; null takes the rank."""
+
+
+class LohaMethod(LohaAdapter, DiffusionMethod):
+    """Hadamard products of two low-rank updates (arXiv:2108.06098)."""
+
+
+class LokrAdapter(AdaptedLayers):
+    """Kronecker products with a low-rank factor (arXiv:2309.14859): the smallest files."""
+
+    name: Literal["lokr"] = "lokr"
+    """What trains."""
+    rank: int = Field(8, ge=1)
+    """Rank of the second factor."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale is alpha / rank; null takes the rank."""
+    factor: int | None = Field(None, ge=2)
+    """Size of the first factor; null takes the one that makes both about equal."""
+
+
+class LokrMethod(LokrAdapter, DiffusionMethod):
+    """Kronecker products with a low-rank factor (arXiv:2309.14859)."""
+
+
+class OftAdapter(AdaptedLayers):
+    """Orthogonal rotations of the layers' weights, in blocks (arXiv:2306.07280): what the base knows keeps its shape."""
+
+    name: Literal["oft"] = "oft"
+    """What trains."""
+    block_size: int = Field(32, ge=2)
+    """Inputs that rotate together; divides the layers' numbers of inputs."""
+
+
+class OftMethod(OftAdapter, DiffusionMethod):
+    """Orthogonal rotations of the layers' weights (arXiv:2306.07280)."""
 
 
 class FullAdapter(Schema):
@@ -148,6 +198,13 @@ class FullAdapter(Schema):
 
 class FullMethod(FullAdapter, DiffusionMethod):
     """All weights of the U-Net; with a model of random weights this is pre-training."""
+
+
+Adapter = Annotated[
+    LoraAdapter | LohaAdapter | LokrAdapter | OftAdapter | FullAdapter,
+    Field(discriminator="name"),
+    BeforeValidator(name_to_mapping),
+]
 
 
 class ClassImagesConfig(Schema):
@@ -180,10 +237,8 @@ class DreamBoothMethod(DiffusionMethod):
     """Weight of the class pictures' loss."""
     class_images: ClassImagesConfig = ClassImagesConfig()
     """The class pictures. Each step takes as many of them as rows, so its batch is twice `trainer.batch_size`."""
-    adapter: Annotated[LoraAdapter | FullAdapter, Field(discriminator="name"), BeforeValidator(name_to_mapping)] = (
-        LoraAdapter()
-    )
-    """What trains: `lora` or `full`."""
+    adapter: Adapter = LoraAdapter()
+    """What trains: `lora`, `loha`, `lokr`, `oft` or `full`."""
     tokens: PlaceholderTokens | None = None
     """New words learnt along with it (pivotal tuning); null teaches the words that are there."""
 
@@ -206,5 +261,13 @@ class AutoencoderMethod(Schema):
 
 
 Method = Annotated[
-    LoraMethod | TextualInversionMethod | DreamBoothMethod | FullMethod | AutoencoderMethod, Field(discriminator="name")
+    LoraMethod
+    | LohaMethod
+    | LokrMethod
+    | OftMethod
+    | TextualInversionMethod
+    | DreamBoothMethod
+    | FullMethod
+    | AutoencoderMethod,
+    Field(discriminator="name"),
 ]

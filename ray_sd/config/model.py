@@ -2,9 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ray_sd.config.base import Schema
+
+TEXT_PARTS = {
+    "stable_diffusion": {"text_encoder": "tokenizer"},
+    "stable_diffusion_xl": {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+}
+"""Text encoders of each family, with their tokenizers."""
 
 SchedulerName = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
 
@@ -62,7 +68,7 @@ class ModelConfig(Schema):
 
     name: str
     """Short name, stored in every adapter made from this model."""
-    family: Literal["stable_diffusion"] = "stable_diffusion"
+    family: Literal["stable_diffusion", "stable_diffusion_xl"] = "stable_diffusion"
     """Model family: how it is conditioned, trained and run."""
     base: str | None = None
     """Hub id, local folder in the diffusers layout, single `.safetensors` file, or `embedded/NAME` for a model that
@@ -71,7 +77,7 @@ class ModelConfig(Schema):
     """Branch, tag or commit on the hub."""
     variant: str | None = None
     """Weight file variant, such as `fp16`."""
-    layout: Literal["sd15", "sd21"] = "sd15"
+    layout: Literal["sd15", "sd21", "sdxl"] = "sd15"
     """Configuration that a single `.safetensors` file is read with, from the copies in this package."""
     unet: ComponentSource | None = None
     """U-Net instead of the base's."""
@@ -81,19 +87,39 @@ class ModelConfig(Schema):
     """Text encoder instead of the base's."""
     tokenizer: ComponentSource | None = None
     """Tokenizer instead of the base's."""
+    text_encoder_2: ComponentSource | None = None
+    """Second text encoder instead of the base's; Stable Diffusion XL has one."""
+    tokenizer_2: ComponentSource | None = None
+    """Its tokenizer instead of the base's."""
+    prompt_chunks: int = Field(1, ge=1)
+    """How often a prompt fills the text encoder, 75 tokens each time; what is longer is cut. Training and generation
+    with the same adapter want the same number."""
+    vae_float32: bool | None = None
+    """Keep the autoencoder in single precision where the rest is halved for generation; null does so where Stable
+    Diffusion XL's own configuration asks for it, since its autoencoder overflows in half precision."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """Noise schedule and sampler."""
     seed: int = 0
     """Seed of the weights of components built from an `architecture`."""
 
+    @property
+    def text_parts(self) -> dict[str, str]:
+        """The text encoders' components, with their tokenizers'."""
+        return TEXT_PARTS[self.family]
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
+        texts = [part for pair in self.text_parts.items() for part in pair]
         if self.base is None:
-            missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer") if getattr(self, part) is None]
+            missing = [part for part in ("unet", "vae", *texts) if getattr(self, part) is None]
             if missing:
                 raise ValueError(f"without 'base' the model also needs {', '.join(missing)}")
-        if self.tokenizer is not None and self.tokenizer.path is None:
-            raise ValueError("the tokenizer needs a 'path'; it has no random weights")
+        for part in ("text_encoder_2", "tokenizer_2"):
+            if part not in texts and getattr(self, part) is not None:
+                raise ValueError(f"the family {self.family} has no {part}")
+        for tokenizer in (self.tokenizer, self.tokenizer_2):
+            if tokenizer is not None and tokenizer.path is None:
+                raise ValueError("the tokenizer needs a 'path'; it has no random weights")
         noise = self.scheduler.noise
         if noise.rescale_betas_zero_snr and noise.prediction_type == "epsilon":
             raise ValueError(

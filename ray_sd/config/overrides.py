@@ -35,6 +35,7 @@ def _apply(data: dict[str, Any], path: str, text: str, schema: type[Schema]) -> 
         if not isinstance(node[parent], dict):
             here = ".".join(parents[: depth + 1])
             raise ConfigError(f"{path}: no such setting; {here} is a value and has none below it")
+        node[parent] = _default_kind(owner, parent) | node[parent]
         node = node[parent]
     try:
         node[key] = read(text, below(annotation, node, key))
@@ -45,14 +46,23 @@ def _apply(data: dict[str, Any], path: str, text: str, schema: type[Schema]) -> 
 
 def _defaults(owner: type[Schema] | None, key: str) -> dict[str, Any]:
     """The default of a setting as a mapping, so that an override below it changes nothing else."""
+    default = _default(owner, key)
+    return default.model_dump(exclude_unset=True) if default is not None else {}
+
+
+def _default_kind(owner: type[Schema] | None, key: str) -> dict[str, Any]:
+    """The `name` of a setting that has kinds and a default among them; a default is left out of what was set."""
+    default = _default(owner, key)
+    if owner is None or default is None or not variants(owner.model_fields[key].annotation):
+        return {}
+    return {"name": default.name}  # type: ignore[attr-defined]
+
+
+def _default(owner: type[Schema] | None, key: str) -> Schema | None:
     if owner is None or key not in owner.model_fields:
-        return {}
+        return None
     default = owner.model_fields[key].get_default(call_default_factory=True)
-    if not isinstance(default, Schema):
-        return {}
-    # All kinds of a setting with variants have a `name`; a default is left out of what was set.
-    kind = {"name": default.name} if variants(owner.model_fields[key].annotation) else {}  # type: ignore[attr-defined]
-    return kind | default.model_dump(exclude_unset=True)
+    return default if isinstance(default, Schema) else None
 
 
 def _expand(value: Any, annotation: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.optimizer import OF_WHOLE_WEIGHTS, AdamWOptimizer, Optimizer, ProdigyOptimizer
 
 
 class ConstantSchedule(Schema):
@@ -47,22 +48,15 @@ Schedule = Annotated[
 ]
 
 
-class OptimizerConfig(Schema):
-    """AdamW (arXiv:1711.05101)."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moments."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay."""
+BaseFormat = Literal["nf4", "int8"]
 
 
 class ZeroConfig(Schema):
     """DeepSpeed ZeRO: what is divided among the workers (arXiv:1910.02054)."""
 
-    stage: Literal[0, 1, 2, 3] = 1
-    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    stage: Literal[0, 1, 2, 3] | None = None
+    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters; null is 1, or 0 with an optimizer that needs
+    every parameter whole (`adafactor`, `prodigy`)."""
     offload: bool = False
     """Keep optimizer state in the machine's memory instead of the GPU's."""
     param_persistence_threshold: int = Field(100_000, ge=0)
@@ -122,18 +116,24 @@ class TrainerConfig(Schema):
     """Peak learning rate of new tokens' embeddings; null takes `learning_rate`."""
     schedule: Schedule = ConstantSchedule()
     """Learning rate schedule: `constant`, `linear` or `cosine`."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW's settings."""
+    optimizer: Optimizer = AdamWOptimizer()
+    """Optimizer: `adamw`, `adamw_8bit`, `adafactor`, `lion` or `prodigy`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest gradient norm over all workers; 0 never clips."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the moving average of what trains, exported instead of the last weights; null exports those."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs."""
+    quantize_base: BaseFormat | None = None
+    """Keep the U-Net's frozen linear layers in 4 bits (`nf4`, arXiv:2305.14314) or 8 (`int8`, arXiv:2208.07339), for
+    adapters on GPUs that are too small otherwise. Needs a GPU and bitsandbytes; null keeps them in `precision`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
     """Run the U-Net through `torch.compile`."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of each GPU in GiB, with which the run's needs are compared before Ray starts; null asks this machine's
+    GPUs, if it has any."""
     zero: ZeroConfig = ZeroConfig()
     """DeepSpeed ZeRO."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -157,6 +157,12 @@ class TrainerConfig(Schema):
     def accumulation_steps(self) -> int:
         return self.rows_per_worker // self.rows_per_micro_batch
 
+    @property
+    def zero_stage(self) -> int:
+        if self.zero.stage is not None:
+            return self.zero.stage
+        return 0 if isinstance(self.optimizer, OF_WHOLE_WEIGHTS) else 1
+
     @model_validator(mode="after")
     def _check(self) -> "TrainerConfig":
         if self.batch_size % self.num_workers:
@@ -174,10 +180,48 @@ class TrainerConfig(Schema):
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} leaves none of the {self.max_steps} steps to train"
             )
-        if self.zero.offload and self.zero.stage == 0:
-            raise ValueError("zero.offload needs zero.stage 1, 2 or 3; stage 0 divides nothing")
-        if self.compile and self.zero.stage == 3:
+        if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero.stage=3, which gathers parameters layer by layer; use stage 2"
             )
+        if self.quantize_base is not None:
+            self._check_quantization()
+        self._check_optimizer()
         return self
+
+    def _check_quantization(self) -> None:
+        if self.use_gpu is False:
+            raise ValueError(f"quantize_base={self.quantize_base} needs a GPU, and use_gpu=false takes none")
+        if self.zero_stage == 3:
+            raise ValueError("quantize_base does not go with zero.stage=3, which divides every weight; use stage 2")
+
+    def _check_optimizer(self) -> None:
+        name = self.optimizer.name
+        if self.zero.offload and not isinstance(self.optimizer, AdamWOptimizer):
+            raise ValueError(
+                f"zero.offload updates by DeepSpeed's AdamW on the CPU, and there is no such {name}; "
+                "set optimizer.name=adamw or zero.offload=false"
+            )
+        if self.zero_stage > 0 and isinstance(self.optimizer, OF_WHOLE_WEIGHTS):
+            raise ValueError(
+                f"optimizer {name} needs every parameter whole, and zero.stage={self.zero_stage} divides them; "
+                "set zero.stage=0, or optimizer.name=adamw_8bit to save memory at any stage"
+            )
+        if self.zero.offload and self.zero_stage == 0:
+            raise ValueError("zero.offload needs zero.stage 1, 2 or 3; stage 0 divides nothing")
+        if isinstance(self.optimizer, ProdigyOptimizer):
+            self._check_prodigy()
+
+    def _check_prodigy(self) -> None:
+        if self.learning_rate < 0.1:
+            raise ValueError(
+                f"optimizer prodigy multiplies learning_rate {self.learning_rate:g} by a rate that it finds itself; "
+                "set learning_rate=1, and optimizer.d_coef to train more or less strongly"
+            )
+        for setting in ("text_encoder_learning_rate", "token_learning_rate"):
+            rate = getattr(self, setting)
+            if rate is not None and rate != self.learning_rate:
+                raise ValueError(
+                    f"optimizer prodigy finds one rate for all that trains, and {setting} {rate:g} differs from "
+                    f"learning_rate {self.learning_rate:g}; leave it out, or use another optimizer"
+                )

@@ -6,6 +6,7 @@ from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import training_batches
 from ray_sd.data.pipeline import prepare
 from ray_sd.data.prior import check_class_folder
+from ray_sd.data.sources import check_masks
 from ray_sd.data.validation import validation_batches
 from ray_sd.data.view import EncodeSummary, PreparedData
 
@@ -15,6 +16,7 @@ __all__ = [
     "RowIndex",
     "check_class_folder",
     "check_crop",
+    "check_masks",
     "connect",
     "has_gpus",
     "prepare",

@@ -4,6 +4,7 @@
     {cache_path}/pixels/{fingerprint}/    a picture's variants as transformed uint8 pictures
     {cache_path}/text/{fingerprint}/      captions as embeddings
     {cache_path}/views/{fingerprint}/     which of those rows make up one data set, and in which order
+    {cache_path}/class/{fingerprint}/     pictures of a subject's class, drawn for prior preservation
 
 A folder's fingerprint covers what all its rows share (encoder, size, precision); `folder.json` says what that was.
 Shards are written whole or not at all, so runs may share a cache and a killed run leaves nothing wrong.
@@ -27,7 +28,7 @@ from ray_sd.data.locations import Location
 logger = logging.getLogger(__name__)
 
 KEY = pa.binary(16)
-KINDS = ("latents", "pixels", "text", "views")
+KINDS = ("latents", "pixels", "text", "views", "class")
 FOLDER_FILE = "folder.json"
 ROW_GROUP_BYTES = 1 << 20
 """A row group is read whole to get at one of its rows, so it is small."""

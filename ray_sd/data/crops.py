@@ -81,6 +81,12 @@ def cut(
     return np.asarray(ImageOps.mirror(result) if variant.flip else result), box
 
 
+def cut_mask(mask: Image.Image, variant: Variant, box: Box, *, height: int, width: int) -> np.ndarray:
+    """Cut a mask, in 8 bits, as `cut` cut its picture: uint8 [H, W]."""
+    result = mask.resize((width, height), Image.Resampling.BOX, box=box)
+    return np.asarray(ImageOps.mirror(result) if variant.flip else result)
+
+
 def center(picture: Image.Image, index: int, height: int, width: int, seed: str) -> Box:
     """The largest window of the target's shape, in the middle."""
     return _place(picture, height, width, 0.5, 0.5)

@@ -15,14 +15,15 @@ from PIL import Image
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.data.decode import Layers, decode_layers
 from ray_sd.data.encode import limit_threads
-from ray_sd.data.examine import PICTURE, Examination, decoded_rows, missing_variants, tables, transform
+from ray_sd.data.examine import PICTURE, Examination, decoded_rows, mask_of, missing_variants, tables, transform
 from ray_sd.data.finders import Finder, Subject, build_finder
 
 SIDE = 1333
 """Longer side of what models look at, in pixels; those of the DETR family look at no more, others at less."""
 
 SHOWN = pa.schema([*PICTURE, ("data", pa.binary())])
-"""PICTURE with the encoded picture where one is to be searched, `pixels` being the reduced one, [h, w, 3]."""
+"""PICTURE with the encoded picture where one is to be searched, `pixels` being the reduced one, [h, w, 3], and `mask` the
+encoded mask."""
 
 
 def show(unit: pa.Table, *, examination: Examination) -> Iterator[pa.Table]:
@@ -31,19 +32,20 @@ def show(unit: pa.Table, *, examination: Examination) -> Iterator[pa.Table]:
 
 
 def _shown(unit: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
-    for record, layers, _, data in decoded_rows(unit, examination):
-        if layers is None:
-            yield record
+    for row in decoded_rows(unit, examination):
+        if row.layers is None:
+            yield row.record
             continue
-        picture = layers.picture
+        picture = row.layers.picture
         reduced = picture.copy()
         reduced.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         yield {
-            **record,
-            "data": data,
+            **row.record,
+            "data": row.source.image,
+            "mask": row.source.mask,
             "width": picture.width,
             "height": picture.height,
-            "shape": [reduced.height, reduced.width, 3],
+            "shapes": [[reduced.height, reduced.width, 3]],
             "pixels": reduced.tobytes(),
         }
 
@@ -57,15 +59,15 @@ class SubjectDetector:
         self._finder: Finder | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.select(["data", "pixels", "shape", "width", "height"])
+        rows = table.select(["data", "pixels", "shapes", "width", "height"])
         subjects: list[Subject | None] = [None] * len(table)
         present = np.flatnonzero(rows["data"].is_valid().to_numpy())
         if len(present):
             shown = [{name: rows[name][int(i)] for name in rows.column_names} for i in present]
-            found = self._find([_picture(row["pixels"], row["shape"].as_py()) for row in shown])
+            found = self._find([_picture(row["pixels"], row["shapes"].as_py()[0]) for row in shown])
             for i, row, subject in zip(present, shown, found, strict=True):
                 if subject is not None:
-                    height, width, _ = row["shape"].as_py()
+                    [(height, width, _)] = row["shapes"].as_py()
                     subjects[i] = subject.scaled(row["width"].as_py() / width, row["height"].as_py() / height)
         values: dict[str, list] = {
             "pixels": [None] * len(table),
@@ -104,7 +106,7 @@ def _cut(table: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
         if row["subject"] is not None:
             subject = Subject(tuple(row["subject"]), row["subject_label"], row["subject_score"])
         missing = missing_variants(row["image"], examination.kinds, known)
-        yield from transform(record, layers.picture, missing, config, subject)
+        yield from transform(record, layers, mask_of(row["mask"], layers, config), missing, config, subject)
 
 
 def _picture(pixels: pa.Scalar, shape: list[int]) -> Image.Image:

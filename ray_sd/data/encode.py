@@ -4,7 +4,7 @@ What is slow to import is imported by the actors, since the tasks live in other 
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 
 from ray_sd.config import ModelConfig
 from ray_sd.data.cache import KEY, CacheFolder, Field, located, row_key
-from ray_sd.data.examine import OF_THE_ROW
+from ray_sd.data.examine import OF_THE_ROW, SHAPES
 
+LATENTS = ("mean", "std", "add_time_ids", "mask")
+"""Arrays of an encoded picture: the autoencoder's posterior, how the picture was cut, and where it counts, if it is masked."""
 TEXT = pa.schema([("key", KEY), ("caption", pa.string())])
 
 
@@ -24,7 +26,7 @@ def text_key(caption: str) -> bytes:
 
 
 class ImageEncoder:
-    """An actor that replaces `pixels` in tables of PICTURE by `mean` and `std` of the autoencoder's posterior."""
+    """An actor that replaces `pixels` in tables of PICTURE by the arrays of `LATENTS`."""
 
     components = frozenset({"vae"})
 
@@ -36,10 +38,9 @@ class ImageEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.combine_chunks()
-        present = np.flatnonzero(table["key"].is_valid().to_numpy())
-        columns: dict[str, list] = {name: [None] * len(table) for name in ("mean", "std", "shape", "key")}
-        if len(present):
-            shape = table["shape"][int(present[0])].as_py()
+        columns: dict[str, list] = {name: [None] * len(table) for name in (*LATENTS, "shapes", "key")}
+        for present in of_one_shape(table):
+            [shape] = table["shapes"][int(present[0])].as_py()
             pixels = np.stack(
                 [np.frombuffer(table["pixels"][int(i)].as_buffer(), np.uint8).reshape(shape) for i in present]
             )
@@ -48,10 +49,17 @@ class ImageEncoder:
                 # Without a key the row is rejected for want of an entry.
                 if np.isfinite(row_mean).all() and np.isfinite(row_std).all():
                     columns["key"][i] = table["key"][int(i)].as_py()
-                    columns["mean"][i], columns["std"][i] = row_mean.tobytes(), row_std.tobytes()
-                    columns["shape"][i] = row_mean.shape
-        table = table.drop_columns(["pixels", "shape", "key"])
-        types = {"mean": pa.binary(), "std": pa.binary(), "shape": pa.list_(pa.int32()), "key": KEY}
+                    record = table.slice(int(i), 1).drop_columns(["pixels"]).to_pylist()[0]
+                    time_ids = add_time_ids(record, height=shape[1], width=shape[2])
+                    arrays = {"mean": row_mean, "std": row_std, "add_time_ids": time_ids}
+                    if record["mask"] is not None:
+                        mask = latent_mask(record["mask"], shape[1:], row_mean.shape[1:])
+                        arrays["mask"] = mask.astype(self._dtype)
+                    for name, array in arrays.items():
+                        columns[name][i] = array.tobytes()
+                    columns["shapes"][i] = [array.shape for array in arrays.values()]
+        table = table.drop_columns(["pixels", "shapes", "key", "mask"])
+        types = dict.fromkeys(LATENTS, pa.binary()) | {"shapes": SHAPES, "key": KEY}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, types[name]))
         return table
@@ -70,8 +78,28 @@ class ImageEncoder:
         return mean.cpu().numpy().astype(self._dtype), std.cpu().numpy().astype(self._dtype)
 
 
+def latent_mask(mask: bytes, pixels: Sequence[int], latents: Sequence[int]) -> np.ndarray:
+    """A mask of `pixels` (height, width), in 8 bits, as the mean over each place of the latents: float32 [1, h, w]."""
+    (height, width), (h, w) = pixels, latents
+    places = np.frombuffer(mask, np.uint8).reshape(h, height // h, w, width // w)
+    return (places.mean(axis=(1, 3), dtype=np.float32) / 255)[None]
+
+
+def add_time_ids(record: dict[str, Any], *, height: int, width: int) -> np.ndarray:
+    """Stable Diffusion XL's conditions on the size, float32 [6]: the picture's height and width, top and left of the
+    window in the scale of training, height and width of training (section 2.2 of arXiv:2307.01952).
+
+    record: `width`, `height`, `box` and `flip` of PICTURE. Left is counted in the mirrored picture where it is mirrored.
+    """
+    left, top, right, bottom = record["box"]
+    if record["flip"]:
+        left, right = record["width"] - right, record["width"] - left
+    corner = (round(top * height / (bottom - top)), round(left * width / (right - left)))
+    return np.array([record["height"], record["width"], *corner, height, width], dtype=np.float32)
+
+
 class TextEncoder:
-    """An actor that adds `embedding` and `excess_tokens` to tables of TEXT."""
+    """An actor that adds the model's embeddings and `excess_tokens` to tables of TEXT."""
 
     components = frozenset({"text_encoder", "tokenizer"})
 
@@ -85,28 +113,47 @@ class TextEncoder:
         captions = table["caption"].to_pylist()
         with torch.inference_mode():
             device = next(self._model.parameters()).device
-            embeddings = self._model.encode_text(self._model.tokenize(captions, warn=False).to(device))
-        embeddings = embeddings.float().cpu().numpy().astype(self._dtype)
-        table = table.append_column("embedding", pa.array([row.tobytes() for row in embeddings], pa.binary()))
-        shapes = pa.array([embeddings.shape[1:]] * len(table), pa.list_(pa.int32()))
-        table = table.append_column("shape", shapes)
+            tokens = {name: ids.to(device) for name, ids in self._model.tokenize(captions, warn=False).items()}
+            encoded = self._model.encode_text(tokens)
+        shapes = []
+        for name in self._model.embeddings:
+            rows = encoded[name].float().cpu().numpy().astype(self._dtype)
+            table = table.append_column(name, pa.array([row.tobytes() for row in rows], pa.binary()))
+            shapes.append(rows.shape[1:])
+        table = table.append_column("shapes", pa.array([shapes] * len(table), SHAPES))
         return table.append_column("excess_tokens", pa.array(self._model.excess_tokens(captions), pa.int32()))
 
 
-def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str]) -> pa.Table:
-    """Write the records that have a key as one shard. Returns all records, with `shard` and `row` instead of content.
+def of_one_shape(table: pa.Table) -> list[np.ndarray]:
+    """Places of the records that have a key, those of each shape together."""
+    present = np.flatnonzero(table["key"].is_valid().to_numpy())
+    shapes = np.array([str(shapes) for shapes in table["shapes"].to_pylist()], dtype=object)[present]
+    return [present[shapes == shape] for shape in dict.fromkeys(shapes)]
 
-    dtypes: of each column with content.
+
+def write_shard(table: pa.Table, *, folder: CacheFolder, dtypes: dict[str, str]) -> pa.Table:
+    """Write the records that have a key, a shard a shape. Returns all records, with `shard` and `row` instead of content.
+
+    dtypes: of each column with content, in the order of the record's `shapes`.
     """
-    present = table.filter(pc.is_valid(table["key"]))
+    table = table.combine_chunks()
+    stored = [name for name in table.column_names if name not in OF_THE_ROW or name in dtypes]
     rest = table.filter(pc.is_null(table["key"])).drop_columns(list(dtypes))
-    if not len(present):
-        return located(rest, None)
-    shape = tuple(present["shape"][0].as_py())
-    fields = [Field(name, dtype, shape) for name, dtype in dtypes.items()]
-    stored = [name for name in present.column_names if name not in OF_THE_ROW]
-    shard = folder.write(present.select(stored), fields)
-    return pa.concat_tables([located(present.drop_columns(list(dtypes)), shard), located(rest, None)])
+    parts = [located(rest, None)]
+    for places in of_one_shape(table):
+        present = table.take(places)
+        shapes = present["shapes"][0].as_py()
+        fields = [Field(name, dtype, tuple(shape)) for (name, dtype), shape in zip(dtypes.items(), shapes, strict=True)]
+        shard = folder.write(present.select(stored), fields)
+        parts.append(located(present.drop_columns(list(dtypes)), shard))
+    return pa.concat_tables(parts)
+
+
+def limit_threads(num_actors: int) -> None:
+    """Give this actor its share of the CPU's cores, one share being left to decoding."""
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
 
 
 def limit_threads(num_actors: int) -> None:

@@ -1,7 +1,6 @@
 """The stage before encoding: read a unit of the source, reject what cannot be used, transform what is not cached."""
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +11,12 @@ import ray
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
-from ray_sd.config.dataset import CaptionConfig, SubjectCrop
+from ray_sd.config.dataset import SubjectCrop
+from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
-from ray_sd.data.crops import Focus, Variant, cut
-from ray_sd.data.decode import Layers, RejectedError, decode_layers
+from ray_sd.data.captions import written_captions
+from ray_sd.data.crops import Focus, Variant, cut, cut_mask
+from ray_sd.data.decode import Layers, RejectedError, decode, decode_layers
 from ray_sd.data.sources import UNREADABLE, SourceRow
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 256
 
+SHAPES = pa.list_(pa.list_(pa.int32()))
+"""Shapes of a record's arrays, in the order of their columns."""
 PICTURE = pa.schema(
     [
         ("id", pa.string()),
@@ -42,18 +45,25 @@ PICTURE = pa.schema(
         ("subject_label", pa.string()),
         ("subject_score", pa.float32()),
         ("flip", pa.bool_()),
-        ("shape", pa.list_(pa.int32())),
+        ("bucket", pa.string()),
+        ("shapes", SHAPES),
         ("pixels", pa.binary()),
+        ("mask", pa.binary()),
     ]
 )
 """A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
 Of each row exactly one record has either `captions` or a `reason`."""
-OF_THE_ROW = ("path", "reason", "captions", "image", "shape")
+OF_THE_ROW = ("path", "reason", "captions", "image", "shapes", "mask")
 """What a cached picture does not keep: it may belong to several rows."""
 
 
 Missing = tuple[Variant, bytes]
 """A variant that the cache does not have, and its key."""
+
+
+def image_hash(row: SourceRow) -> str:
+    """Hash of the encoded bytes of a picture and its mask."""
+    return hashlib.blake2b(row.image + (row.mask or b""), digest_size=16).hexdigest()
 
 
 def image_key(image: str, variant: Variant) -> bytes:
@@ -84,11 +94,11 @@ def examine(unit: pa.Table, *, examination: Examination) -> Iterator[pa.Table]:
 
 def _examined(unit: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
     find = _finder(examination.config)
-    for record, layers, missing, _ in decoded_rows(unit, examination):
-        if layers is None:
-            yield record
+    for row in decoded_rows(unit, examination):
+        if row.layers is None:
+            yield row.record
         else:
-            yield from transform(record, layers.picture, missing, examination.config, find(layers))
+            yield from transform(row.record, row.layers, row.mask, row.missing, examination.config, find(row.layers))
 
 
 def _finder(config: DatasetConfig) -> "Callable[[Layers], Subject | None]":
@@ -107,10 +117,10 @@ class DecodedRow(NamedTuple):
 
     record: dict[str, Any]
     """Of PICTURE: `id` and `path` with a `reason`, or with `captions` and `image`."""
-    layers: Layers | None
-    missing: list[Missing]
-    data: bytes
-    """The encoded picture."""
+    source: SourceRow
+    layers: Layers | None = None
+    mask: Image.Image | None = None
+    missing: Sequence[Missing] = ()
 
 
 def decoded_rows(unit: pa.Table, examination: Examination) -> Iterator[DecodedRow]:
@@ -122,7 +132,7 @@ def decoded_rows(unit: pa.Table, examination: Examination) -> Iterator[DecodedRo
 
 def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> DecodedRow:
     config = examination.config
-    image = hashlib.blake2b(row.image, digest_size=16).hexdigest()
+    image = image_hash(row)
     name = {"id": image if row.id is None else row.id, "path": row.path}
     try:
         if row.reason is not None:
@@ -130,11 +140,27 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
         record = {**name, "captions": _captions(row, config, examination.needs_captions), "image": image}
         missing = missing_variants(image, examination.kinds, known)
         if not missing:
-            return DecodedRow(record, None, [], row.image)
+            return DecodedRow(record, row)
         layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
+        return DecodedRow(record, row, layers, mask_of(row.mask, layers, config), missing)
     except RejectedError as error:
-        return DecodedRow({**name, "reason": str(error)}, None, [], row.image)
-    return DecodedRow(record, layers, missing, row.image)
+        return DecodedRow({**name, "reason": str(error)}, row)
+
+
+def mask_of(data: bytes | None, layers: Layers, config: DatasetConfig) -> Image.Image | None:
+    """Where a picture counts, in 8 bits; None where all of it does. Raises RejectedError.
+
+    data: the encoded mask, of a row that has one.
+    """
+    if config.mask is None:
+        return None
+    if data is None:
+        return Image.new("L", layers.picture.size, 255) if layers.alpha is None else layers.alpha
+    mask = decode(data, background="#000000", max_pixels=config.max_pixels).convert("L")
+    if mask.size != layers.picture.size:
+        sizes = [f"{image.width} x {image.height}" for image in (mask, layers.picture)]
+        raise RejectedError(f"its mask has another size: {sizes[0]} pixels, the picture {sizes[1]}")
+    return mask
 
 
 def missing_variants(image: str, kinds: Sequence[Variant], known: np.ndarray) -> list[Missing]:
@@ -145,19 +171,22 @@ def missing_variants(image: str, kinds: Sequence[Variant], known: np.ndarray) ->
 
 def transform(
     record: dict[str, Any],
-    picture: Image.Image,
+    layers: Layers,
+    mask: Image.Image | None,
     missing: Sequence[Missing],
     config: DatasetConfig,
     subject: "Subject | None",
 ) -> Iterator[dict[str, Any]]:
     """The records of the variants that are to be encoded, the first of which is the row's own record, too."""
-    image = record["image"]
+    picture, image = layers.picture, record["image"]
+    height, width = bucket_of(config, picture.width, picture.height)
     focus, found = None, {}
     if isinstance(config.crop, SubjectCrop) and subject is not None:
         focus = Focus(subject.box, config.crop.padding, config.crop.max_enlargement)
         found = {"subject": list(subject.box), "subject_label": subject.label, "subject_score": subject.score}
     for variant, key in missing:
-        pixels, box = cut(picture, variant, height=config.height, width=config.width, seed=image, focus=focus)
+        pixels, box = cut(picture, variant, height=height, width=width, seed=image, focus=focus)
+        part = None if mask is None else cut_mask(mask, variant, box, height=height, width=width).tobytes()
         yield {
             **record,
             **found,
@@ -166,8 +195,10 @@ def transform(
             "height": picture.height,
             "box": list(box),
             "flip": variant.flip,
-            "shape": [3, config.height, config.width],
+            "bucket": bucket_name((height, width)),
+            "shapes": [[3, height, width]],
             "pixels": pixels.transpose(2, 0, 1).tobytes(),
+            "mask": part,
         }
         record = {name: record[name] for name in ("id", "path")}
 
@@ -206,14 +237,7 @@ def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> li
         captions = [config.caption.template]
     if not captions and needs_captions:
         raise RejectedError("has no caption, and dataset.caption.template gives none")
-    return [_written(caption, config.caption) for caption in captions] or [""]
-
-
-def _written(caption: str, config: CaptionConfig) -> str:
-    """A caption with its words replaced, between prefix and suffix."""
-    for word, other in config.replace.items():
-        caption = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", other.replace("\\", r"\\"), caption)
-    return f"{config.prefix}{caption}{config.suffix}"
+    return written_captions(captions, config.caption) or [""]
 
 
 def _contains(known: np.ndarray, key: bytes) -> bool:

@@ -111,7 +111,7 @@ def load_for_generation(config: GenerateConfig) -> DiffusionModel:
         with _local_folder(config.adapter) as folder:
             load_adapter(model, folder, config.adapter_scale, config.allow_other_base)
     model.requires_grad_(False)
-    return model.to("cuda", torch.float16) if torch.cuda.is_available() else model
+    return model.to_half().to("cuda") if torch.cuda.is_available() else model
 
 
 def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:
@@ -136,6 +136,7 @@ def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
         guidance_scale=config.guidance_scale,
         height=config.height,
         width=config.width,
+        prompt_weighting=config.prompt_weighting,
     )
     for prompt in _prompts(config):
         for seed in range(config.seed, config.seed + config.num_images):

@@ -1,4 +1,4 @@
-"""The index of a data set: which rows there are, in the order of their ids, and where the cache has their parts."""
+"""The index of a data set: which rows there are, in the order of buckets and ids, and where the cache has their parts."""
 
 import json
 from dataclasses import dataclass
@@ -48,7 +48,12 @@ class RowIndex:
     """The cache's root."""
     name: str
     """The index file below it."""
-    num_rows: int
+    buckets: tuple[int, ...]
+    """Rows of each bucket. They follow one another in the order of the index."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.buckets)
 
     def load(self) -> "LoadedIndex":
         with self.root.filesystem.open_input_file((self.root / self.name).path) as stream:
@@ -124,7 +129,9 @@ def place(entries: pa.Table, keys: pa.ListArray, folder: str) -> tuple[dict[str,
 
 
 def write_index(root: Location, name: str, table: pa.Table, metadata: dict[str, Any]) -> RowIndex:
+    """table: rows of one `bucket` follow one another."""
+    sizes = [count["counts"] for count in pc.value_counts(table["bucket"]).to_pylist()]
     table = table.replace_schema_metadata({METADATA: json.dumps(metadata).encode()})
     with (root / name).open_for_writing() as stream:
         pq.write_table(table, stream, compression="zstd")
-    return RowIndex(root, name, len(table))
+    return RowIndex(root, name, tuple(sizes))

@@ -2,9 +2,11 @@
 
 Position p of the stream is row `epoch_order(p // N)[p % N]`; step k takes positions k·G to (k+1)·G, G being the global
 batch. Rank r of W owns the lanes r·G/W to (r+1)·G/W of every step, so batches do not depend on W, every epoch reads
-every row once, and a counter is all there is to resume.
+every row once, and a counter is all there is to resume. Each aspect-ratio bucket has such a stream of its own, and a
+seeded schedule says which of them a step takes.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +20,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import CLASS, RowSpec
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.index import RowIndex
-from ray_sd.data.order import epoch_order, row_seed
+from ray_sd.data.order import BucketSchedule, epoch_order, row_seed
 from ray_sd.data.reader import RowReader
 from ray_sd.data.view import PreparedData
 
@@ -33,13 +35,15 @@ BYTES_UNDER_WAY = 128 << 20
 MICRO_BATCHES_PER_TASK = 64
 MAX_TASKS = 1000
 ROWS_AT_ONCE = 64
+LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
 class Lanes:
     """Which rows one rank takes, micro-batch by micro-batch."""
 
-    num_rows: int
+    buckets: tuple[int, ...]
+    """Rows of each bucket; they follow one another in the index."""
     seed: int
     shuffle_rows: int
     batch_size: int
@@ -51,19 +55,21 @@ class Lanes:
         """Epoch and row of each place in this rank's micro-batch, counted over all steps."""
         step, part = divmod(micro_batch, self.accumulation_steps)
         lane = (self.rank * self.accumulation_steps + part) * self.micro_batch_size
-        positions = range(step * self.batch_size + lane, step * self.batch_size + lane + self.micro_batch_size)
-        return [(p // self.num_rows, int(self._order(p // self.num_rows)[p % self.num_rows])) for p in positions]
+        bucket, before = BucketSchedule(self.seed, self.buckets, self.batch_size).step(step)
+        first, size = sum(self.buckets[:bucket]), self.buckets[bucket]
+        positions = range(before * self.batch_size + lane, before * self.batch_size + lane + self.micro_batch_size)
+        return [(p // size, first + int(self._order(p // size, size)[p % size])) for p in positions]
 
     @property
     def micro_batches_at_once(self) -> int:
         """Micro-batches that Ray Data handles as one, since each thing it handles takes a millisecond or more."""
         return max(1, ROWS_AT_ONCE // self.micro_batch_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return _cached_order(self.seed, epoch, self.num_rows, self.shuffle_rows)
+    def _order(self, epoch: int, num_rows: int) -> np.ndarray:
+        return _cached_order(self.seed, epoch, num_rows, self.shuffle_rows)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def _cached_order(seed: int, epoch: int, num_rows: int, window: int) -> np.ndarray:
     return epoch_order(seed, epoch, num_rows, window)
 
@@ -75,19 +81,22 @@ class LaneReader:
     """
 
     def __init__(self, data: PreparedData, config: ExperimentConfig, rows: RowSpec, lanes: Lanes) -> None:
-        memory = config.dataset.reader_memory << 20
         self._lanes = lanes
-        self._streams = [_Stream("", RowReader(data.train, rows, config.model, memory), lanes, config.seed)]
+        self._streams = [_Stream("", RowReader(data.train, rows, config), lanes, config.seed)]
         if data.prior is not None:
-            reader = RowReader(data.prior, rows, config.model, memory)
-            prior = replace(lanes, num_rows=data.prior.num_rows)
+            reader = RowReader(data.prior, rows, config)
+            prior = replace(lanes, buckets=data.prior.buckets)
             self._streams.append(_Stream(CLASS, reader, prior, config.seed))
 
-    def __call__(self, numbers: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+    def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
+        """A row a micro-batch, since those of two buckets have no shape in common."""
         together = self._lanes.micro_batches_at_once
         for first in range(0, len(numbers), together):
             part = numbers["micro_batch"].slice(first, together).to_pylist()
-            yield {name: array for stream in self._streams for name, array in stream.read(part).items()}
+            yield pa.Table.from_pylist([pack(self.micro_batch(number)) for number in part])
+
+    def micro_batch(self, number: int) -> dict[str, np.ndarray]:
+        return {name: array for stream in self._streams for name, array in stream.read(number).items()}
 
 
 class _Stream:
@@ -96,8 +105,8 @@ class _Stream:
     def __init__(self, prefix: str, reader: RowReader, lanes: Lanes, seed: int) -> None:
         self._prefix, self._reader, self._lanes, self._seed = prefix, reader, lanes, seed
 
-    def read(self, micro_batches: list[int]) -> dict[str, np.ndarray]:
-        places = [place for number in micro_batches for place in self._lanes.rows(number)]
+    def read(self, micro_batch: int) -> dict[str, np.ndarray]:
+        places = self._lanes.rows(micro_batch)
         seeds = [row_seed(self._seed, epoch, self._prefix + self._reader.id(row)) for epoch, row in places]
         rows = self._reader.read([row for _, row in places], seeds)
         return {f"{self._prefix}{name}": array for name, array in rows.items()}
@@ -107,7 +116,7 @@ def lanes_of(index: RowIndex, config: ExperimentConfig, rank: int) -> Lanes:
     """The lanes of one training worker."""
     trainer = config.trainer
     return Lanes(
-        num_rows=index.num_rows,
+        buckets=index.buckets,
         seed=config.seed,
         shuffle_rows=config.dataset.shuffle_rows,
         batch_size=trainer.batch_size,
@@ -137,12 +146,26 @@ def training_batches(
         compute=ActorPoolStrategy(size=1),
         num_cpus=READER_CPUS,
     )
-    size = lanes.micro_batch_size
     for part in dataset.iter_batches(
-        batch_size=size * lanes.micro_batches_at_once, batch_format="numpy", prefetch_batches=1
+        batch_size=lanes.micro_batches_at_once, batch_format="pyarrow", prefetch_batches=1
     ):
-        for first in range(0, len(part["row_seed"]), size):
-            yield to_tensors({name: array[first : first + size] for name, array in part.items()})
+        for row in range(len(part)):
+            yield to_tensors(unpack(part, row))
+
+
+def pack(batch: dict[str, np.ndarray]) -> dict[str, bytes | str]:
+    """Arrays as a row of bytes, with `layout` saying what they are."""
+    layout = {name: [array.dtype.str, array.shape] for name, array in batch.items()}
+    return {name: array.tobytes() for name, array in batch.items()} | {LAYOUT: json.dumps(layout)}
+
+
+def unpack(table: pa.Table, row: int) -> dict[str, np.ndarray]:
+    """The arrays of a row that `pack` made, without a copy."""
+    layout = json.loads(table[LAYOUT][row].as_py())
+    return {
+        name: np.frombuffer(table[name][row].as_buffer(), dtype).reshape(shape)
+        for name, (dtype, shape) in layout.items()
+    }
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> "dict[str, Tensor]":

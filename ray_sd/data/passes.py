@@ -16,6 +16,7 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
+from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.crops import Variant
@@ -33,6 +34,8 @@ BATCHES_UNDER_WAY = 4
 LOG_SECONDS = 10
 _HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")])
 TEXTS_PER_BLOCK = 256
+TEXT_BYTES = 1 << 18
+"""About what the embeddings of a prompt weigh."""
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 """Shares that fit into one CPU together, so that the three stages run at once on the smallest machine."""
 SHOW_CPUS, DETECT_CPUS, CUT_CPUS = 0.2, 0.1, 0.2
@@ -49,7 +52,7 @@ class ImagePass:
     rejected: list[tuple[str, str]]
     """Path and reason."""
     entries: pa.Table
-    """All entries of the cache folder: `key`, `shard`, `row`, and of a subject crop what became of it."""
+    """All entries of the cache folder: `key`, `bucket`, `shard`, `row`, and of a subject crop what became of it."""
     new_keys: pa.Array
     """Keys that were encoded now."""
 
@@ -60,15 +63,17 @@ def encode_images(
     """Read every unit of the source and bring all variants of its pictures into the cache folder."""
     settings = config.dataset.encode
     subject = SUBJECT_ENTRY if isinstance(config.dataset.crop, SubjectCrop) else ()
-    entries = folder.entries(*(PICTURE.field(name) for name in subject))
+    entries = folder.entries(*(PICTURE.field(name) for name in ("bucket", *subject)))
     # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
     known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
     examination = Examination(listing.read, config.dataset, kinds, rows.needs_captions, known)
     dataset = _examine(_dataset(listing.units, config), config, examination)
-    pixels = config.dataset.height * config.dataset.width
+    pixels = _largest(config.dataset)
     if rows.images == "latents":
         dataset = _encode(dataset, config, ImageEncoder)
-        tables = _write(dataset, config, folder, {"mean": settings.dtype, "std": settings.dtype}, row_bytes=pixels // 2)
+        dtypes: dict[str, str] = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
+        dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
+        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
     else:
         tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
 
@@ -92,6 +97,8 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
 
     Returns the folder's entries (`key`, `shard`, `row`), how many were encoded now, and how many of `captions` are cut.
     """
+    from ray_sd.models import FAMILIES
+
     settings = config.dataset.encode
     entries = folder.entries(pa.field("excess_tokens", pa.int32()))
     keys = pa.array([text_key(caption.as_py()) for caption in captions], KEY)
@@ -100,7 +107,9 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
     if len(table):
         dataset = _dataset(_blocks(table), config)
         dataset = _encode(dataset, config, TextEncoder)
-        tables = _write(dataset, config, folder, {"embedding": settings.dtype}, row_bytes=1 << 18)
+        names = FAMILIES[config.model.family].embeddings
+        row_bytes = TEXT_BYTES * config.model.prompt_chunks
+        tables = _write(dataset, config, folder, dict.fromkeys(names, settings.dtype), row_bytes=row_bytes)
         entries = pa.concat_tables([entries, *(table.select(entries.column_names) for table in tables)])
     used = entries.filter(pc.is_in(entries["key"], value_set=keys))
     cut = pc.sum(pc.greater(used["excess_tokens"], 0)).as_py() or 0
@@ -126,7 +135,7 @@ def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Datas
 
 def _batch_bytes(dataset: DatasetConfig) -> int:
     """The largest batch of pictures that waits for a model."""
-    encoded = 3 * dataset.height * dataset.width * dataset.encode.batch_size
+    encoded = 3 * _largest(dataset) * dataset.encode.batch_size
     detector = _detector(dataset)
     if detector is None:
         return encoded
@@ -168,6 +177,11 @@ def _gpus(config: ExperimentConfig) -> float:
     if not use_gpu:
         return 0
     return 1 if _detector(config.dataset) is None else 0.5
+
+
+def _largest(dataset: DatasetConfig) -> int:
+    """Pixels of the largest picture."""
+    return max(height * width for height, width in bucket_sizes(dataset))
 
 
 def _encode(

@@ -61,6 +61,8 @@ def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     _check_rejected(config.dataset, summary.rows, summary.reasons, summary.rejected_file)
     view.touch()
     logger.info("data: %s", summary)
+    if config.dataset.buckets is not None:
+        logger.info("data: %d buckets (height x width):\n%s", len(summary.buckets), summary.bucket_table())
     return prepared
 
 
@@ -70,6 +72,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     usable = _has_all(images.rows, view.kinds, images.entries["key"])
     reasons = _write_rejected(view, images, usable)
     table = _in_order(images.rows.filter(pa.array(usable)))
+    table = _by_bucket(table, view.kinds, images.entries)
     if rows.templates:
         captions = pa.array([rows.templates] * len(table), pa.list_(pa.string()))
         table = table.set_column(table.column_names.index("captions"), "captions", captions)
@@ -77,7 +80,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     if len(table) <= dataset.holdout:
         raise DataError(f"dataset.holdout: {dataset.holdout} leaves none of the {len(table)} rows to train on")
 
-    columns = {"id": table["id"], "captions": table["captions"]}
+    columns = {name: table[name] for name in ("id", "captions", "bucket")}
     metadata: dict[str, Any] = {}
     places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
     columns |= {f"image_{name}": column for name, column in places.items()}
@@ -107,6 +110,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         texts=texts,
         texts_encoded=texts_encoded,
         cut_captions=cut,
+        buckets={item["values"]: item["counts"] for item in pc.value_counts(table["bucket"]).to_pylist()},
         rejected=sum(reasons.values()),
         reasons=dict(reasons),
         rejected_file=view.rejected.path,
@@ -186,6 +190,14 @@ def _in_order(table: pa.Table) -> pa.Table:
         repeat = repeat + 1 if i and name == ids[i - 1] else 0
         names.append(f"{name}#{repeat}" if repeat else name)
     return table.set_column(0, "id", pa.array(names, pa.string()))
+
+
+def _by_bucket(table: pa.Table, kinds: list[Variant], entries: pa.Table) -> pa.Table:
+    """The rows of each bucket together, with a column `bucket`; all variants of a picture are in one."""
+    firsts = pc.list_element(_image_keys(table, kinds), 0)
+    buckets = entries["bucket"].take(pc.index_in(firsts, value_set=entries["key"])).combine_chunks()
+    order = np.argsort(buckets.to_numpy(zero_copy_only=False), kind="stable")
+    return table.append_column("bucket", buckets).take(order)
 
 
 def _write_indices(

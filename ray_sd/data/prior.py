@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from ray_sd.config import DatasetConfig, ExperimentConfig, GenerateConfig
 from ray_sd.config.dataset import CaptionConfig, CenterCrop, ImageFolderSource
 from ray_sd.config.rows import PriorRows, RowSpec
-from ray_sd.data.cache import digest_of
+from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.locations import Location, locate, writable_folder
 from ray_sd.data.sources.base import IMAGES
 from ray_sd.errors import ConfigError
@@ -30,8 +31,12 @@ def check_class_folder(rows: RowSpec) -> None:
 
 def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tuple[DatasetConfig, RowSpec]:
     """The data set of the class pictures, of which there are enough now, and what its rows hold. Runs on the driver."""
-    folder = prior.images.folder or _cached_folder(config, prior)
+    description = _description(config, prior)
+    cached = f"class/{digest_of(description)}"
+    folder = prior.images.folder or f"{config.cache_path.rstrip('/')}/{cached}"
     location = writable_folder(folder, "method.class_images.folder")
+    if prior.images.folder is None:
+        CacheFolder(locate(config.cache_path, "cache_path"), cached).touch(description)
     _draw_missing(config, prior, folder, location)
     # Pictures of the user's own without captions take the first class prompt.
     dataset = config.dataset.model_copy(
@@ -39,17 +44,19 @@ def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tup
             "source": ImageFolderSource(path=folder),
             "caption": CaptionConfig(template=prior.prompts[0]),
             "crop": CenterCrop(),
+            "buckets": None,
+            "mask": None,
             "holdout": 0,
         }
     )
     return dataset, replace(rows, templates=(), placeholders=(), prior=None)
 
 
-def _cached_folder(config: ExperimentConfig, prior: PriorRows) -> str:
-    """A folder of the cache that belongs to the model, the prompts and how they are drawn."""
+def _description(config: ExperimentConfig, prior: PriorRows) -> dict[str, Any]:
+    """What drawn class pictures depend on."""
     from ray_sd.models import fingerprint
 
-    description = {
+    return {
         "model": [fingerprint(config.model, part) for part in ("unet", "vae", "text_encoder")],
         "sampler": config.model.scheduler.sampler,
         "prompts": prior.prompts,
@@ -57,7 +64,6 @@ def _cached_folder(config: ExperimentConfig, prior: PriorRows) -> str:
         "seed": config.seed,
         **prior.images.model_dump(include={"num_inference_steps", "guidance_scale"}),
     }
-    return f"{config.cache_path.rstrip('/')}/class/{digest_of(description)}"
 
 
 def _draw_missing(config: ExperimentConfig, prior: PriorRows, folder: str, location: Location) -> None:

@@ -87,6 +87,7 @@ def _children(folder: Location) -> list[fs.FileInfo]:
 def _look_at(root: Location, name: str) -> CachedFolder:
     files = (root / name).files()
     rows = sum(_num_rows(Location(root.filesystem, info.path)) for info in files if info.extension == "parquet")
+    rows += sum(info.extension == "png" for info in files)  # class pictures
     description = root / name / FOLDER_FILE
     # A run that was killed at its first pass has written shards, but not yet what they are.
     content = json.loads(description.read()) if description.exists() else {}

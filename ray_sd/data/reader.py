@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ray_sd.config import ModelConfig
+from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder
 from ray_sd.data.index import RowIndex
@@ -20,11 +20,12 @@ OPEN_FILES = 64
 class RowReader:
     """Reads rows of an index as arrays, in the precision that the cache stores."""
 
-    def __init__(self, index: RowIndex, rows: RowSpec, model: ModelConfig, memory: int) -> None:
-        """memory: bytes of row groups to keep."""
+    def __init__(self, index: RowIndex, rows: RowSpec, config: ExperimentConfig) -> None:
         self._index = index.load()
         self._rows = rows
-        self._tokenizer = load_tokenizers(model, rows) if rows.text == "tokens" else None
+        self._mask = config.dataset.mask
+        memory = config.dataset.reader_memory << 20
+        self._tokenizer = load_tokenizers(config.model, rows) if rows.text == "tokens" else None
         with_text = rows.text == "embeddings"
         self._images = ShardReader(self._index.folder(self._index.images), memory // 2 if with_text else memory)
         self._texts = ShardReader(self._index.folder(self._index.texts), memory // 2) if with_text else None
@@ -43,13 +44,19 @@ class RowReader:
             batch = {"pixels": np.stack([row["pixels"] for row in images])}
         else:
             batch = {f"latent_{part}": np.stack([row[part] for row in images]) for part in ("mean", "std")}
+            batch["add_time_ids"] = np.stack([row["add_time_ids"] for row in images])
+            if self._mask is not None and "mask" in images[0]:  # class pictures have none
+                mask = np.stack([row["mask"] for row in images]).astype(np.float32)
+                batch["loss_mask"] = self._mask.outside + (1 - self._mask.outside) * mask
         texts = [self._choose_caption(int(p), s if vary else None) for p, s in zip(positions, row_seeds, strict=True)]
         if self._texts is not None:
             places = [self._index.texts.of(*text) if text is not None else self._index.empty_text for text in texts]
-            batch["text_embeds"] = np.stack([self._texts.row(*place)["embedding"] for place in places])
+            embeddings = [self._texts.row(*place) for place in places]
+            batch |= {name: np.stack([row[name] for row in embeddings]) for name in embeddings[0]}
         elif self._tokenizer is not None:
             captions = [self._index.captions[text[0]][text[1]].as_py() if text is not None else "" for text in texts]
-            batch["input_ids"] = self._tokenizer.tokenize(captions, warn=False).numpy()
+            tokens = self._tokenizer.tokenize(captions, warn=False)
+            batch |= {name: ids.numpy() for name, ids in tokens.items()}
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
 

@@ -1,6 +1,5 @@
 """What a subject crop found, for a person to check: a line for every row, and a contact sheet of some."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -12,9 +11,10 @@ import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
 from ray_sd.config import DatasetConfig
+from ray_sd.data.buckets import bucket_of
 from ray_sd.data.crops import Box, Variant
 from ray_sd.data.decode import RejectedError, decode
-from ray_sd.data.examine import image_key, source_rows
+from ray_sd.data.examine import image_hash, image_key, source_rows
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import Listing, SourceRow
 from ray_sd.generate import contact_sheet, png_bytes
@@ -68,7 +68,7 @@ def _shown(
 ) -> Iterator[tuple[Image.Image, str]]:
     """Pictures and labels of the contact sheet."""
     for row in _sample(listing):
-        image = hashlib.blake2b(row.image, digest_size=16).hexdigest()
+        image = image_hash(row)
         place = pc.index(entries["key"], image_key(image, variant)).as_py()
         if place < 0:
             continue
@@ -102,8 +102,9 @@ def _pair(picture: Image.Image, subject: Box | None, window: Box, dataset: Datas
     _outline(draw, window, scale, "white")
     if subject is not None:
         _outline(draw, subject, scale, "yellow")
-    crop = picture.resize((dataset.width, dataset.height), Image.Resampling.LANCZOS, box=window)
-    crop = crop.resize((max(1, round(CELL * dataset.width / dataset.height)), CELL))
+    height, width = bucket_of(dataset, picture.width, picture.height)
+    crop = picture.resize((width, height), Image.Resampling.LANCZOS, box=window)
+    crop = crop.resize((max(1, round(CELL * width / height)), CELL))
     pair = Image.new("RGB", (marked.width + GAP + crop.width, CELL), "white")
     pair.paste(marked, (0, 0))
     pair.paste(crop, (marked.width + GAP, 0))

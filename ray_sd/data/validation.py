@@ -21,17 +21,21 @@ def validation_batches(
 ) -> "Iterator[dict[str, Tensor]]":
     """This rank's part of every held-out row at every timestep of the grid, with `weight` float32 [B].
 
-    Every rank gets the same number of batches of the same size; what fills them up has weight 0, so the weighted mean
-    over all ranks does not depend on how many there are.
+    A batch holds rows of one bucket. Every rank gets the same number of batches of the same size; what fills them up
+    has weight 0, so the weighted mean over all ranks does not depend on how many there are.
     """
-    reader = RowReader(index, rows, config.model, config.dataset.reader_memory << 20)
+    reader = RowReader(index, rows, config)
     timesteps = _timesteps(config, rows)
     size = config.trainer.rows_per_micro_batch
-    items = [(row, number) for row in range(index.num_rows) for number in range(len(timesteps))]
-    for start in range(rank * size, _round_up(len(items), size * world_size), size * world_size):
-        part = items[start : start + size]
+    parts = []
+    for bucket, count in enumerate(index.buckets):
+        rows_of_bucket = range(sum(index.buckets[:bucket]), sum(index.buckets[:bucket]) + count)
+        items = [(row, number) for row in rows_of_bucket for number in range(len(timesteps))]
+        parts += [items[first : first + size] for first in range(0, len(items), size)]
+    parts += [[]] * (-len(parts) % world_size)
+    for part in parts[rank::world_size]:
         weight = np.array([1] * len(part) + [0] * (size - len(part)), dtype=np.float32)
-        part += items[:1] * (size - len(part))
+        part = part + (part or parts[0])[:1] * (size - len(part))
         seeds = [row_seed(config.seed, VALIDATION, f"{reader.id(row)} {number}") for row, number in part]
         batch = reader.read([row for row, _ in part], seeds, vary=False) | {"weight": weight}
         if rows.images == "latents":
@@ -48,7 +52,3 @@ def _timesteps(config: ExperimentConfig, rows: RowSpec) -> np.ndarray:
     total = load_model(config.model, {"scheduler"}).noise_scheduler.config.num_train_timesteps
     count = config.trainer.validation.num_timesteps
     return ((np.arange(count) + 0.5) / count * total).astype(np.int64)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

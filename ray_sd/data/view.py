@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
@@ -15,7 +16,7 @@ from ray_sd.data.sources import Listing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same configuration would encode other values."""
 
 
@@ -33,6 +34,8 @@ class EncodeSummary:
     texts_encoded: int
     cut_captions: int
     """Different captions that are longer than the text encoder reads."""
+    buckets: dict[str, int]
+    """Rows of each size that training sees."""
     rejected: int
     reasons: dict[str, int]
     """How many rows were rejected for what."""
@@ -62,6 +65,11 @@ class EncodeSummary:
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
+
+    def bucket_table(self) -> str:
+        """Buckets and their rows, a line each."""
+        width = max(len(f"{count}") for count in self.buckets.values())
+        return "\n".join(f"  {name}  {count:>{width}} rows" for name, count in self.buckets.items())
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ class View:
             return None
         try:
             stored = json.loads(self._prepared.read())
-            indices = {part: RowIndex(self.root, name, count) for part, (name, count) in stored["indices"].items()}
+            indices = {
+                part: RowIndex(self.root, name, tuple(buckets)) for part, (name, buckets) in stored["indices"].items()
+            }
             missing = [shard for index in indices.values() for shard in index.load().missing_shards()]
             summary = replace(EncodeSummary(**stored["summary"]), encoded=0, texts_encoded=0)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,7 +136,7 @@ class View:
         content = {
             "summary": asdict(prepared.summary),
             "fingerprint": prepared.fingerprint,
-            "indices": {part: [index.name, index.num_rows] for part, index in indices.items() if index is not None},
+            "indices": {part: [index.name, index.buckets] for part, index in indices.items() if index is not None},
         }
         self._prepared.write(json.dumps(content, indent=1).encode())
 
@@ -149,8 +159,9 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
     dataset = config.dataset
     description = {
         "format": FORMAT,
-        "resolution": [dataset.height, dataset.width],
+        "sizes": bucket_sizes(dataset),
         "background": dataset.background.lower().removeprefix("#"),
+        "mask": None if dataset.mask is None else dataset.mask.name,
     }
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
@@ -160,11 +171,15 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
 def _text_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all captions of a data set share."""
     from ray_sd.models import fingerprint
+    from ray_sd.models.components import read_index
 
-    description: dict[str, Any] = {"format": FORMAT, "text": rows.text}
+    description: dict[str, Any] = {"format": FORMAT, "text": rows.text, "prompt_chunks": config.model.prompt_chunks}
     if rows.text == "embeddings":
-        encoder = fingerprint(config.model, "text_encoder")
-        description |= {"dtype": config.dataset.encode.dtype, "text_encoder": encoder}
+        description |= {
+            "dtype": config.dataset.encode.dtype,
+            "text_encoder": fingerprint(config.model, "text_encoder"),
+            "zero_empty_prompt": read_index(config.model).get("force_zeros_for_empty_prompt"),
+        }
     elif rows.text == "tokens":
         description |= {"tokenizer": fingerprint(config.model, "tokenizer")}
     return description

@@ -2,13 +2,14 @@
 
 Each picture has its own seed and its own scheduler; a step runs the U-Net once for all pictures on their way. So they
 may differ in number of steps, guidance and sampler, and may join and leave between steps. A picture equals that of
-diffusers' StableDiffusionPipeline for the same seed, scheduler and settings.
+diffusers' own pipeline for the same seed, scheduler and settings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin, UniPCMultistepScheduler
@@ -19,6 +20,12 @@ from torch import Tensor
 
 from ray_sd.errors import ConfigError
 from ray_sd.models import DiffusionModel
+from ray_sd.models.prompt_weights import encode_weighted_text
+
+
+class Prompt(NamedTuple):
+    text: str
+    weighted: bool
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,19 @@ class ImageRequest:
     guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
+    prompt_weighting: bool = False
+    """Read weights such as `(red)1.5` in both prompts, instead of taking them as words."""
 
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs, which takes a second row of the U-Net's batch."""
         return self.guidance_scale > 1
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What the rows of the U-Net's batch are drawn from: negative prompt, if guided, and prompt."""
+        texts = [self.negative_prompt, self.prompt] if self.guided else [self.prompt]
+        return [Prompt(text, self.prompt_weighting) for text in texts]
 
 
 @dataclass
@@ -44,11 +59,16 @@ class Drawing:
     """A picture on its way."""
 
     request: ImageRequest
-    text: Tensor  # [2, L, D] (negative prompt, prompt) with guidance, else [1, L, D]
+    conditions: dict[str, Tensor]  # [2, …] (negative prompt, prompt) with guidance, else [1, …]
     latents: Tensor  # [1, C, h, w]
     scheduler: SchedulerMixin
     generator: torch.Generator
     step: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the U-Net's batch that it takes."""
+        return len(self.request.prompts)
 
     @property
     def steps(self) -> int:
@@ -103,18 +123,31 @@ def picture_size(model: DiffusionModel, request: ImageRequest) -> tuple[int, int
 @torch.no_grad()
 def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawing]:
     """Encode the prompts and draw the first noise of each picture."""
-    prompts = dict.fromkeys(
-        text for request in requests for text in (request.negative_prompt, request.prompt)[0 if request.guided else 1 :]
-    )
+    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.prompts))
+    encoded = _encode(model, prompts)
+    return [_start_one(model, request, [encoded[prompt] for prompt in request.prompts]) for request in requests]
+
+
+def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[str, Tensor]]:
+    """Text conditions [1, …] of each prompt."""
+    encoded = {}
+    for weighted in (False, True):
+        texts = [prompt.text for prompt in prompts if prompt.weighted is weighted]
+        if not texts:
+            continue
+        if weighted:
+            conditions = encode_weighted_text(model, texts)
+        else:
+            tokens = {name: ids.to(model.unet.device) for name, ids in model.tokenize(texts).items()}
+            conditions = model.encode_text(tokens)
+        for place, text in enumerate(texts):
+            encoded[Prompt(text, weighted)] = {name: rows[place : place + 1] for name, rows in conditions.items()}
+    return encoded
+
+
+def _start_one(model: DiffusionModel, request: ImageRequest, encoded: list[dict[str, Tensor]]) -> Drawing:
+    """encoded: text conditions of the request's prompts."""
     device, dtype = model.unet.device, model.unet.dtype
-    embeddings = model.encode_text(model.tokenize(list(prompts)).to(device)).to(dtype)
-    text = dict(zip(prompts, embeddings, strict=True))
-    return [_start_one(model, request, text, device, dtype) for request in requests]
-
-
-def _start_one(
-    model: DiffusionModel, request: ImageRequest, text: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> Drawing:
     height, width = picture_size(model, request)
     scheduler = model.sampler()
     try:
@@ -124,8 +157,10 @@ def _start_one(
     generator = torch.Generator().manual_seed(request.seed)
     shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
     latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma
-    rows = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
-    return Drawing(request, torch.stack([text[row] for row in rows]), latents, scheduler, generator)
+    conditions = {name: torch.cat([of_prompt[name] for of_prompt in encoded]) for name in encoded[0]}
+    sizes = model.size_conditions(height, width)
+    conditions |= {name: tensor.to(device).expand(len(encoded), -1) for name, tensor in sizes.items()}
+    return Drawing(request, conditions, latents, scheduler, generator)
 
 
 @torch.no_grad()
@@ -135,11 +170,13 @@ def advance(model: DiffusionModel, drawings: Sequence[Drawing]) -> None:
     for drawing in drawings:
         timestep = drawing.scheduler.timesteps[drawing.step]
         scaled = drawing.scheduler.scale_model_input(drawing.latents, timestep)
-        inputs.append(scaled.expand(len(drawing.text), -1, -1, -1))
-        timesteps.append(timestep.expand(len(drawing.text)))
-    text = torch.cat([drawing.text for drawing in drawings])
-    predictions = model.unet(torch.cat(inputs), torch.cat(timesteps), encoder_hidden_states=text).sample
-    sizes = [len(drawing.text) for drawing in drawings]
+        inputs.append(scaled.expand(drawing.rows, -1, -1, -1))
+        timesteps.append(timestep.expand(drawing.rows))
+    conditions = {
+        name: torch.cat([drawing.conditions[name] for drawing in drawings]) for name in drawings[0].conditions
+    }
+    predictions = model.denoise(torch.cat(inputs), torch.cat(timesteps), conditions)
+    sizes = [drawing.rows for drawing in drawings]
     for drawing, prediction in zip(drawings, predictions.split(sizes), strict=True):
         _step(drawing, prediction)
 

@@ -11,12 +11,16 @@ from ray_sd.methods.autoencoder import Autoencoder
 from ray_sd.methods.base import Method
 from ray_sd.methods.dreambooth import DreamBooth
 from ray_sd.methods.full import Full
+from ray_sd.methods.layer_adapter import LayerAdapter
 from ray_sd.methods.lora import Lora
 from ray_sd.methods.textual_inversion import TextualInversion
 from ray_sd.models import DiffusionModel, fingerprint
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
+    "loha": LayerAdapter,
+    "lokr": LayerAdapter,
+    "oft": LayerAdapter,
     "textual_inversion": TextualInversion,
     "dreambooth": DreamBooth,
     "full": Full,

@@ -85,17 +85,21 @@ class DenoiserMethod(Method):
         return ("unet", "scheduler", "text_encoder", "tokenizer") if self.reads_tokens else ("unet", "scheduler")
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
+        parts = {"unet": [model.unet]}
         rates = {"unet": trainer.learning_rate}
         if self.config.text_encoder:
+            parts["text_encoder"] = [encoder for encoder, _ in model.text_encoders().values()]
             rates["text_encoder"] = trainer.text_encoder_learning_rate or trainer.learning_rate
         groups = []
-        for name, rate in rates.items():
-            parameters = [parameter for parameter in getattr(model, name).parameters() if parameter.requires_grad]
-            groups.append({"name": name, "params": parameters, "lr": rate})
+        for name, modules in parts.items():
+            parameters = [
+                parameter for module in modules for parameter in module.parameters() if parameter.requires_grad
+            ]
+            groups.append({"name": name, "params": parameters, "lr": rates[name]})
         return groups
 
     def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
-        return model.loss(batch, DiffusionLoss(self.config.min_snr_gamma, self.config.noise_offset))
+        return model.loss(batch, DiffusionLoss(self.config.min_snr_gamma, self.config.noise_offset, masked=True))
 
     def validation_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         return model.loss(batch)
@@ -106,5 +110,14 @@ def enable_gradient_checkpointing(model: DiffusionModel) -> None:
     for part in (model.unet, model.vae):
         if part is not None:
             part.enable_gradient_checkpointing()
-    if model.text_encoder is not None:
-        model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for encoder, _ in model.text_encoders().values():
+        if encoder is not None:
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def freeze_unread(model: DiffusionModel) -> None:
+    """Freeze what would train in layers that the U-Net never reads: it would get no gradients."""
+    for component, beginnings in model.unread_layers().items():
+        for name, parameter in getattr(model, component).named_parameters():
+            if name.startswith(beginnings):
+                parameter.requires_grad_(False)

@@ -12,11 +12,18 @@ from ray_sd.config.rows import CLASS, PriorRows, RowSpec
 from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.embeddings import read_embeddings, write_embeddings
 from ray_sd.methods.full import Full
+from ray_sd.methods.layer_adapter import LayerAdapter
 from ray_sd.methods.lora import Lora
 from ray_sd.methods.textual_inversion import add_tokens, attach_tokens, learnt_tokens, token_group
 from ray_sd.models import DiffusionModel
 
-ADAPTERS: dict[str, type[Lora | Full]] = {"lora": Lora, "full": Full}
+ADAPTERS: dict[str, type[Lora | LayerAdapter | Full]] = {
+    "lora": Lora,
+    "loha": LayerAdapter,
+    "lokr": LayerAdapter,
+    "oft": LayerAdapter,
+    "full": Full,
+}
 EMBEDDINGS = "embeddings"
 """Folder of the tokens, so that diffusers finds one file beside it."""
 
@@ -61,13 +68,19 @@ class DreamBooth(DenoiserMethod):
     def objective(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the subject's rows plus `prior_loss_weight` times that of the class rows.
 
-        Both go through the model as one batch, so that timesteps, and with them Min-SNR weights, stay with their rows.
+        Both go through the model as one batch where they have one size and hold the same. Either way timesteps, and
+        with them Min-SNR weights, stay with their rows.
         """
-        names = [name for name in batch if not name.startswith(CLASS)]
-        if len(names) == len(batch):
+        subject_rows = {name: value for name, value in batch.items() if not name.startswith(CLASS)}
+        if len(subject_rows) == len(batch):
             return super().objective(model, batch)
-        both = {name: torch.cat([batch[name], batch[CLASS + name]]) for name in names}
-        subject, prior = self.row_losses(model, both).chunk(2)
+        class_rows = {name.removeprefix(CLASS): value for name, value in batch.items() if name.startswith(CLASS)}
+        alike = subject_rows["latent_mean"].shape == class_rows["latent_mean"].shape
+        if alike and subject_rows.keys() == class_rows.keys():
+            both = {name: torch.cat([subject_rows[name], class_rows[name]]) for name in subject_rows}
+            subject, prior = self.row_losses(model, both).chunk(2)
+        else:
+            subject, prior = self.row_losses(model, subject_rows), self.row_losses(model, class_rows)
         return subject.mean() + self.config.prior_loss_weight * prior.mean()
 
     def relies_on(self) -> tuple[str, ...]:

@@ -1,36 +1,50 @@
 """Files of learnt token embeddings, in the layouts that tools exchange them in.
 
 - diffusers: one file a token, `{token: [n, D]}`;
-- A1111 and kohya: `{emb_params: [n, D]}`, the token being the file's name.
+- A1111 and kohya: `{emb_params: [n, D]}`, the token being the file's name;
+- Stable Diffusion XL, everywhere: `{clip_l: [n, D1], clip_g: [n, D2]}`, the token being the file's name.
 """
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
+from ray_sd.methods.weights import read_tensors, tensor_names
+
+Embedding = dict[str, Tensor]
+"""Vectors [n, D] of one token by the name of the text encoder's component."""
 
 LEARNED = "learned_embeds"
 """diffusers looks for a file of this name where none is given."""
 A1111 = "a1111"
 """Folder of the other layout, so that diffusers finds one file."""
 EMB_PARAMS = "emb_params"
+PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+TOKEN = "token"
+"""Key of the metadata under which a file of a pair says its token."""
 
 
-def write_embeddings(folder: Path, embeddings: dict[str, Tensor]) -> None:
-    """Write fp32 [n, D] by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside."""
-    (folder / A1111).mkdir(parents=True, exist_ok=True)
-    for token, vectors in embeddings.items():
-        vectors = vectors.detach().float().cpu().contiguous()
+def write_embeddings(folder: Path, embeddings: dict[str, Embedding]) -> None:
+    """Write vectors by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside."""
+    for token, embedding in embeddings.items():
         name = LEARNED if len(embeddings) == 1 else f"{LEARNED}-{file_name(token)}"
-        save_file({token: vectors}, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        save_file({EMB_PARAMS: vectors}, folder / A1111 / f"{file_name(token)}.safetensors", metadata={"format": "pt"})
+        write_embedding(folder / f"{name}.safetensors", token, embedding, token)
+        write_embedding(folder / A1111 / f"{file_name(token)}.safetensors", token, embedding, EMB_PARAMS)
 
 
-def read_embeddings(folder: Path) -> dict[str, Tensor]:
+def write_embedding(file: Path, token: str, embedding: Embedding, name: str) -> None:
+    """Write one token; `name` is the tensor's where there is one text encoder: the token itself, or EMB_PARAMS."""
+    vectors = {part: tensor.detach().cpu().contiguous() for part, tensor in embedding.items()}
+    alone = len(vectors) == 1
+    tensors = {name: vectors["text_encoder"]} if alone else {key: vectors[part] for key, part in PAIR.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt", TOKEN: token})
+
+
+def read_embeddings(folder: Path) -> dict[str, Embedding]:
     """The tokens of an exported folder."""
     files = sorted(folder.glob(f"{LEARNED}*.safetensors"))
     if not files:
@@ -38,18 +52,22 @@ def read_embeddings(folder: Path) -> dict[str, Tensor]:
     return dict(read_embedding(file) for file in files)
 
 
-def read_embedding(file: Path, token: str | None = None) -> tuple[str, Tensor]:
-    """Token and vectors [n, D] of one file of any layout; `token` names what is in it otherwise."""
-    if file.suffix != ".safetensors":
-        raise ArtifactError(f"{file} is no .safetensors file; pickled embeddings are not read")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file} cannot be read as .safetensors: {error}") from error
-    if len(tensors) != 1:
-        raise ArtifactError(f"{file} is no embedding of one token: it holds {', '.join(sorted(tensors)[:4])}")
-    name, vectors = next(iter(tensors.items()))
-    if vectors.ndim > 2:
-        raise ArtifactError(f"{file} is no embedding: {name} has {vectors.ndim} dimensions")
-    own = file.stem if name == EMB_PARAMS else name
-    return token or own, vectors.reshape(-1, vectors.shape[-1])
+def holds_embedding(file: Path) -> bool:
+    """Whether a file has the names of one of these layouts; a LoRA has at least two tensors."""
+    names = tensor_names(file)
+    return len(names) == 1 or set(names) == set(PAIR)
+
+
+def read_embedding(file: Path, token: str | None = None) -> tuple[str, Embedding]:
+    """Token and vectors of one file of any layout; `token` names what is in it otherwise."""
+    tensors, metadata = read_tensors(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim not in (1, 2):
+            raise ArtifactError(f"{file} is no embedding: {name} has {tensor.ndim} dimensions")
+    vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
+    if set(vectors) == set(PAIR):
+        return token or metadata.get(TOKEN, file.stem), {part: vectors[name] for name, part in PAIR.items()}
+    if len(vectors) != 1:
+        raise ArtifactError(f"{file} is no embedding of one token: it holds {', '.join(sorted(vectors)[:4])}")
+    [(name, alone)] = vectors.items()
+    return token or (file.stem if name == EMB_PARAMS else name), {"text_encoder": alone}

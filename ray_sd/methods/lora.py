@@ -1,34 +1,34 @@
 """Low-rank adapters on the U-Net's attention layers, and maybe on the text encoder's."""
 
-import re
 from pathlib import Path
-from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraAdapter
-from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
-from ray_sd.methods.kohya import to_kohya
-from ray_sd.methods.weights import TEXT_PREFIX
+from ray_sd.errors import ArtifactError
+from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
+from ray_sd.methods.lora_names import LoraNames, layer_name
+from ray_sd.methods.lora_reader import read_lora
+from ray_sd.methods.lora_writers import diffusers_tensors, write_diffusers, write_kohya
+from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.methods.targets import check_targets, targets_of
 from ray_sd.models import DiffusionModel
 
+LOADERS: dict[str, type[LoraBaseMixin]] = {
+    "stable_diffusion": StableDiffusionPipeline,
+    "stable_diffusion_xl": StableDiffusionXLPipeline,
+}
+"""Whose class methods add a LoRA to a family's parts."""
+LORA_FILE = LORA_WEIGHT_NAME_SAFE
+"""diffusers looks for a file of this name where none is given."""
 KOHYA = "kohya/lora.safetensors"
 """Written beside the diffusers file for other tools; in a folder of its own, so that diffusers finds one file."""
-METADATA = ("r", "lora_alpha", "target_modules", "use_dora", "lora_bias")
-"""What is stored of PEFT's configuration: enough to load, and known to all of its releases."""
-TEXT_ENCODER_NAMES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
-"""diffusers' names in a text encoder; it does not load PEFT's there when only `fc1` and `fc2` are adapted."""
-LAYER = re.compile(
-    r"(unet|text_encoder)\.(?:text_model\.)?(.+)\."
-    r"(lora_A|lora_B|lora_linear_layer\.down|lora_linear_layer\.up|lora_magnitude_vector)(?:\.weight)?"
-)
+TRAINED = "default"
+"""PEFT's name for the adapter that trains."""
 
 
 class Lora(DenoiserMethod):
@@ -37,10 +37,12 @@ class Lora(DenoiserMethod):
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
         model.train()
-        for name, targets in self._targets().items():
+        for name, targets in targets_of(self.config, model).items():
             module = getattr(model, name)
-            _check_targets(name, module, targets)
+            check_targets(name, module, targets)
             module.add_adapter(self._peft_config(targets))
+        if self.config.text_encoder:
+            freeze_unread(model)
         if trainer.gradient_checkpointing:
             enable_gradient_checkpointing(model)
 
@@ -48,40 +50,13 @@ class Lora(DenoiserMethod):
         return ("unet", "text_encoder")
 
     def export(self, model: DiffusionModel, folder: Path) -> None:
-        layers: dict[str, dict[str, Tensor]] = {}
-        metadata: dict[str, dict[str, Any]] = {}
-        for name in self._targets():
-            module = getattr(model, name)
-            weights = get_peft_model_state_dict(module, adapter_name="default")
-            rename = _text_encoder_key if name == "text_encoder" else str
-            layers[name] = {rename(key): tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-            config = module.peft_config["default"].to_dict()
-            metadata[name] = {
-                key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in METADATA
-            }
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=layers["unet"],
-            text_encoder_lora_layers=layers.get("text_encoder"),
-            unet_lora_adapter_metadata=metadata["unet"],
-            text_encoder_lora_adapter_metadata=metadata.get("text_encoder"),
-        )
-        if not self.config.use_dora:
-            to_kohya(folder / LORA_WEIGHT_NAME_SAFE, folder / KOHYA)
+        updates = trained_updates(model)
+        write_diffusers(updates, folder / LORA_FILE)
+        if not self.config.use_dora:  # tools disagree on what a kohya file's magnitudes mean
+            write_kohya(updates, folder / KOHYA, LoraNames(model))
 
     def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
-        path = folder / LORA_WEIGHT_NAME_SAFE
-        weights = _read(path)
-        for key, tensor in weights.items():
-            _check_fit(path, key, tensor, model)
-        attach_weights(model, path, scale)
-        return len(weights)
-
-    def _targets(self) -> dict[str, tuple[str, ...]]:
-        targets = {"unet": self.config.target_modules}
-        if self.config.text_encoder:
-            targets["text_encoder"] = self.config.text_encoder_target_modules
-        return targets
+        return attach_updates(model, read_lora(folder / LORA_FILE, LoraNames(model)), scale)
 
     def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
         alpha = self.config.alpha if self.config.alpha is not None else self.config.rank
@@ -95,76 +70,55 @@ class Lora(DenoiserMethod):
         )
 
 
-def _text_encoder_key(key: str) -> str:
-    for peft_name, name in TEXT_ENCODER_NAMES.items():
-        key = key.replace(f".{peft_name}.", f".{name}.")
-    if key.endswith("lora_magnitude_vector"):
-        key += ".weight"  # transformers drops the vector without it
-    return TEXT_PREFIX + key.removeprefix(TEXT_PREFIX)
-
-
-def attach_weights(model: DiffusionModel, path: Path, scale: float) -> None:
-    """Add a LoRA file to the loaded U-Net and text encoder as one more active adapter of strength `scale`."""
-    weights, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True, return_lora_metadata=True
-    )
-    adapter = f"adapter_{len(getattr(model.unet, 'peft_config', {}))}"
-    loaders = {
-        "unet": StableDiffusionPipeline.load_lora_into_unet,
-        "text_encoder": StableDiffusionPipeline.load_lora_into_text_encoder,
-    }
-    for name, load in loaders.items():
-        if not any(key.startswith(f"{name}.") for key in weights):
+def trained_updates(model: DiffusionModel) -> Updates:
+    """What the adapters of a trained model have learnt."""
+    updates: Updates = {}
+    for component in ("unet", *model.text_encoders()):
+        module = getattr(model, component)
+        if module is None:
             continue
-        module = getattr(model, name)
-        load(weights, alphas, module, adapter_name=adapter, metadata=metadata, low_cpu_mem_usage=True)
+        for name, layer in module.named_modules():
+            if isinstance(layer, LoraLayer) and TRAINED in layer.r:
+                updates.setdefault(component, {})[layer_name(module, name)] = _learnt(layer)
+    return updates
+
+
+def _learnt(layer: LoraLayer) -> LowRank:
+    down, up = (part[TRAINED].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    magnitude = None
+    if TRAINED in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[TRAINED].weight.detach().flatten()
+    return LowRank(down, up, float(layer.lora_alpha[TRAINED]), magnitude)
+
+
+def attach_updates(model: DiffusionModel, updates: Updates, scale: float) -> int:
+    """Add a LoRA to the loaded U-Net and text encoders as one more active adapter of strength `scale`.
+
+    Returns the number of its tensors. Raises ArtifactError where some layers of a component are DoRA and others are not.
+    """
+    for component, layers in updates.items():
+        if len({update.magnitude is None for update in layers.values()}) > 1:
+            raise ArtifactError(
+                f"some layers of the {component} are DoRA and others LoRA; fuse them with jobs/export.py"
+            )
+    loader = LOADERS[model.config.family]
+    tensors, metadata = diffusers_tensors(updates)
+    for component in updates:
+        module = getattr(model, component)
+        adapter = f"adapter_{len(getattr(module, 'peft_config', {}))}"
+        settings = {
+            "network_alphas": None,
+            "adapter_name": adapter,
+            "metadata": metadata,
+            "low_cpu_mem_usage": True,
+        }
+        if component == "unet":
+            loader.load_lora_into_unet(tensors, unet=module, **settings)
+        else:
+            loader.load_lora_into_text_encoder(tensors, text_encoder=module, prefix=component, **settings)
         module.set_adapter(list(module.peft_config))
         for layer in module.modules():
             if isinstance(layer, LoraLayer) and adapter in layer.r:
                 layer.set_scale(adapter, scale)
         module.requires_grad_(False)
-
-
-def _check_targets(name: str, module: nn.Module, targets: tuple[str, ...]) -> None:
-    layers = [layer for layer, _ in module.named_modules()]
-    setting = "target_modules" if name == "unet" else "text_encoder_target_modules"
-    for target in targets:
-        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
-            raise ConfigError(f"method.{setting}: no layer of the {name} is named '{target}'")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ArtifactError(f"{path.parent} has no {path.name}")
-    try:
-        with safe_open(path, "pt") as tensors:
-            if LORA_ADAPTER_METADATA_KEY not in (tensors.metadata() or {}):
-                raise ArtifactError(f"{path} says nothing of its rank and alpha; it was not exported by ray_sd")
-            return {name: tensors.get_tensor(name) for name in list(tensors.keys())}
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
-
-
-def _check_fit(path: Path, key: str, tensor: Tensor, model: DiffusionModel) -> None:
-    """Raise ArtifactError unless the tensor belongs to a layer of the model and has its size."""
-    match = LAYER.fullmatch(key)
-    layer = None
-    if match is not None:
-        component, name, part = match.groups()
-        module = getattr(model, component)
-        if module is None:
-            raise ArtifactError(f"{path} adapts the {component}, which is not loaded")
-        layer = dict(module.named_modules()).get(name)
-    if layer is None:
-        raise ArtifactError(f"{path}: the base has no layer for {key}; it was made for another base")
-    outputs, inputs = layer.weight.shape[:2]
-    if part in ("lora_A", TEXT_ENCODER_NAMES["lora_A"]):
-        expected, found = inputs, tensor.shape[1]
-    elif part == "lora_magnitude_vector":
-        expected, found = outputs, tensor.numel()
-    else:
-        expected, found = outputs, tensor.shape[0]
-    if expected != found:
-        raise ArtifactError(
-            f"{path}: {key} is made for {found} features, the base's layer has {expected}; it was made for another base"
-        )
+    return len(tensors)

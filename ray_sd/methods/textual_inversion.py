@@ -11,7 +11,7 @@ from ray_sd.config.method import PlaceholderTokens, TextualInversionMethod
 from ray_sd.config.rows import RowSpec
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
-from ray_sd.methods.embeddings import read_embeddings, write_embeddings
+from ray_sd.methods.embeddings import Embedding, read_embeddings, write_embeddings
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import SplicedEmbedding, initial_rows, splice
 
@@ -81,32 +81,45 @@ def token_group(model: DiffusionModel, trainer: TrainerConfig) -> dict[str, Any]
     return {"name": "tokens", "params": rows, "lr": rate, "weight_decay": 0.0}
 
 
-def learnt_tokens(model: DiffusionModel) -> dict[str, Tensor]:
-    """Vectors [n, D] of each placeholder."""
-    encoder, tokenizer = model.text_encoders()["text_encoder"]
-    embedding: SplicedEmbedding = encoder.get_input_embeddings()
-    vectors = embedding.vectors()
-    learnt = {}
-    for token, num_vectors in model.placeholders.items():
-        first = tokenizer.convert_tokens_to_ids(token) - embedding.first_id
-        learnt[token] = vectors[first : first + num_vectors]
+def learnt_tokens(model: DiffusionModel) -> dict[str, Embedding]:
+    """The embedding of each placeholder."""
+    learnt: dict[str, Embedding] = {token: {} for token in model.placeholders}
+    for name, (encoder, tokenizer) in model.text_encoders().items():
+        embedding: SplicedEmbedding = encoder.get_input_embeddings()
+        vectors = embedding.vectors()
+        for token, num_vectors in model.placeholders.items():
+            first = tokenizer.convert_tokens_to_ids(token) - embedding.first_id
+            learnt[token][name] = vectors[first : first + num_vectors]
     return learnt
 
 
-def attach_tokens(model: DiffusionModel, embeddings: dict[str, Tensor]) -> None:
-    """Give a model frozen tokens, by name with vectors [n, D]."""
-    encoder, tokenizer = model.text_encoders()["text_encoder"]
-    width = encoder.config.hidden_size
-    for token, vectors in embeddings.items():
-        if vectors.shape[1] != width:
+def attach_tokens(model: DiffusionModel, embeddings: dict[str, Embedding]) -> None:
+    """Give a model frozen tokens."""
+    for token, embedding in embeddings.items():
+        _check_embedding(model, token, embedding)
+    for token, embedding in embeddings.items():
+        first_ids = {name: len(tokenizer) for name, (_, tokenizer) in model.text_encoders().items()}
+        model.add_placeholder(token, len(embedding["text_encoder"]))
+        for name, (encoder, _) in model.text_encoders().items():
+            splice(encoder, first_ids[name], embedding[name].to(encoder.dtype)).requires_grad_(False)
+
+
+def _check_embedding(model: DiffusionModel, token: str, embedding: Embedding) -> None:
+    encoders = model.text_encoders()
+    if set(embedding) != set(encoders):
+        raise ArtifactError(
+            f"the token '{token}' has vectors for {' and '.join(sorted(embedding))}, the base has "
+            f"{' and '.join(sorted(encoders))}; it was made for another base"
+        )
+    for name, (encoder, _) in encoders.items():
+        found, width = embedding[name].shape[1], encoder.config.hidden_size
+        if found != width:
             raise ArtifactError(
-                f"the token '{token}' has vectors of {vectors.shape[1]} numbers, the base's text encoder takes {width}; "
+                f"the token '{token}' has vectors of {found} numbers, the base's {name} takes {width}; "
                 "it was made for another base"
             )
-    for token, vectors in embeddings.items():
-        first_id = len(tokenizer)
-        model.add_placeholder(token, len(vectors))
-        splice(encoder, first_id, vectors.to(encoder.dtype)).requires_grad_(False)
+    if len({len(vectors) for vectors in embedding.values()}) > 1:
+        raise ArtifactError(f"the token '{token}' has not as many vectors for one text encoder as for the other")
 
 
 def _initializer_ids(tokenizer: Any, config: PlaceholderTokens, token: str) -> list[int] | None:

@@ -1,30 +1,42 @@
 """Whole components as folders of an export, in the layout that plain diffusers and transformers load."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, PreTrainedModel
 
 from ray_sd.errors import ArtifactError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 TEXT_PREFIX = "text_model."
-"""transformers before version 5 kept CLIPTextModel's layers under this prefix; every release loads it."""
+"""transformers before version 5 kept CLIPTextModel's layers under this prefix; every release loads it.
+CLIPTextModelWithProjection's are under it in all releases."""
 
 
-def save_component(module: nn.Module, folder: Path) -> None:
-    """Write configuration and weights of a diffusers model or of a CLIPTextModel."""
+def save_component(
+    module: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write configuration and weights of a diffusers model or of a text encoder, in `dtype` if given.
+
+    weights: in place of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    if isinstance(module, CLIPTextModel):
-        module.config.architectures = ["CLIPTextModel"]
+    content = module.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().to(dtype or tensor.dtype).cpu().contiguous() for name, tensor in content.items()}
+    if isinstance(module, PreTrainedModel):
+        module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)
-        prefixed = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
-        save_file(prefixed, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
+        if isinstance(module, CLIPTextModel):
+            weights = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+        save_file(weights, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
     else:
         module.save_config(folder)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -32,8 +44,8 @@ def save_component(module: nn.Module, folder: Path) -> None:
 
 def load_component(module: nn.Module, folder: Path) -> int:
     """Replace a component's weights by those in the folder; returns their number."""
-    path = folder / (TEXT_WEIGHTS if isinstance(module, CLIPTextModel) else WEIGHTS)
-    weights = _read(path)
+    path = folder / (TEXT_WEIGHTS if isinstance(module, PreTrainedModel) else WEIGHTS)
+    weights, _ = read_tensors(path)
     if isinstance(module, CLIPTextModel):
         weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
     own = module.state_dict()
@@ -45,19 +57,35 @@ def load_component(module: nn.Module, folder: Path) -> int:
                 "it was made for another base"
             )
     module.load_state_dict(weights)
-    if not isinstance(module, CLIPTextModel):
+    if not isinstance(module, PreTrainedModel):
         saved = json.loads((folder / "config.json").read_text())
         if "scaling_factor" in saved:
             module.register_to_config(scaling_factor=saved["scaling_factor"])
     return len(weights)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    with _opened(path) as content:
+        return {name: content.get_tensor(name) for name in list(content.keys())}, content.metadata() or {}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    with _opened(path) as content:
+        return list(content.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has no {path.name}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
 
 

@@ -6,8 +6,12 @@ from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel
 from ray_sd.models.fingerprints import fingerprint
 from ray_sd.models.stable_diffusion import StableDiffusion
+from ray_sd.models.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: dict[str, type[DiffusionModel]] = {"stable_diffusion": StableDiffusion}
+FAMILIES: dict[str, type[DiffusionModel]] = {
+    "stable_diffusion": StableDiffusion,
+    "stable_diffusion_xl": StableDiffusionXL,
+}
 
 
 def load_model(

@@ -18,25 +18,29 @@ class DiffusionLoss:
 
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
+    masked: bool = False
+    """Whether rows that have a mask count only within it."""
 
 
 PLAIN_LOSS = DiffusionLoss()
 
 
 class DiffusionModel(nn.Module, ABC):
-    """A denoiser with its autoencoder and its text encoder. Knows nothing of distribution.
+    """A denoiser with its autoencoder and its text encoders. Knows nothing of distribution.
 
     Parts that were not asked for are None. Parts are loaded in fp32 on the CPU, in evaluation mode.
     """
 
     parts: ClassVar[tuple[str, ...]]
-    """Names of the components that `load` takes."""
+    """Names of the components that `load` takes; `text_encoder` and `tokenizer` stand for all of the family's."""
+    embeddings: ClassVar[tuple[str, ...]]
+    """Names of what `encode_text` gives."""
+    hidden_states: ClassVar[str]
+    """Which of a text encoder's states the U-Net reads, as compel names them."""
 
     config: ModelConfig
     unet: Any
     vae: Any
-    text_encoder: Any
-    tokenizer: Any
     noise_scheduler: Any
     """diffusers' DDPMScheduler with the noise schedule of training."""
     latent_scale: float
@@ -54,9 +58,13 @@ class DiffusionModel(nn.Module, ABC):
         Raises ArtifactError for what is missing, damaged or does not fit together.
         """
 
-    @abstractmethod
     def text_encoders(self) -> dict[str, tuple[Any, Any]]:
         """Text encoder and tokenizer by the name of the encoder's component; None for what was not loaded."""
+        return {name: (getattr(self, name), getattr(self, other)) for name, other in self.config.text_parts.items()}
+
+    def unread_layers(self) -> dict[str, tuple[str, ...]]:
+        """By component, how names of parameters begin whose layers the U-Net never reads; training them does nothing."""
+        return {}
 
     def add_placeholder(self, token: str, num_vectors: int) -> None:
         """Make `token` a word of `num_vectors` new ids; their embeddings are `models.tokens.splice`'s to add.
@@ -72,24 +80,39 @@ class DiffusionModel(nn.Module, ABC):
         """Mean and standard deviation, each [B, C, h, w] and unscaled, of the posterior of pixels [B, 3, H, W] in [-1, 1]."""
 
     @abstractmethod
-    def tokenize(self, captions: Sequence[str], warn: bool = True) -> Tensor:
-        """Token ids int64 [B, L], padded and cut to the text encoder's length; with `warn` a log line counts cut captions."""
+    def tokenize(self, captions: Sequence[str], warn: bool = True) -> dict[str, Tensor]:
+        """`input_ids` int64 [B, L], padded and cut to `config.prompt_chunks` times the text encoder's length, and the
+        same of every further tokenizer. With `warn` a log line counts cut captions."""
 
     @abstractmethod
     def excess_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Tokens that each caption has too many for the text encoder; 0 where it fits."""
+        """Tokens that each caption has too many for `config.prompt_chunks`; 0 where it fits."""
 
     @abstractmethod
-    def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Text embeddings [B, L, D] of token ids [B, L]."""
+    def encode_text(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Text conditions of what `tokenize` gives: `text_embeds` [B, L, D], and what else the family's U-Net takes."""
+
+    @abstractmethod
+    def size_conditions(self, height: int, width: int) -> dict[str, Tensor]:
+        """Conditions [1, …] of a whole picture of so many pixels; empty where the U-Net takes none."""
+
+    @abstractmethod
+    def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """What the U-Net predicts [B, C, h, w] from noisy latents, timesteps [B] and conditions [B, …]."""
 
     @abstractmethod
     def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = PLAIN_LOSS) -> Tensor:
         """Denoising loss of each row, fp32 [B].
 
-        A batch holds `latent_mean` and `latent_std` [B, C, h, w] (unscaled), one of `text_embeds` [B, L, D] and
-        `input_ids` [B, L], `row_seed` int64 [B] (the only randomness of a row) and optionally `timesteps` int64 [B].
+        A batch holds `latent_mean` and `latent_std` [B, C, h, w] (unscaled), either what `encode_text` gives or what
+        `tokenize` gives, `row_seed` int64 [B] (the only randomness of a row), `add_time_ids` float32 [B, 6] where the
+        U-Net takes the size, and optionally `timesteps` int64 [B] and `loss_mask` float32 [B, 1, h, w], the weight of
+        each place.
         """
+
+    @abstractmethod
+    def to_half(self) -> Self:
+        """The model in fp16 for generation, but for parts that need more."""
 
     @abstractmethod
     def sampler(self, name: SchedulerName | None = None) -> Any:

@@ -24,11 +24,12 @@ from ray_sd.config import ModelConfig
 from ray_sd.config.model import ComponentSource
 from ray_sd.errors import ArtifactError, first_line
 from ray_sd.models import single_file
+from ray_sd.models.single_file import CONFIG_FILES
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONFIG_FILES = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 CLIP_LENGTH = 77
 NO_LENGTH = 1_000_000
 """transformers gives a tokenizer without a length a larger one than this."""
@@ -111,16 +112,16 @@ def load_skeleton(config: ModelConfig, component: str, cls: type[nn.Module]) -> 
         return _build(config, component, cls, architecture).eval()
 
 
-def load_tokenizer(config: ModelConfig) -> CLIPTokenizer:
-    location = find_component(config, "tokenizer")
+def load_tokenizer(config: ModelConfig, component: str = "tokenizer") -> CLIPTokenizer:
+    location = find_component(config, component)
     if isinstance(location, SingleFile):
-        return single_file.load_tokenizer(location.layout)
+        return single_file.load_tokenizer(location.layout, component)
     if not isinstance(location, Folder):
         raise ArtifactError(f"model '{config.name}': a tokenizer has no random weights; give its folder")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(location.path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare exceptions for damaged files
-        raise ArtifactError(f"cannot read the tokenizer in {location.path}: {first_line(error)}") from error
+        raise ArtifactError(f"cannot read the {component} in {location.path}: {first_line(error)}") from error
     if tokenizer.model_max_length > NO_LENGTH:
         tokenizer.model_max_length = CLIP_LENGTH
     return tokenizer
@@ -136,6 +137,15 @@ def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
             return single_file.read_config(layout, component)
         case Folder(path):
             return read_json(path / CONFIG_FILES.get(component, "config.json"))
+
+
+def read_index(config: ModelConfig) -> dict[str, Any]:
+    """What the base's `model_index.json` says of the pipeline as a whole; nothing where there is no such file."""
+    if config.base is None:
+        return {}
+    root = _find_root(config, "model_index", config.base)
+    file = root / "model_index.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -190,18 +200,18 @@ def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource
 
 
 def _holds(folder: Path, component: str) -> bool:
-    if component == "tokenizer":
+    if component in TOKENIZERS.values():
         return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return (folder / config_file(component)).is_file()
 
 
 def config_file(component: str) -> str:
-    return {"tokenizer": "vocab.json"}.get(component, CONFIG_FILES.get(component, "config.json"))
+    return "vocab.json" if component in TOKENIZERS.values() else CONFIG_FILES.get(component, "config.json")
 
 
 def _fetch_weights(config: ModelConfig, component: str, hub_id: str, subfolder: Path) -> None:
     """Fetch a component's safetensors: those of the variant if it has them, the plain ones otherwise."""
-    if component in ("tokenizer", "scheduler"):
+    if component in CONFIG_FILES:
         return
     prefix = "" if subfolder == Path() else f"{subfolder.as_posix()}/"
     if config.variant is not None:
@@ -249,7 +259,8 @@ def _own_randomness(location: Location) -> Iterator[None]:
 def _build(config: ModelConfig, component: str, cls: type[nn.Module], architecture: dict[str, Any]) -> nn.Module:
     try:
         if issubclass(cls, PreTrainedModel):
-            return cls(cls.config_class(**{**_vocabulary(load_tokenizer(config)), **architecture}))
+            vocabulary = _vocabulary(load_tokenizer(config, TOKENIZERS[component]))
+            return cls(cls.config_class(**{**vocabulary, **architecture}))
         return cls.from_config(architecture)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(

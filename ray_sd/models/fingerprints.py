@@ -13,6 +13,7 @@ from ray_sd.config import ModelConfig
 from ray_sd.errors import ArtifactError
 from ray_sd.models import single_file
 from ray_sd.models.components import (
+    TOKENIZERS,
     Architecture,
     Folder,
     SingleFile,
@@ -28,9 +29,25 @@ BOOKKEEPING = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 def fingerprint(config: ModelConfig, component: str) -> str:
     """Hex digest that changes with a component's content: weights and configuration, or architecture and seed.
 
-    It does not depend on where the files lie nor on how the weights are divided among them. The text encoder's
-    includes its tokenizer's.
+    It does not depend on where the files lie nor on how the weights are divided among them. `text_encoder` stands for
+    all text encoders with their tokenizers, `tokenizer` for all tokenizers.
     """
+    pairs = config.text_parts.items()
+    match component:
+        case "text_encoder":
+            parts = [part for pair in pairs for part in pair]
+        case "tokenizer":
+            parts = [tokenizer for _, tokenizer in pairs]
+        case _:
+            parts = [component]
+    return _digest_of([_part_fingerprint(config, part) for part in parts])
+
+
+def _digest_of(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def _part_fingerprint(config: ModelConfig, component: str) -> str:
     location = find_component(config, component)
     digest = hashlib.blake2b(digest_size=16)
     match location:
@@ -43,13 +60,11 @@ def fingerprint(config: ModelConfig, component: str) -> str:
         case Folder(path):
             for part in _folder_content(component, location):
                 digest.update(part.encode())
-    if component == "text_encoder":
-        digest.update(fingerprint(config, "tokenizer").encode())
     return digest.hexdigest()
 
 
 def _folder_content(component: str, folder: Folder) -> Iterator[str]:
-    if component == "tokenizer":
+    if component in TOKENIZERS.values():
         for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
             if (folder.path / name).is_file():
                 yield f"{name} {hashlib.blake2b((folder.path / name).read_bytes()).hexdigest()}"

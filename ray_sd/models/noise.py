@@ -72,6 +72,14 @@ def target(prediction_type: PredictionType, x0: Tensor, eps: Tensor, alpha_bar: 
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
 
+def row_means(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of each row, [B] of [B, C, h, w]; with `weights` [B, 1, h, w] the weighted mean, 0 for a row of no weight."""
+    if weights is None:
+        return values.mean(dim=(1, 2, 3))
+    total = weights.expand_as(values).sum(dim=(1, 2, 3))
+    return (values * weights).sum(dim=(1, 2, 3)) / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
 def snr(alpha_bar: Tensor) -> Tensor:
     """Signal-to-noise ratio ᾱ / (1 − ᾱ)."""
     return alpha_bar / (1 - alpha_bar)

@@ -15,10 +15,17 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from ray_sd.errors import ArtifactError
 
 LAYOUTS = Path(__file__).parent / "layouts"
+CONFIG_FILES = {
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+"""Names of configuration files that are not called `config.json`."""
 PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
-    "text_encoder": ("cond_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
 }
 """Names of a component's tensors begin with one of these; the last four are those of a file with nothing but a VAE."""
 
@@ -48,9 +55,9 @@ def _lacks(path: Path, component: str, layout: str) -> str:
     return f"the {component} in {path} lacks weights of layout '{layout}'; is model.layout right?"
 
 
-def load_tokenizer(layout: str) -> CLIPTokenizer:
+def load_tokenizer(layout: str, component: str) -> CLIPTokenizer:
     """CLIP's vocabulary, which all of Stable Diffusion shares, with the layout's padding."""
-    settings = read_config(layout, "tokenizer")
+    settings = read_config(layout, component)
     return CLIPTokenizer.from_pretrained(
         str(LAYOUTS / "tokenizer"),
         local_files_only=True,
@@ -60,8 +67,7 @@ def load_tokenizer(layout: str) -> CLIPTokenizer:
 
 
 def read_config(layout: str, component: str) -> dict[str, Any]:
-    name = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(component, "config.json")
-    return json.loads((LAYOUTS / layout / component / name).read_text())
+    return json.loads((LAYOUTS / layout / component / CONFIG_FILES.get(component, "config.json")).read_text())
 
 
 def _read(path: Path, component: str) -> dict[str, Tensor]:

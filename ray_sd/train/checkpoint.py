@@ -1,12 +1,13 @@
 """Checkpoints: fp32 state of what trains, by parameter name, in safetensors sharded by rank. No pickle.
 
-A checkpoint folder holds one `state-RRRRR-of-WWWWW.safetensors` a rank (tensors `NAME` and `NAME:KEY` for
-optimizer moments and the moving average) and `index.json`, which maps every tensor to its file. It loads
-on any number of workers and at any ZeRO stage.
+A checkpoint folder holds one `state-RRRRR-of-WWWWW.safetensors` a rank (tensors `NAME`, and `NAME:KEY` for what the
+optimizer keeps and the moving average) and `index.json`, which maps every tensor to its file. It loads on any number
+of workers and at any ZeRO stage.
 """
 
 import errno
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,12 @@ from ray_sd.errors import ArtifactError
 from ray_sd.train.engine import EMA, PARAMETER, Engine
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(engine: Engine, folder: Path, *, step: int, rank: int, world_size: int, config: ExperimentConfig) -> None:
     """Write this rank's share of the state to `folder`. Collective. Raises ArtifactError when storage is full."""
-    names = list(engine.parameters)
-    owner = _owners({name: engine.parameters[name] for name in names}, world_size)
+    owner = _owners(engine.shapes, world_size)
     mine: dict[str, Tensor] = {}
     for name, state in engine.state():
         if owner[name] == rank:
@@ -35,8 +35,9 @@ def save(engine: Engine, folder: Path, *, step: int, rank: int, world_size: int,
     index = {
         "format": FORMAT,
         "step": step,
-        "keys": list(engine.state_keys),
-        "files": {name: _file(owner[name], world_size) for name in names},
+        "keys": list(dict.fromkeys(key for name in engine.parameters for key in engine.state_keys(name))),
+        "optimizer": {"kind": engine.optimizer_kind, "scalars": engine.scalars()},
+        "files": {name: _file(owner[name], world_size) for name in engine.parameters},
         "config": config.model_dump(mode="json"),
     }
     with storage_errors(step, str(folder)):
@@ -62,13 +63,12 @@ def restore(engine: Engine, folder: Path) -> int:
     """Load a checkpoint into `engine` on every rank and return its step."""
     index = read_index(folder)
     _check_names(set(engine.parameters), set(index["files"]), folder)
-    missing = set(engine.state_keys) - set(index["keys"])
-    if missing:
-        raise ArtifactError(
-            f"checkpoint {folder} has no {', '.join(sorted(missing))}; it was saved without trainer.ema_decay"
-        )
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.parameters.items()}
-    engine.load_state(_tensors(folder, index, engine.state_keys, shapes), index["step"])
+    check_optimizer(index, engine.optimizer_kind, str(folder))
+    if engine.ema_decay is not None and EMA not in index["keys"]:
+        raise ArtifactError(f"checkpoint {folder} has no moving average; it was saved without trainer.ema_decay")
+    keys = {name: engine.state_keys(name) for name in engine.parameters}
+    state = _tensors(folder, index, keys, engine.shapes)
+    engine.load_state(state, index["optimizer"]["scalars"], index["step"])
     return index["step"]
 
 
@@ -80,7 +80,7 @@ def load_weights(model: nn.Module, folder: Path) -> int:
     key = EMA if EMA in index["keys"] else PARAMETER
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     with torch.no_grad():
-        for name, values in _tensors(folder, index, (key,), shapes):
+        for name, values in _tensors(folder, index, dict.fromkeys(shapes, (key,)), shapes):
             parameters[name].copy_(values[key])
     return index["step"]
 
@@ -95,10 +95,25 @@ def read_index(folder: Path) -> dict:
     path = folder / INDEX
     if not path.is_file():
         raise ArtifactError(f"{folder} is no checkpoint: it has no {INDEX}")
-    index = json.loads(path.read_text())
+    return parse_index(path.read_bytes(), str(folder))
+
+
+def parse_index(content: bytes, folder: str) -> dict:
+    """The index of the checkpoint `folder` from its content; raises ArtifactError for one of another version."""
+    index = json.loads(content)
     if index.get("format") != FORMAT:
         raise ArtifactError(f"checkpoint {folder} has format {index.get('format')}; this version reads {FORMAT}")
     return index
+
+
+def check_optimizer(index: dict, kind: dict, folder: str) -> None:
+    """Raises ArtifactError where a checkpoint holds the state of another optimizer than of `kind`."""
+    found = index["optimizer"]["kind"]
+    if found != kind:
+        raise ArtifactError(
+            f"checkpoint {folder} holds the state of optimizer {_words(found)}, this run has {_words(kind)}; "
+            "set trainer.optimizer as it was"
+        )
 
 
 def is_whole(folder: Path) -> bool:
@@ -112,11 +127,11 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _owners(parameters: dict[str, nn.Parameter], world_size: int) -> dict[str, int]:
+def _owners(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
     """Which rank writes which parameter: the largest first, each to the rank with least so far."""
     load = [0] * world_size
     owner = {}
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         rank = load.index(min(load))
         owner[name] = rank
@@ -125,7 +140,7 @@ def _owners(parameters: dict[str, nn.Parameter], world_size: int) -> dict[str, i
 
 
 def _tensors(
-    folder: Path, index: dict, keys: tuple[str, ...], shapes: dict[str, tuple[int, ...]]
+    folder: Path, index: dict, keys: dict[str, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yields the parameters in the order of the model, which all ranks share."""
     files = {}
@@ -134,10 +149,11 @@ def _tensors(
             files[file] = safe_open(folder / file, framework="pt")
         for name, shape in shapes.items():
             source = files[index["files"][name]]
-            values = {key: source.get_tensor(_tensor_name(name, key)) for key in keys}
-            if tuple(values[keys[0]].shape) != shape:
+            values = {key: source.get_tensor(_tensor_name(name, key)) for key in keys[name]}
+            found = tuple(values[keys[name][0]].shape)
+            if found != shape:
                 raise ArtifactError(
-                    f"checkpoint {folder} holds {name} as {tuple(values[keys[0]].shape)}, the model has {shape}; "
+                    f"checkpoint {folder} holds {name} as {found}, the model has {shape}; "
                     "the model or the method's rank changed"
                 )
             yield name, values
@@ -152,6 +168,10 @@ def _check_names(expected: set[str], found: set[str], folder: Path) -> None:
             f"checkpoint {folder} holds {len(found)} parameters and this run trains {len(expected)} "
             f"(differing, for example, in {', '.join(only)}); the model or the method changed"
         )
+
+
+def _words(kind: dict) -> str:
+    return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in kind.items())
 
 
 def _tensor_name(name: str, key: str) -> str:

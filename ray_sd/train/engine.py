@@ -5,8 +5,10 @@ The only file that imports deepspeed. Whatever gathers state is collective: ever
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,17 +28,21 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from ray_sd.config import TrainerConfig
+from ray_sd.train.optimizers import AdamW, State, build_rule
 
 PARAMETER = "parameter"
 EMA = "ema"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FIRST_LOSS_SCALE = 2.0**16
 STEPS_OF_A_LOSS_SCALE = 2000
 """Steps without an overflow after which the scale of the fp16 loss doubles."""
 SMALL = 50_000_000
 """Up to so many trained elements, a second copy of their gradients costs less than the hooks that would save it."""
+LARGEST_BUCKET = 500_000_000
+"""Elements of gradients that are summed over the workers at once."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# It calls every optimizer but Adam untested; which go with which stage is checked before.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 # DeepSpeed calls collectives by their older names.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
@@ -58,15 +64,17 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.device = device
-        self.stage = trainer.zero.stage
+        self.stage = trainer.zero_stage
         self.ema_decay = trainer.ema_decay
         self.compute_dtype = compute_dtype(trainer, device)
         self.parameters = parameters
-        self._cast_frozen(module)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._rule = OffloadedAdamW(trainer.optimizer) if trainer.zero.offload else build_rule(trainer.optimizer)
+        cast_frozen(module, self.compute_dtype)
         self._peak_rates = [group["lr"] for group in groups]
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device),
-            optimizer=_optimizer(groups, trainer),
+            optimizer=self._rule.build([{key: group[key] for key in group.keys() - {"name"}} for group in groups]),
             config=_deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
         )
         self._optimizer = self._deepspeed.basic_optimizer
@@ -104,7 +112,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self._optimizer.param_groups[0]["lr"]
+        """The first group's rate; with an optimizer that estimates one, what comes of both."""
+        return self._rule.learning_rate(self._optimizer.param_groups[0])
 
     def gradient_norm(self) -> float | None:
         """Norm of the last step's gradient over all workers, before clipping; None before the first step."""
@@ -112,30 +121,40 @@ class Engine:
         return None if norm is None else float(norm)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name and whole fp32 state of each trained parameter: itself, Adam's moments, the moving average.
+        """Name and whole fp32 state of each trained parameter: itself, what the optimizer keeps, the moving average.
 
         Collective: all ranks go through all names together.
         """
-        for name, parameter in self.parameters.items():
-            yield name, {key: self._get(parameter, key) for key in self.state_keys}
+        with self._unpacked():
+            for name, parameter in self.parameters.items():
+                yield name, {key: self._get(parameter, key) for key in self.state_keys(name)}
+
+    def state_keys(self, name: str) -> tuple[str, ...]:
+        """What `state` gives of a parameter."""
+        average = () if self.ema_decay is None else (EMA,)
+        return (PARAMETER, *self._rule.keys(self.shapes[name]), *average)
 
     @property
-    def state_keys(self) -> tuple[str, ...]:
-        return (PARAMETER, *MOMENTS, *((EMA,) if self.ema_decay is not None else ()))
+    def optimizer_kind(self) -> dict[str, object]:
+        """The settings that decide what the optimizer keeps."""
+        return self._rule.kind
 
-    def load_state(self, state: Iterator[tuple[str, dict[str, Tensor]]], step: int) -> None:
-        """Set what `state` yielded, on any number of workers and at any ZeRO stage; `step` updates were made."""
-        for name, values in state:
-            for key in self.state_keys:
-                self._set(self.parameters[name], key, values[key].to(self.device))
-        for master in self._masters():
-            self._optimizer.state[master]["step"] = _step_counter(self._optimizer, step)
+    def scalars(self) -> dict[str, float]:
+        """Numbers that the optimizer keeps of all parameters together."""
+        return {key: self._optimizer.param_groups[0][key] for key in self._rule.scalars}
+
+    def load_state(self, state: Iterator[tuple[str, dict[str, Tensor]]], scalars: dict[str, float], step: int) -> None:
+        """Set what `state` and `scalars` gave, on any number of workers and at any ZeRO stage; `step` updates were made."""
+        with self._unpacked():
+            for name, values in state:
+                for key, value in values.items():
+                    self._set(self.parameters[name], key, value.to(self.device))
+            for optimizer_state in self._optimizer_states():
+                self._rule.pack(optimizer_state)
+                self._rule.set_step(optimizer_state, step)
+        for group in self._optimizer.param_groups:
+            group.update(scalars)
         self._updates = step
-
-    def _cast_frozen(self, module: nn.Module) -> None:
-        for parameter in module.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(self.compute_dtype)
 
     def _scale_loss(self) -> None:
         # Above stage 0 DeepSpeed's own scaler clips gradients before it unscales them, and stays where it is after an
@@ -159,7 +178,7 @@ class Engine:
         self._deepspeed.optimizer.override_loss_scale(scale)
 
     def _masters(self) -> list[Tensor]:
-        """The fp32 tensors that Adam updates here: whole parameters at stage 0, flat partitions above."""
+        """The fp32 tensors that the optimizer updates here: whole parameters at stage 0, flat partitions above."""
         match self.stage:
             case 0:
                 return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -168,20 +187,35 @@ class Engine:
             case _:
                 return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
 
+    def _optimizer_states(self) -> list[State]:
+        return [self._optimizer.state[master] for master in self._masters()]
+
     def _initialize_state(self) -> None:
-        # Adam makes its state at the first step, and stages 1 and 2 link it to the parameters once, right after their
-        # first group has stepped, when later groups still have none. Made here, state can be set before any step,
-        # and the moving average, one more entry of it, is gathered and set like the moments.
+        # Optimizers make their state at the first step, and stages 1 and 2 link it to the parameters once, right after
+        # their first group has stepped, when later groups still have none. Made here, state can be set before any step,
+        # and the moving average, one more entry of it, is gathered and set like the optimizer's.
         for master in self._masters():
-            state = self._optimizer.state[master]
-            state["step"] = _step_counter(self._optimizer, 0)
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(master, dtype=torch.float32)
+            self._rule.initialize(self._optimizer, master)
             if self.ema_decay is not None:
-                state[EMA] = master.detach().clone()
-        if self.stage in (1, 2):
-            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+                self._optimizer.state[master][EMA] = master.detach().clone()
+        self._link_state()
         self._updates = 0
+
+    def _link_state(self) -> None:
+        if self.stage in (1, 2):
+            self._deepspeed.optimizer._hp_optimizer_states_linked = False
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        """Within it, all that `state_keys` names is there."""
+        for state in self._optimizer_states():
+            self._rule.unpack(state)
+        self._link_state()
+        yield
+        for state in self._optimizer_states():
+            self._rule.drop_unpacked(state)
+        self._link_state()
 
     def _update_ema(self, decay: float) -> None:
         self._updates += 1
@@ -230,32 +264,45 @@ def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     return _DTYPES[trainer.precision]
 
 
-def _optimizer(groups: list[dict], trainer: TrainerConfig) -> torch.optim.Optimizer:
-    settings = trainer.optimizer
-    kwargs = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    groups = [{key: value for key, value in group.items() if key != "name"} for group in groups]
-    if trainer.zero.offload:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **kwargs)
-    return torch.optim.AdamW(groups, **kwargs)
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what does not train in the precision that layers compute in."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and not isinstance(parameter, _quantised()):
+            parameter.data = parameter.data.to(dtype)
 
 
-def _step_counter(optimizer: torch.optim.Optimizer, step: int) -> int | Tensor:
-    return torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+def _quantised() -> tuple[type, ...]:
+    """Parameters of bitsandbytes, which quantise themselves when they move to the device."""
+    loaded = sys.modules.get("bitsandbytes")
+    return () if loaded is None else (loaded.nn.Params4bit, loaded.nn.Int8Params)
+
+
+class OffloadedAdamW(AdamW):
+    """DeepSpeed's AdamW, which updates in the machine's memory."""
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        settings = self.settings
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(
+            groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+
+    def set_step(self, state: State, step: int) -> None:
+        state["step"] = step
 
 
 def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype, elements: int) -> dict:
     """elements: how many numbers train."""
     zero: dict = {
-        "stage": trainer.zero.stage,
+        "stage": trainer.zero_stage,
         # A buffer of this size is filled during the backward pass; DeepSpeed's default takes 2 GB for any adapter.
-        "reduce_bucket_size": min(elements, 500_000_000),
+        "reduce_bucket_size": min(elements, LARGEST_BUCKET),
     }
-    if trainer.zero.stage == 1 and elements <= SMALL:
+    if trainer.zero_stage == 1 and elements <= SMALL:
         # Stage 1 then reduces after the backward pass instead of from a hook on each of an adapter's many tensors.
         zero["contiguous_gradients"] = False
     if trainer.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if trainer.zero.stage == 3:
+    if trainer.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = trainer.zero.param_persistence_threshold
     return {
         "train_batch_size": trainer.batch_size,
@@ -263,6 +310,7 @@ def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype, elements: int)
         "gradient_accumulation_steps": trainer.accumulation_steps,
         "gradient_clipping": trainer.max_grad_norm,
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
         # Trained weights stay fp32 and so do gradients in flight; layers compute in `dtype`.
         "torch_autocast": {
             "enabled": dtype != torch.float32,

@@ -15,9 +15,10 @@ from ray_sd.data import training_batches, validation_batches
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train import checkpoint
-from ray_sd.train.engine import Engine
+from ray_sd.train.engine import Engine, compute_dtype
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
+from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.schedule import learning_rate_factor
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import validation_loss
@@ -48,6 +49,8 @@ def train(job: TrainingJob) -> None:
     method = build_method(config.method)
     model = load_model(config.model, method.components())
     method.prepare(model, trainer)
+    if trainer.quantize_base is not None:
+        quantize_frozen(model.unet, trainer.quantize_base, compute_dtype(trainer, device))
     if trainer.compile:
         model.unet.compile()
     parameters, groups = checkpoint.trained_parameters(model), method.parameter_groups(model, trainer)

@@ -18,12 +18,15 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import PreparedData, check_class_folder, check_crop, connect, has_gpus, prepare
+from ray_sd.data import PreparedData, check_class_folder, check_crop, check_masks, connect, has_gpus, prepare
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.methods import build_method
-from ray_sd.models import fingerprint, load_model
-from ray_sd.train.checkpoint import INDEX, is_whole, storage_reason
+from ray_sd.models import fingerprint
+from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
+from ray_sd.train.optimizers import build_rule, check_package
+from ray_sd.train.preflight import check_memory
+from ray_sd.train.quantize import check_quantization
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
@@ -34,7 +37,11 @@ ADAPTER = "adapter"
 CONFIG = "config.yaml"
 WHAT_A_RUN_IS = (
     *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
-    *(f"dataset.{name}" for name in ("resolution", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")),
+    *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
+    *(
+        f"dataset.{name}"
+        for name in ("resolution", "buckets", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")
+    ),
 )
 """Settings that cannot change while a run goes on. Data may move."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -75,17 +82,20 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     another, or the method does not fit the model; and any other RaySdError for what goes wrong later.
     """
     check_installed(config.tracker)
+    check_package(config.trainer.optimizer)
     run = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": run.storage_path})
     beginning = _check_resume(config, run)
     run.check_writable()
-    # What cannot be trained is found before any work is done.
-    method = build_method(config.method)
-    method.prepare(load_model(config.model, method.components(), skeleton=True), config.trainer)
+    # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
+    check_memory(config)
 
+    method = build_method(config.method)
     check_class_folder(method.rows())
     check_crop(config.dataset)
+    check_masks(config.dataset)
     connect()
+    check_quantization(config.trainer, has_gpus())
     data = prepare(config, method.rows())
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
@@ -138,7 +148,9 @@ def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     if config.resume is False:
         return Beginning(None, None)
     origin = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
-    step = _finished_steps(origin)
+    index = _read_index(origin)
+    check_optimizer(index, build_rule(config.trainer.optimizer).kind, origin)
+    step = index["step"]
     if step >= config.trainer.max_steps:
         raise ConfigError(f"resume: {config.resume} has finished {step} steps; set trainer.max_steps above that")
     return Beginning(origin, origin)
@@ -177,13 +189,13 @@ def _at(config: dict, path: str) -> Any:
     return value
 
 
-def _finished_steps(checkpoint: str) -> int:
-    """Steps of a checkpoint folder, local or behind a URI."""
+def _read_index(checkpoint: str) -> dict:
+    """The index of a checkpoint folder, local or behind a URI."""
     folder, _, name = checkpoint.rstrip("/").rpartition("/")
     content = RunFolder(folder, name).read(INDEX)
     if content is None:
         raise ConfigError(f"resume: {checkpoint} is no checkpoint folder; it has no {INDEX}")
-    return json.loads(content)["step"]
+    return parse_index(content, checkpoint)
 
 
 def _mend(run: RunFolder) -> str | None:

@@ -1,12 +1,12 @@
 import json
 import time
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -22,18 +22,20 @@ from ray_sd.models import load_model
 Batch = dict[str, torch.Tensor]
 
 
-def lanes(rank: int = 0, world_size: int = 1, **settings: int) -> Lanes:
-    values = {"num_rows": 10, "seed": 0, "shuffle_rows": 4096, "batch_size": 4, "accumulation_steps": 1} | settings
+def lanes(rank: int = 0, world_size: int = 1, **settings: Any) -> Lanes:
+    values = {"buckets": (10,), "seed": 0, "shuffle_rows": 4096, "batch_size": 4, "accumulation_steps": 1} | settings
     size = values["batch_size"] // world_size // values["accumulation_steps"]
     return Lanes(**values, micro_batch_size=size, rank=rank)
 
 
-def global_batch(step: int, world_size: int, accumulation_steps: int) -> list[tuple[int, int]]:
+def global_batch(
+    step: int, world_size: int, accumulation_steps: int, buckets: tuple[int, ...]
+) -> list[tuple[int, int]]:
     return [
         place
         for rank in range(world_size)
         for part in range(accumulation_steps)
-        for place in lanes(rank, world_size, batch_size=8, accumulation_steps=accumulation_steps).rows(
+        for place in lanes(rank, world_size, batch_size=8, accumulation_steps=accumulation_steps, buckets=buckets).rows(
             step * accumulation_steps + part
         )
     ]
@@ -59,14 +61,31 @@ def test_rows_of_a_window_come_from_few_neighbourhoods():
 
 @pytest.mark.parametrize("num_rows", [3, 10, 64])
 def test_the_stream_reads_each_row_once_an_epoch_also_where_a_step_spans_epochs(num_rows: int):
-    places = [place for step in range(3 * num_rows) for place in lanes(num_rows=num_rows).rows(step)]
+    places = [place for step in range(3 * num_rows) for place in lanes(buckets=(num_rows,)).rows(step)]
     assert Counter(places) == {(epoch, row): 1 for epoch in range(12) for row in range(num_rows)}
 
 
+def test_the_steps_of_buckets_read_each_row_once_a_pass_and_mix_the_buckets():
+    """Buckets of 1 and 5 rows never fill a batch in one epoch; what is left over begins the next."""
+    buckets, starts = (1, 5, 32, 14), (0, 1, 6, 38)
+    steps = [lanes(buckets=buckets).rows(step) for step in range(13 * 20)]  # 52 rows in batches of 4, 20 epochs
+    taken = [{bisect_right(starts, row) - 1 for _, row in places} for places in steps]
+    assert all(len(of_step) == 1 for of_step in taken)
+    assert Counter(place for places in steps for place in places) == {
+        (epoch, row): 1 for epoch in range(20) for row in range(52)
+    }
+    order = [of_step.pop() for of_step in taken]
+    assert order[:13] != sorted(order[:13])
+    assert len({tuple(order[start : start + 13]) for start in range(0, 260, 13)}) > 15
+
+
+@pytest.mark.parametrize("buckets", [(10,), (3, 9, 1)])
 @pytest.mark.parametrize(("world_size", "accumulation_steps"), [(1, 8), (2, 1), (2, 2), (4, 1), (8, 1)])
-def test_global_batches_do_not_depend_on_the_workers(world_size: int, accumulation_steps: int):
-    for step in range(5):
-        assert global_batch(step, world_size, accumulation_steps) == global_batch(step, 1, 1)
+def test_global_batches_do_not_depend_on_the_workers(
+    buckets: tuple[int, ...], world_size: int, accumulation_steps: int
+):
+    for step in range(20):
+        assert global_batch(step, world_size, accumulation_steps, buckets) == global_batch(step, 1, 1, buckets)
 
 
 def test_row_seeds_fill_63_bits_and_depend_on_seed_epoch_and_id():
@@ -98,9 +117,7 @@ def prepared(
 def read(data: PreparedData, config: ExperimentConfig, rows: RowSpec, rank: int, start: int, stop: int) -> list[Batch]:
     """What the reader of a rank makes of its micro-batches, without an actor."""
     reader = LaneReader(data, config, rows, lanes_of(data.train, config, rank))
-    parts = [to_tensors(part) for part in reader(pa.table({"micro_batch": range(start, stop)}))]
-    columns = {name: joined(parts, name).split(config.trainer.rows_per_micro_batch) for name in parts[0]}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [to_tensors(reader.micro_batch(number)) for number in range(start, stop)]
 
 
 def joined(parts: list[Batch], name: str) -> torch.Tensor:
@@ -176,7 +193,7 @@ def test_epochs_draw_among_templates_in_place_of_captions(pictures: Path):
     model = load_model(config.model, {"tokenizer"})
     model.add_placeholder("<cat>", 3)
     seen = Counter(tuple(ids) for batch in read(data, config, rows, 0, 0, 12) for ids in batch["input_ids"].tolist())
-    assert seen.keys() == {tuple(ids) for ids in model.tokenize(["a <cat>", "the <cat>"]).tolist()}
+    assert seen.keys() == {tuple(ids) for ids in model.tokenize(["a <cat>", "the <cat>"])["input_ids"].tolist()}
     assert min(seen.values()) > 40  # of 120
 
 

@@ -10,19 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sample_pictures import LATENTS, PIXELS, TINY_MODEL, bomb_png, captioned_pictures, encoded, experiment, noise_png
 from tiny_models import save_tiny_model
 
 from ray_sd.config import ExperimentConfig, ModelConfig
+from ray_sd.config.load import load_config
 from ray_sd.config.model import ComponentSource
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, RowIndex, prepare
-from ray_sd.data.encode import ImageEncoder
+from ray_sd.data.encode import ImageEncoder, add_time_ids
 from ray_sd.data.examine import PICTURE
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import list_source
 from ray_sd.errors import ArtifactError, ConfigError, DataError
+from ray_sd.models import load_model
 
 CAPTIONED_PIXELS = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
 
@@ -31,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def read_all(index: RowIndex, config: Any, rows: RowSpec) -> dict[str, dict[str, np.ndarray]]:
     """Every row of an index by its id, first variant."""
-    reader = RowReader(index, rows, config.model, memory=1 << 20)
+    reader = RowReader(index, rows, config)
     ids = [reader.id(position) for position in range(index.num_rows)]
     batch = reader.read(range(index.num_rows), [0] * index.num_rows, vary=False)
     return {name: {key: array[i] for key, array in batch.items()} for i, name in enumerate(ids)}
@@ -68,10 +71,37 @@ def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(enco
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
         mean, std = model.encode_images(pixels)
-        text = model.encode_text(model.tokenize(["picture number 7"]))
+        text = model.encode_text(model.tokenize(["picture number 7"]))["text_embeds"]
     assert np.allclose(rows["7.png"]["latent_mean"], mean[0], atol=1e-5)
     assert np.allclose(rows["7.png"]["latent_std"], std[0], atol=1e-5)
     assert np.allclose(rows["7.png"]["text_embeds"], text[0], atol=1e-5)
+
+
+def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configure: Callable, tmp_path: Path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "wide.png").write_bytes(noise_png(0, (40, 20)))
+    xl = load_config(["experiment=smoke", "model=tiny_random_xl"], ExperimentConfig).model
+    caption, encode = {"template": "a wide picture"}, {"dtype": "float32"}
+    settings = configure(tmp_path / "pictures", flip=True, crop="center", caption=caption, encode=encode)
+    config = settings.model_copy(update={"model": xl})
+    index = prepare(config, LATENTS).train
+    rows = RowReader(index, LATENTS, config).read([0], [0], vary=False)
+    model = load_model(xl, {"text_encoder", "tokenizer"})
+    with torch.inference_mode():
+        expected = model.encode_text(model.tokenize(["a wide picture"]))
+    assert np.allclose(rows["text_embeds"], expected["text_embeds"], atol=1e-5)
+    assert np.allclose(rows["pooled_text_embeds"], expected["pooled_text_embeds"], atol=1e-5)
+    # The middle of 40 x 20 pixels at 16 x 16: scaled by 0.8, cut 8 pixels from the left.
+    assert rows["add_time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]]
+    dropped = RowReader(index, replace(LATENTS, caption_dropout=1.0), config).read([0], [0])
+    assert not dropped["text_embeds"].any()
+    assert not dropped["pooled_text_embeds"].any()
+
+
+def test_the_crop_of_a_mirrored_picture_counts_from_its_own_left():
+    record = {"width": 40, "height": 20, "box": [4.0, 0.0, 24.0, 20.0], "flip": False}
+    assert add_time_ids(record, height=16, width=16).tolist() == [20, 40, 0, 3, 16, 16]
+    assert add_time_ids(record | {"flip": True}, height=16, width=16).tolist() == [20, 40, 0, 13, 16, 16]
 
 
 def test_only_what_changed_is_encoded_again(encoded_folder: tuple, caplog: pytest.LogCaptureFixture):
@@ -158,7 +188,10 @@ def test_latents_that_are_not_finite_are_rejected():
             "path": name,
             "captions": ["x"],
             "key": name.encode() * 16,
-            "shape": [3, 16, 16],
+            "shapes": [[3, 16, 16]],
+            "width": 20,
+            "height": 20,
+            "box": [0, 0, 20, 20],
             "pixels": bytes(768),
         }
         for name in "ab"

@@ -12,6 +12,7 @@ from tiny_models import save_tiny_model
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import check_class_folder, prepare, training_batches
+from ray_sd.data.prune import list_cache
 from ray_sd.errors import ConfigError
 from ray_sd.generate import read_parameters
 from ray_sd.methods import build_method
@@ -57,6 +58,7 @@ def test_missing_class_pictures_are_drawn_once_and_one_goes_with_each_row(dreamb
 
     assert prepare(config, rows).prior == data.prior
     assert pictures(folder) == drawn
+    assert ("class/" + folder.name, 3) in [(cached.name, cached.rows) for cached in list_cache(config.cache_path)]
 
     batches = list(training_batches(data, config, rows, 0, 0, 6))
     names = {name for name in batches[0] if not name.startswith("class_")}

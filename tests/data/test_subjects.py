@@ -58,7 +58,7 @@ def stored() -> Iterator[Callable[[ExperimentConfig], dict[str, dict]]]:
 
 
 def pictures(prepared: Any, config: ExperimentConfig) -> dict[str, np.ndarray]:
-    reader = RowReader(prepared.train, PIXELS, config.model, memory=1 << 20)
+    reader = RowReader(prepared.train, PIXELS, config)
     count = prepared.train.num_rows
     pixels = reader.read(range(count), [0] * count, vary=False)["pixels"]
     return {reader.id(i): pixels[i] for i in range(count)}

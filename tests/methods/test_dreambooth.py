@@ -13,7 +13,7 @@ from ray_sd.config.method import DreamBoothMethod
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import Method, build_method
-from ray_sd.models import DiffusionModel, load_model, noise
+from ray_sd.models import DiffusionLoss, DiffusionModel, load_model, noise
 
 TRAINER = TrainerConfig(learning_rate=0.05, token_learning_rate=0.5)
 TOKENS = {"placeholder_token": "<cat>", "initializer_token": "a", "num_vectors": 2}
@@ -39,7 +39,7 @@ def batch_of(method: Method, model: DiffusionModel, seed: int) -> dict[str, torc
     text = method.rows().text
     subject, prior = random_batch(2, text, seed), random_batch(2, text, seed + 100)
     if method.config.tokens is not None:
-        subject["input_ids"] = model.tokenize(["a <cat>", "<cat> b"])
+        subject |= model.tokenize(["a <cat>", "<cat> b"])
     return subject | {f"class_{name}": value for name, value in prior.items()}
 
 
@@ -59,6 +59,17 @@ def test_the_loss_is_the_papers_with_each_rows_own_weight(tiny: Path):
         parts.append((error.mean(dim=(1, 2, 3)) * ratio.clamp(max=5) / ratio).mean())
     expected = parts[0] + 0.3 * parts[1]
     assert float(method.objective(model, batch).detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+def test_class_rows_of_another_size_have_the_same_loss_as_alone(tiny: Path):
+    method, model = prepared(tiny, class_prompt="a cat", prior_loss_weight=0.3, min_snr_gamma=5.0)
+    batch = batch_of(method, model, 0)
+    for name in ("latent_mean", "latent_std"):
+        batch[name] = batch[name][:, :, :4]
+    parts = [{name: batch[prefix + name] for name in random_batch(1)} for prefix in ("", "class_")]
+    weighting = DiffusionLoss(min_snr_gamma=5.0)
+    expected = model.loss(parts[0], weighting).mean() + 0.3 * model.loss(parts[1], weighting).mean()
+    assert float(method.objective(model, batch).detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
 def test_without_class_rows_the_loss_is_that_of_the_adapter(tiny: Path):

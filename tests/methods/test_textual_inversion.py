@@ -38,7 +38,7 @@ def prepared(folder: Path, **values: object) -> tuple[Method, DiffusionModel]:
 
 def batch_of(model: DiffusionModel, seed: int = 0) -> dict[str, torch.Tensor]:
     batch = random_batch(text="tokens", seed=seed)
-    return batch | {"input_ids": model.tokenize([PROMPT, "a <cat>", "<mat>"])}
+    return batch | model.tokenize([PROMPT, "a <cat>", "<mat>"])
 
 
 def train(method: Method, model: DiffusionModel, steps: int = 3) -> None:
@@ -144,7 +144,7 @@ def test_embeddings_of_other_tools_are_read(tmp_path: Path, layout: str):
     save_file(content[layout], tmp_path / "<cat>.safetensors")
     token, read = read_embedding(tmp_path / "<cat>.safetensors")
     assert token == "<cat>"
-    assert torch.equal(read, vectors[:1] if layout == "one vector" else vectors)
+    assert torch.equal(read["text_encoder"], vectors[:1] if layout == "one vector" else vectors)
 
 
 def test_the_a1111_file_is_named_by_the_token(tiny: Path, tmp_path: Path):
@@ -178,7 +178,7 @@ def test_the_pooled_embedding_is_that_of_the_end_of_text(tiny: Path):
     """Many CLIP configurations carry end-of-text id 2, and then the largest id is taken: a new token's."""
     _, model = prepared(tiny)
     model.eval()
-    ids = model.tokenize(["a <cat>"])
+    ids = model.tokenize(["a <cat>"])["input_ids"]
     end = int((ids[0] == model.tokenizer.eos_token_id).nonzero()[0])
     right = model.text_encoder(ids)
     assert torch.equal(right.pooler_output[0], right.last_hidden_state[0, end])
@@ -255,5 +255,5 @@ def test_files_that_are_no_embedding_are_refused(tmp_path: Path, content: dict, 
     save_file({name: torch.zeros(shape) for name, shape in content.items()}, tmp_path / "x.safetensors")
     with pytest.raises(ArtifactError, match=words):
         read_embedding(tmp_path / "x.safetensors")
-    with pytest.raises(ArtifactError, match="pickled embeddings are not read"):
+    with pytest.raises(ArtifactError, match="pickled weights are not read"):
         read_embedding(tmp_path / "x.pt")

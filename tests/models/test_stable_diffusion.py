@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from tiny_models import random_batch, save_tiny_model, tiny_config
 
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.models import DiffusionLoss, DiffusionModel, load_model
+from ray_sd.models import DiffusionLoss, DiffusionModel, load_model, noise
 from ray_sd.models.schedulers import SAMPLERS
 
 TRAINING = ("unet", "scheduler")
@@ -74,7 +74,7 @@ def test_tokens_and_their_embeddings_give_one_loss(tiny: Path):
     model = load_model(tiny_config(tiny), (*TRAINING, "text_encoder", "tokenizer"))
     batch = random_batch(rows=2, text="tokens")
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
-    embedded["text_embeds"] = model.encode_text(batch["input_ids"])
+    embedded |= model.encode_text(batch)
     torch.testing.assert_close(model.loss(batch), model.loss(embedded))
 
 
@@ -114,13 +114,14 @@ def test_images_are_encoded_to_the_posterior(tiny: Path):
 def test_long_captions_are_cut_and_counted(tiny: Path, caplog: pytest.LogCaptureFixture):
     model = load_model(tiny_config(tiny), ("tokenizer", "text_encoder"))
     with caplog.at_level(logging.WARNING):
-        ids = model.tokenize(["a cat", "x" * 40, ""])
+        tokens = model.tokenize(["a cat", "x" * 40, ""])
+    ids = tokens["input_ids"]
     assert ids.shape == (3, 16)
     assert ids.dtype == torch.int64
     assert ids[:, 0].tolist() == [512] * 3
     assert ids[1, -1] == 513  # the end stays
-    assert "1 of 3 captions cut to the text encoder's 16 tokens" in caplog.text
-    assert model.encode_text(ids).shape == (3, 16, 32)
+    assert "1 of 3 captions cut to 14 tokens" in caplog.text
+    assert model.encode_text(tokens)["text_embeds"].shape == (3, 16, 32)
 
 
 def test_noise_settings_replace_the_saved_ones(tiny: Path):
@@ -176,8 +177,8 @@ def test_samplers_have_the_schedule_of_training(tiny: Path, name: str):
     [
         ("vae", {"latent_channels": 8}, "the U-Net takes latents of 4 channels, the autoencoder makes 8"),
         ("text_encoder", {"hidden_size": 64}, "text embeddings of width 32, the text encoder makes 64"),
-        ("text_encoder", {"vocab_size": 100, "eos_token_id": 9}, "514 kinds of tokens, the text encoder takes 100"),
-        ("text_encoder", {"max_position_embeddings": 8}, "16 tokens a caption, the text encoder takes 8"),
+        ("text_encoder", {"vocab_size": 100, "eos_token_id": 9}, "514 kinds of tokens, the text_encoder takes 100"),
+        ("text_encoder", {"max_position_embeddings": 8}, "16 tokens a caption, the text_encoder takes 8"),
         ("unet", {"in_channels": 9}, "takes 9 channels and gives 4; inpainting"),
         ("unet", {"time_cond_proj_dim": 32}, "takes conditions besides text .time_cond_proj_dim."),
     ],
@@ -188,3 +189,23 @@ def test_parts_that_do_not_fit_together_are_refused(tiny: Path, component: str, 
     architecture = getattr(tiny_models, component.upper()) | change
     with pytest.raises(ArtifactError, match=words):
         load_model(tiny_config(tiny, **{component: {"architecture": architecture}}))
+
+
+def test_a_masked_row_counts_only_within_its_mask(tiny: Path):
+    model = load_model(tiny_config(tiny), TRAINING)
+    batch = random_batch(rows=2)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4] = 1
+    mask[0, :, 4:] = 0.25
+    batch |= {"loss_mask": mask, "timesteps": torch.tensor([500, 500])}
+    found = model.loss(batch, DiffusionLoss(masked=True))
+
+    draws = noise.draw_rows(batch["row_seed"], (4, 8, 8), 1000)
+    alpha_bar = model.noise_scheduler.alphas_cumprod[500]
+    latents = (batch["latent_mean"] + batch["latent_std"] * draws.posterior) * 0.5
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * draws.noise
+    error = (model.unet(noisy, batch["timesteps"], batch["text_embeds"]).sample - draws.noise).square()[0]
+    expected = (error[:, :4].sum() + 0.25 * error[:, 4:].sum()) / (4 * 8 * (4 + 0.25 * 4))
+    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert found[1] == 0  # nothing of it counts
+    assert torch.equal(model.loss(batch), model.loss({k: v for k, v in batch.items() if k != "loss_mask"}))

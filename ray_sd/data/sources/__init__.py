@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from ray_sd.config import DatasetConfig
+from ray_sd.config.dataset import MaskFiles
 from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow
 from ray_sd.data.sources.huggingface import list_huggingface
 from ray_sd.data.sources.image_folder import list_image_folder
+from ray_sd.data.sources.masks import check_masks, with_masks
 from ray_sd.data.sources.parquet import list_parquet
 from ray_sd.data.sources.webdataset import list_webdataset
 
@@ -19,8 +21,9 @@ SOURCES: dict[str, Callable[..., Listing]] = {
 
 
 def list_source(config: DatasetConfig) -> Listing:
-    """List the configured source. Raises DataError where there is nothing to read."""
-    return SOURCES[config.source.name](config.source, config.caption.column)
+    """List the configured source, with its masks. Raises DataError where there is nothing to read."""
+    listing = SOURCES[config.source.name](config.source, config.caption.column)
+    return with_masks(listing, config.mask) if isinstance(config.mask, MaskFiles) else listing
 
 
-__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "list_source"]
+__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "check_masks", "list_source"]

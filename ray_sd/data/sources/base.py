@@ -28,6 +28,8 @@ class SourceRow(NamedTuple):
     image: bytes
     captions: list[str]
     reason: str | None = None
+    mask: bytes | None = None
+    """An encoded picture, white where the row's own counts."""
 
 
 @dataclass(frozen=True)

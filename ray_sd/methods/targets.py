@@ -1,0 +1,24 @@
+"""Which layers of a model get an adapter."""
+
+from torch import nn
+
+from ray_sd.config.method import AdaptedLayers
+from ray_sd.errors import ConfigError
+from ray_sd.models import DiffusionModel
+
+
+def targets_of(config: AdaptedLayers, model: DiffusionModel) -> dict[str, tuple[str, ...]]:
+    """Ends of the names of the layers to adapt, by component."""
+    targets = {"unet": config.target_modules}
+    if config.text_encoder:
+        targets |= dict.fromkeys(model.text_encoders(), config.text_encoder_target_modules)
+    return targets
+
+
+def check_targets(component: str, module: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise ConfigError for a target that no layer of a component is named by."""
+    layers = [layer for layer, _ in module.named_modules()]
+    setting = "target_modules" if component == "unet" else "text_encoder_target_modules"
+    for target in targets:
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            raise ConfigError(f"method.{setting}: no layer of the {component} is named '{target}'")

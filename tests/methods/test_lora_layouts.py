@@ -1,0 +1,332 @@
+"""A LoRA in the layouts of kohya-ss, diffusers and PEFT: the names of full-size models, and the same picture from all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from kohya_keys import PUBLISHED, PUBLISHED_CONVOLUTIONS
+from peft import LoHaConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import difference, draw, tiny_config, tiny_xl_config
+
+from ray_sd.config import ModelConfig, TrainerConfig
+from ray_sd.config.method import LoraMethod
+from ray_sd.errors import ArtifactError
+from ray_sd.methods import build_method
+from ray_sd.methods.lora import attach_updates, trained_updates
+from ray_sd.methods.lora_names import LoraNames
+from ray_sd.methods.lora_reader import read_lora
+from ray_sd.methods.lora_writers import write_diffusers, write_kohya, write_peft
+from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.models import DiffusionModel, load_model
+
+FAMILIES = {"sd15": "stable_diffusion", "sd21": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
+LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+SIZES = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sd21": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+"""Parameters of the published models."""
+VARIANTS: dict[str, dict] = {
+    "attention": {},
+    "without text": {"text": False},
+    "convolutions": {"convolutions": True},
+    "many ranks and alphas": {"convolutions": True, "alike": False},
+    "dora": {"dora": True},
+    "dora of convolutions": {"dora": True, "convolutions": True},
+}
+
+
+def skeleton(layout: str, folder: Path) -> DiffusionModel:
+    """A full-size model on the meta device; nothing is read from its file."""
+    file = folder / f"{layout}.safetensors"
+    file.touch()
+    config = {"name": layout, "base": str(file), "layout": layout, "family": FAMILIES[layout]}
+    return load_model(ModelConfig.model_validate(config), skeleton=True)
+
+
+def adapted(model: DiffusionModel, **settings: object) -> dict[str, torch.nn.Parameter]:
+    """What a LoRA of rank 4 trains."""
+    build_method(LoraMethod(rank=4, **settings)).prepare(model, TrainerConfig())
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def kohya_names(model: DiffusionModel) -> set[str]:
+    names = LoraNames(model)
+    return {names.kohya((part, layer)) for part, layers in trained_updates(model).items() for layer in layers}
+
+
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_full_size_models_have_the_published_numbers_of_parameters(layout: str, tmp_path: Path):
+    model = skeleton(layout, tmp_path)
+    found = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in SIZES[layout]}
+    assert found == SIZES[layout]
+
+
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_a_lora_of_all_linear_layers_has_the_keys_of_kohyas_default(layout: str, tmp_path: Path):
+    model = skeleton(layout, tmp_path)
+    adapted(model, target_modules=LINEAR, text_encoder=True, text_encoder_target_modules=TEXT)
+    assert kohya_names(model) == PUBLISHED[layout]
+
+
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_a_lora_of_convolutions_has_the_keys_of_kohyas_conv_dim(layout: str, tmp_path: Path):
+    model = skeleton(layout, tmp_path)
+    adapted(model, target_modules=CONVOLUTIONS)
+    assert kohya_names(model) == PUBLISHED_CONVOLUTIONS[layout]
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks", "parameters"), [("sd15", 16, 797_184), ("sd21", 16, 829_952), ("sdxl", 70, 5_806_080)]
+)
+def test_a_default_lora_trains_the_attention_of_every_transformer_block(
+    layout: str, blocks: int, parameters: int, tmp_path: Path
+):
+    trained = adapted(skeleton(layout, tmp_path))
+    assert sum(parameter.numel() for parameter in trained.values()) == parameters
+    assert len(trained) == blocks * 2 * 4 * 2  # attentions, projections, halves
+    block = "down_blocks.1.attentions.0.transformer_blocks.0"
+    found = sorted(name for name in trained if name.startswith(f"unet.{block}."))
+    assert found == sorted(
+        f"unet.{block}.{attention}.{layer}.lora_{half}.default.weight"
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        for half in "AB"
+    )
+
+
+@pytest.mark.parametrize("layout", FAMILIES)
+def test_no_two_layers_share_a_spelling(layout: str, tmp_path: Path):
+    names = LoraNames(skeleton(layout, tmp_path))
+    spelled = [spelling for layer in names.layers for spelling in set(names._spellings(layer))]
+    assert len(spelled) == len(set(spelled)) == len(names.spellings())
+
+
+@pytest.fixture(params=["sd", "xl"])
+def base(request: pytest.FixtureRequest, tiny: Path, tiny_xl: Path) -> Callable[[], DiffusionModel]:
+    """Loads a tiny model of either family, anew at every call."""
+    config = tiny_config(tiny) if request.param == "sd" else tiny_xl_config(tiny_xl)
+    return lambda: load_model(config)
+
+
+def random_updates(
+    model: DiffusionModel, text: bool = True, convolutions: bool = False, dora: bool = False, alike: bool = True
+) -> Updates:
+    """A LoRA that changes a picture a lot. Where its layers are not alike they differ in rank and alpha."""
+    generator = torch.Generator().manual_seed(0)
+    updates: Updates = {}
+    for number, ((component, name), layer) in enumerate(LoraNames(model).layers.items()):
+        if ("layers." not in name or not text) if component != "unet" else not (convolutions or "attentions." in name):
+            continue
+        weight = layer.weight.detach()
+        rank, alpha = (4, 2.0) if alike else (2 + number % 3, 1.0 + number % 2)
+        down = torch.randn(rank, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+        up = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2), generator=generator) / 2
+        magnitude = 1.3 * weight.flatten(1).norm(dim=1) if dora else None
+        updates.setdefault(component, {})[name] = LowRank(down, up, alpha, magnitude)
+    return updates
+
+
+def picture_with(model: DiffusionModel, updates: Updates) -> Image.Image:
+    attach_updates(model, updates, 1.0)
+    return draw(model.pipeline())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_lora_draws_alike_through_every_layout_here_and_in_its_own_tools(
+    base: Callable[[], DiffusionModel], tmp_path: Path, variant: str, layout: str
+):
+    model = base()
+    names = LoraNames(model)
+    updates = random_updates(model, **VARIANTS[variant])
+    write_diffusers(updates, tmp_path / "diffusers.safetensors")
+    write_kohya(updates, tmp_path / "kohya.safetensors", names)
+    write_peft(updates, tmp_path / "peft", names)
+    before = draw(model.pipeline())
+    expected = picture_with(model, updates)
+    assert difference(before, expected) > 10
+
+    path = tmp_path / (layout if layout == "peft" else f"{layout}.safetensors")
+    again = base()
+    assert difference(picture_with(again, read_lora(path, LoraNames(again))), expected) <= 1
+    if layout == "kohya" and "dora" in variant:
+        return  # diffusers leaves a kohya file's magnitudes out
+    assert difference(draw(in_plain_tools(base().pipeline(), path)), expected) <= 1
+
+
+def in_plain_tools(pipeline: DiffusionPipeline, path: Path) -> DiffusionPipeline:
+    if path.is_file():
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        return pipeline
+    for folder in path.iterdir():
+        wrapped = PeftModel.from_pretrained(getattr(pipeline, folder.name), folder)
+        setattr(pipeline, folder.name, wrapped.base_model.model)
+    return pipeline
+
+
+def test_a_fused_update_is_what_pefts_layers_compute(base: Callable[[], DiffusionModel]):
+    for variant in ("attention", "dora of convolutions"):
+        updates = random_updates(base(), **VARIANTS[variant])
+        attached, fused = base(), base()
+        attach_updates(attached, updates, 0.7)
+        names = LoraNames(fused)
+        with torch.no_grad():
+            for component, layers in updates.items():
+                for name, update in layers.items():
+                    weight = names.layers[component, name].weight
+                    weight += update.change(weight, 0.7)
+        assert difference(draw(fused.pipeline()), draw(attached.pipeline())) <= 1
+
+
+def test_a_kohya_file_has_its_parts_and_one_alpha(tiny: Path, tmp_path: Path):
+    model = load_model(tiny_config(tiny))
+    updates = random_updates(model, convolutions=True, alike=False)
+    write_kohya(updates, tmp_path / "x.safetensors", LoraNames(model))
+    tensors = load_file(tmp_path / "x.safetensors")
+    parts = {"alpha", "lora_down.weight", "lora_up.weight"}
+    assert {name.split(".", 1)[1] for name in tensors} == parts
+    assert len({float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}) == 1
+    assert tensors["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"].shape[1:] == (64, 3, 3)
+    assert len({len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")}) == 3
+
+
+def test_xl_files_in_either_spelling_of_the_unet_mean_the_same(tiny_xl: Path, tmp_path: Path):
+    model = load_model(tiny_xl_config(tiny_xl))
+    names = LoraNames(model)
+    updates = random_updates(model, convolutions=True)
+    write_kohya(updates, tmp_path / "original.safetensors", names)
+    renamed = {
+        names.kohya((component, name)): f"lora_unet_{name.replace('.', '_')}"
+        for component, name in names.layers
+        if component == "unet"
+    }
+    tensors = load_file(tmp_path / "original.safetensors")
+    respelled = {
+        f"{renamed.get(layer, layer)}.{part}": tensor
+        for (layer, part), tensor in ((name.split(".", 1), tensor) for name, tensor in tensors.items())
+    }
+    assert respelled.keys() != tensors.keys()
+    save_file(respelled, tmp_path / "diffusers.safetensors")
+    one, other = (read_lora(tmp_path / f"{name}.safetensors", names) for name in ("original", "diffusers"))
+    assert {part: layers.keys() for part, layers in one.items()} == {p: u.keys() for p, u in other.items()}
+    for component, layers in one.items():
+        assert all(torch.equal(layer.delta(), other[component][name].delta()) for name, layer in layers.items())
+
+
+def test_files_of_old_diffusers_read_as_plain_diffusers_reads_them(tiny: Path, tmp_path: Path):
+    """Attention processors named what they had learnt; text encoders had the same names; there was no alpha."""
+    model = load_model(tiny_config(tiny))
+    updates = random_updates(model)
+    shorts = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k"}
+    shorts |= {"v_proj": "to_v", "out_proj": "to_out"}
+    old = {}
+    for component, layers in updates.items():
+        for name, update in layers.items():
+            layer = next((layer for layer in shorts if name.endswith(f".{layer}")), None)
+            if layer is not None:
+                processor = "processor." if component == "unet" else ""
+                start = f"{component}.{name.removesuffix(layer)}{processor}{shorts[layer]}_lora"
+                old |= {f"{start}.down.weight": update.down, f"{start}.up.weight": update.up}
+    save_file({name: tensor.contiguous() for name, tensor in old.items()}, tmp_path / "old.safetensors")
+    plain = in_plain_tools(load_model(tiny_config(tiny)).pipeline(), tmp_path / "old.safetensors")
+    expected = draw(plain)
+    assert difference(draw(model.pipeline()), expected) > 10
+    assert difference(picture_with(model, read_lora(tmp_path / "old.safetensors", LoraNames(model))), expected) <= 1
+
+
+def test_what_an_old_unet_alone_had_learnt_needs_no_prefix(tiny: Path, tmp_path: Path):
+    names = LoraNames(load_model(tiny_config(tiny)))
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    halves = {f"{layer}.processor.to_k_lora.down.weight": torch.ones(2, 64)}
+    halves |= {f"{layer}.processor.to_k_lora.up.weight": torch.ones(64, 2)}
+    save_file(halves, tmp_path / "x.safetensors")
+    assert list(read_lora(tmp_path / "x.safetensors", names)) == ["unet"]
+    assert list(read_lora(tmp_path / "x.safetensors", names)["unet"]) == [f"{layer}.to_k"]
+
+
+def test_a_convolution_split_in_two_is_one(tiny: Path, tmp_path: Path):
+    """LyCORIS' lora_mid: the three convolutions in turn give what the one update gives."""
+    names = LoraNames(load_model(tiny_config(tiny)))
+    generator = torch.Generator().manual_seed(0)
+    layer = "lora_unet_mid_block_resnets_0_conv1"
+    down, mid, up = (torch.randn(shape, generator=generator) for shape in ((2, 64, 1, 1), (2, 2, 3, 3), (64, 2, 1, 1)))
+    parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file({f"{layer}.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors")
+    [update] = read_lora(tmp_path / "x.safetensors", names)["unet"].values()
+    pixels = torch.randn(1, 64, 5, 5, generator=generator)
+    conv = torch.nn.functional.conv2d
+    expected = 0.5 * conv(conv(conv(pixels, down), mid, padding=1), up)
+    torch.testing.assert_close(conv(pixels, update.delta(), padding=1), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_lone_folder_of_peft_finds_its_component(tiny_xl: Path, tmp_path: Path):
+    """The text encoders' layers have the same names; only their sizes tell which one it is."""
+    model = load_model(tiny_xl_config(tiny_xl))
+    names = LoraNames(model)
+    write_peft(random_updates(model), tmp_path, names)
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        assert list(read_lora(tmp_path / component, names)) == [component]
+
+
+def test_pefts_settings_are_kept(tiny: Path, tmp_path: Path):
+    model = load_model(tiny_config(tiny))
+    names = LoraNames(model)
+    write_peft(random_updates(model, text=False), tmp_path, names)
+    config = tmp_path / "unet" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"use_rslora": True, "alpha_pattern": {"attn1.to_q": 8.0}}))
+    layers = read_lora(tmp_path / "unet", names)["unet"]
+    alphas = {name.endswith("attn1.to_q"): update.alpha for name, update in layers.items()}
+    assert alphas == {True: 16.0, False: 4.0}  # alpha times the root of rank 4
+
+
+def attn_key(part: str) -> str:
+    return f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{part}"
+
+
+HALVES = {attn_key("lora_down.weight"): (2, 32), attn_key("lora_up.weight"): (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({**HALVES, "lora_unet_nothing.alpha": ()}, "no layer for 1 of 3 tensors, such as lora_unet_nothing.alpha"),
+        ({"model.diffusion_model.out.2.bias": (4,)}, "no layer for 1 of 1 tensors.*or is no LoRA"),
+        ({attn_key("lora_down.weight"): (2, 32)}, "attn1_to_q.lora_down.weight has no up matrix beside it"),
+        ({attn_key("alpha"): ()}, "attn1_to_q.alpha has no down matrix beside it"),
+        ({attn_key("hada_w1_a"): (2, 2)}, "holds a LoHa .*hada_w1_a.; LoRA and DoRA are read"),
+        ({**HALVES, attn_key("lora_up.weight"): (64, 2)}, "lora_up.weight is made for 64 features, .* has 32"),
+        ({**HALVES, attn_key("lora_up.weight"): (32, 3)}, "which is no update of a weight of \\(32, 32\\)"),
+        ({**HALVES, attn_key("lora_down.weight"): (2, 32, 3, 3)}, "which is no update of a weight of \\(32, 32\\)"),
+        ({**HALVES, attn_key("dora_scale"): (1, 32)}, "dora_scale scales a layer's inputs"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_in_words(tiny: Path, tmp_path: Path, shapes: dict, words: str):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ArtifactError, match=words):
+        read_lora(tmp_path / "x.safetensors", LoraNames(load_model(tiny_config(tiny), ("unet", "text_encoder"))))
+
+
+def test_folders_of_peft_that_hold_no_lora_are_refused(tiny: Path, tmp_path: Path):
+    model = load_model(tiny_config(tiny))
+    names = LoraNames(model)
+    get_peft_model(model.unet, LoHaConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ArtifactError, match="unet holds a LOHA of PEFT's; LORA is read"):
+        read_lora(tmp_path, names)
+    (tmp_path / "unet" / "adapter_config.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="adapter_config.json is no configuration of PEFT's"):
+        read_lora(tmp_path, names)

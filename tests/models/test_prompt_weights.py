@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import difference, tiny_config, tiny_xl_config
+
+from ray_sd.errors import ConfigError
+from ray_sd.generate import ImageRequest, generate
+from ray_sd.models import DiffusionModel, load_model
+from ray_sd.models.prompt_weights import encode_weighted_text
+from ray_sd.models.tokens import splice
+
+TEXT = ("text_encoder", "tokenizer")
+
+
+@pytest.fixture(params=["tiny", "tiny_xl"])
+def model(request: pytest.FixtureRequest) -> DiffusionModel:
+    configure = {"tiny": tiny_config, "tiny_xl": tiny_xl_config}[request.param]
+    return load_model(configure(request.getfixturevalue(request.param), prompt_chunks=2), TEXT)
+
+
+def encode(model: DiffusionModel, *prompts: str) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return model.encode_text(model.tokenize(prompts))
+
+
+def weigh(model: DiffusionModel, *prompts: str) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return encode_weighted_text(model, prompts)
+
+
+def test_a_prompt_without_weights_is_encoded_as_always(model: DiffusionModel):
+    prompts = ("a b", "", "a (b c", "a " * 20)
+    for name, tensor in weigh(model, *prompts).items():
+        assert torch.equal(tensor, encode(model, *prompts)[name])
+
+
+def test_a_weight_moves_its_word_away_from_the_empty_prompt(model: DiffusionModel):
+    # Token places: start, a, b, c, end; the empty prompt's are not zeros here, whatever the family does with it.
+    if hasattr(model, "zero_empty_prompt"):
+        model.zero_empty_prompt = False
+    plain, empty = (encode(model, prompt)["text_embeds"][0] for prompt in ("a b c", ""))
+    found = weigh(model, "a (b)1.5 c")["text_embeds"][0]
+    expected = plain.clone()
+    expected[2] = empty[2] + 1.5 * (plain[2] - empty[2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_weight_below_one_mixes_with_the_prompt_without_the_word(model: DiffusionModel):
+    plain, found = encode(model, "a b c")["text_embeds"], weigh(model, "a (b)0.5 c")["text_embeds"]
+    assert (plain - found)[0, 3].abs().max() > 1e-4
+    assert torch.equal(weigh(model, "a (b)1.0 c")["text_embeds"], plain)
+
+
+def test_the_pooled_embedding_is_that_of_the_words(tiny_xl: Path):
+    model = load_model(tiny_xl_config(tiny_xl), TEXT)
+    pooled = "pooled_text_embeds"
+    assert torch.equal(weigh(model, "a (b)1.5 c")[pooled], encode(model, "a b c")[pooled])
+
+
+def test_a_weighted_prompt_may_fill_several_chunks(model: DiffusionModel):
+    found = weigh(model, "a " * 16 + "(b)1.3", "(a)1.2", "a " * 40 + "(b)1.3")["text_embeds"]
+    assert found.shape[1] == 32
+    plain = encode(model, "a " * 16 + "b", "a")["text_embeds"]
+    assert torch.equal(found[0, :16], plain[0, :16])
+    assert not torch.allclose(found[0, 19], plain[0, 19])
+
+
+def test_a_weighted_placeholder_has_all_of_its_vectors(model: DiffusionModel):
+    for encoder, tokenizer in model.text_encoders().values():
+        splice(encoder, len(tokenizer), torch.randn(3, encoder.config.hidden_size))
+    model.add_placeholder("<cat>", 3)
+    plain, found = encode(model, "a <cat> b")["text_embeds"], weigh(model, "a (<cat>)1.5 b")["text_embeds"]
+    changed = ((plain - found).abs().amax(dim=-1)[0] > 1e-5).nonzero().flatten().tolist()
+    assert changed == [2, 3, 4]
+
+
+@pytest.mark.parametrize("prompt", ['("a","b").blend(1, 1)', '("a","b").and()', "a cat.swap(dog)"])
+def test_more_than_weights_is_refused(model: DiffusionModel, prompt: str):
+    with pytest.raises(ConfigError, match=r"asks for more than weights; understood are \(red\)1.5"):
+        weigh(model, prompt)
+
+
+def test_pictures_follow_weights_only_where_asked(tiny: Path):
+    whole = load_model(tiny_config(tiny))
+    settings = {"num_inference_steps": 3, "seed": 1}
+    plain, words, weighted, unweighted = generate(
+        whole,
+        [
+            ImageRequest("a b", **settings),
+            ImageRequest("a (b)1.9", **settings),
+            ImageRequest("a (b)1.9", prompt_weighting=True, **settings),
+            ImageRequest("a b", prompt_weighting=True, **settings),
+        ],
+    )
+    assert difference(plain, unweighted) <= 1
+    assert difference(plain, weighted) > 1
+    assert difference(words, weighted) > 1

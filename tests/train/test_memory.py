@@ -1,0 +1,233 @@
+"""Estimates of memory against what torch's allocator counts, and against what others measured at full size."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.load import load_config
+from ray_sd.methods import build_method
+from ray_sd.models import load_model
+from ray_sd.train.activations import Activations, fake_batch, measure_activations
+from ray_sd.train.engine import cast_frozen
+from ray_sd.train.memory import GIB, Estimates, Parts, measure_step, moments, resident
+
+FULL_SIZE = ["experiment=smoke", "trainer=default", "trainer.precision=bf16"]
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExperimentConfig]:
+    """SD 1.5 or SDXL, whose sizes are known without their weights."""
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
+    file.touch()
+
+    def configure(model: str, *settings: str) -> ExperimentConfig:
+        resolution = {"sd15": 512, "sdxl": 1024}[model]
+        base = [f"model={model}", f"model.base={file}", f"model.layout={model}", f"dataset.resolution={resolution}"]
+        return load_config([*FULL_SIZE, *base, *settings])
+
+    return configure
+
+
+@pytest.fixture(scope="module")
+def of_all_weights() -> Estimates:
+    """Of method `full` of SD 1.5, whose steps are measured once for each batch size."""
+    return Estimates(on_gpu=True)
+
+
+def parts(config: ExperimentConfig) -> Parts:
+    return Estimates(on_gpu=True).parts(config)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model=emoji", "method=lora"],
+        ["model=emoji", "method=full", "dataset.resolution=128"],
+        ["model=emoji", "method=full", "method.text_encoder=true"],
+        ["model=emoji", "method=textual_inversion", "method.placeholder_token=<x>"],
+        ["model=emoji", "method=autoencoder"],
+        ["model=tiny_random", "method=dreambooth", "method.class_prompt=a cat"],
+        ["model=tiny_random_xl", "method=pivotal", "method.tokens.placeholder_token=<x>"],
+    ],
+    ids=lambda settings: "-".join(setting.partition("=")[2] for setting in settings[:2]),
+)
+def test_a_pass_on_the_meta_device_takes_what_a_real_one_allocates(settings: list[str], checkpointing: str):
+    config = load_config(
+        [
+            "experiment=smoke",
+            "dataset.resolution=64",
+            *settings,
+            f"trainer.gradient_checkpointing={checkpointing}",
+        ]
+    )
+    method = build_method(config.method)
+    skeleton = load_model(config.model, method.components(), skeleton=True)
+    method.prepare(skeleton, config.trainer)
+    batch = fake_batch(config, method, skeleton)
+    estimated = measure_activations(method, skeleton, batch, torch.float32)
+
+    torch.manual_seed(0)
+    model = load_model(config.model, method.components())
+    method.prepare(model, config.trainer)
+    real = {name: _values(value) for name, value in batch.items()}
+    method.objective(model, real).backward()
+    model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        method.objective(model, real).backward()
+    assert estimated.beside_gradients + estimated.gradients == pytest.approx(_most_allocated(profiled), rel=0.1)
+
+
+def _values(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape) if like.is_floating_point() else torch.randint(9, like.shape, dtype=like.dtype)
+
+
+def _most_allocated(profiled: profile) -> int:
+    now = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def test_half_precision_keeps_halves_but_for_norms(full_size):
+    config = full_size("sd15", "method=lora")
+    method = build_method(config.method)
+    found: dict[torch.dtype, Activations] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(config.model, method.components(), skeleton=True)
+        method.prepare(model, config.trainer)
+        cast_frozen(model, dtype)
+        found[dtype] = measure_activations(method, model, fake_batch(config, method, model), dtype)
+    assert 0.5 < found[torch.bfloat16].alone / found[torch.float32].alone < 0.8
+
+
+def test_attention_keeps_no_matrix_of_all_places_with_all(full_size):
+    """4096 places in 8 heads would make 0.25 GiB a layer."""
+    small, large = (
+        parts(full_size("sd15", f"dataset.resolution={side}", "trainer.batch_size=1")) for side in (256, 512)
+    )
+    assert large["activations"] / small["activations"] < 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "published"),
+    [
+        (["trainer.optimizer=adamw_8bit", "trainer.gradient_checkpointing=true", "trainer.batch_size=1"], 9.92),
+        (["trainer.optimizer=adamw_8bit", "trainer.gradient_checkpointing=true", "trainer.batch_size=2"], 10.4),
+        (["trainer.optimizer=adamw_8bit", "trainer.batch_size=1"], 11.17),
+        (["trainer.optimizer=adamw_8bit", "trainer.batch_size=2"], 13.67),
+        (["trainer.gradient_checkpointing=true", "trainer.batch_size=1"], 15.79),
+        (["trainer.batch_size=1"], 17.7),
+    ],
+)
+def test_all_weights_of_sd15_take_about_what_others_measured(full_size, of_all_weights, settings, published):
+    """GB of a Tesla T4 at 512 pixels, half precision, latents and embeddings cached: examples/dreambooth of
+    ShivamShrirao/diffusers."""
+    found = of_all_weights.total(full_size("sd15", "method=full", "trainer.zero.stage=0", *settings))
+    assert found / GIB == pytest.approx(published, rel=0.25)
+
+
+def test_weights_gradients_and_state_follow_from_the_number_of_parameters(full_size, of_all_weights):
+    settings = ["trainer.zero.stage=0", "trainer.ema_decay=0.9", "trainer.gradient_checkpointing=true"]
+    found = of_all_weights.parts(full_size("sd15", "method=full", "trainer.batch_size=1", *settings))
+    unet = 859_520_964
+    assert (found["trained weights"], found["moving average"]) == (4 * unet, 4 * unet)
+    assert found["optimizer (adamw)"] == pytest.approx(8 * unet, rel=1e-6)
+    assert found["gradients"] + found["update"] == 8 * unet
+    assert parts(full_size("sd15", "method=lora", "trainer.batch_size=1"))["frozen weights"] == 2 * unet
+
+
+def test_workers_divide_what_zero_divides(full_size, of_all_weights):
+    found = [
+        of_all_weights.parts(full_size("sd15", "method=full", "trainer.num_workers=4", f"trainer.zero.stage={stage}"))
+        for stage in (0, 1, 2, 3)
+    ]
+    state = [each["optimizer (adamw)"] / found[0]["optimizer (adamw)"] for each in found]
+    assert state == pytest.approx([1, 0.25, 0.25, 0.25], rel=1e-6)
+    assert found[3]["trained weights"] == found[2]["trained weights"] / 4
+    assert all("moving average" not in each for each in found)
+
+
+def test_offloaded_state_takes_no_gpu_memory(full_size, of_all_weights):
+    settings = ["method=full", "trainer.num_workers=4", "trainer.zero.stage=2", "trainer.ema_decay=0.9"]
+    here, offloaded = (
+        of_all_weights.parts(full_size("sd15", *settings, f"trainer.zero.offload={offload}"))
+        for offload in ("false", "true")
+    )
+    left = {"optimizer (adamw)", "their copy that ZeRO updates", "moving average"}
+    assert left <= here.keys()
+    assert left.isdisjoint(offloaded)
+    assert sum(offloaded.values()) < sum(here.values())
+
+
+def test_a_quantised_base_takes_less(full_size):
+    """SDXL's U-Net has 2.57 G parameters, most of them in linear layers, of which nf4 keeps 4.5 bits."""
+    settings = ["method=lora", "trainer.use_gpu=true", "trainer.batch_size=1"]
+    estimates = Estimates(on_gpu=True)
+    whole, int8, nf4 = (
+        estimates.parts(full_size("sdxl", *settings, f"trainer.quantize_base={base}"))["frozen weights"]
+        for base in ("null", "int8", "nf4")
+    )
+    assert 0.5 < int8 / whole < 0.65
+    assert 0.28 < nf4 / whole < 0.45
+
+
+def test_accumulated_gradients_stay_beside_activations(full_size):
+    settings = ["method=full", "trainer.zero.stage=0", "trainer.batch_size=4", "trainer.optimizer=adamw_8bit"]
+    at_once = full_size("sd15", *settings, "trainer.micro_batch_size=4")
+    one_by_one = full_size("sd15", *settings, "trainer.micro_batch_size=1")
+    step = measure_step(one_by_one, on_gpu=True)
+    backward = next(moments(one_by_one.trainer, step))
+    assert backward["gradients"] == 4 * step.elements
+    assert backward["activations"] < parts(at_once)["activations"]
+
+
+def test_a_batch_is_as_large_as_the_largest_bucket(full_size):
+    square, wide = (
+        full_size("sd15", "trainer.batch_size=1", *settings)
+        for settings in ([], ["dataset.buckets={resolutions: [512, 768]}"])
+    )
+    assert parts(wide)["activations"] > 1.9 * parts(square)["activations"]
+
+
+def test_prior_preservation_doubles_the_batch(full_size):
+    alone, beside = (
+        full_size("sd15", "method=dreambooth", "trainer.batch_size=1", *settings)
+        for settings in ([], ["method.class_prompt=a cat"])
+    )
+    assert parts(beside)["activations"] == pytest.approx(2 * parts(alone)["activations"], rel=0.1)
+
+
+def test_memory_that_stays_has_no_entry_for_what_is_not_there():
+    config = load_config(["experiment=smoke", "trainer.zero.stage=0"])
+    step = measure_step(config, on_gpu=False)
+    assert resident(config.trainer, step).keys() == {"frozen weights", "trained weights", "optimizer (adamw)"}
+
+
+def test_the_documents_tell_what_common_runs_need(full_size):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for words, model, settings in (
+        ("a LoRA of SD 1.5 at 512 pixels", "sd15", ["method=lora"]),
+        ("all weights of SD 1.5, 8-bit AdamW", "sd15", ["method=full", "trainer/optimizer=adamw_8bit", "trainer.zero.stage=0"]),
+        ("a LoRA of SDXL at 1024 pixels", "sdxl", ["method=lora"]),
+        ("all weights of SDXL on four GPUs, ZeRO 2", "sdxl", ["method=full", "trainer.num_workers=4", "trainer.zero.stage=2"]),
+    ):  # fmt: skip
+        needs = [
+            Estimates(on_gpu=True).total(
+                full_size(
+                    model,
+                    "trainer.batch_size=4",
+                    "trainer.micro_batch_size=1",
+                    *settings,
+                    f"trainer.gradient_checkpointing={checkpointing}",
+                )
+            )
+            for checkpointing in ("false", "true")
+        ]
+        assert f"| {words} | {needs[0] / GIB:.1f} | {needs[1] / GIB:.1f} |" in text

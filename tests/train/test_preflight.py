@@ -1,0 +1,76 @@
+"""What is said of memory before Ray starts."""
+
+import logging
+
+import pytest
+
+from ray_sd.config.load import load_config
+from ray_sd.errors import ConfigError
+from ray_sd.train.memory import GIB, Estimates
+from ray_sd.train.preflight import check_memory
+from ray_sd.train.run import fit
+
+ON_GPU = ["experiment=smoke", "model=emoji", "dataset.resolution=64", "trainer.use_gpu=true", "trainer.batch_size=32"]
+
+
+def needed(*settings: str) -> float:
+    config = load_config([*ON_GPU, *settings])
+    return Estimates(on_gpu=True).total(config) / GIB
+
+
+def test_a_run_that_cannot_fit_is_refused_before_ray_starts(configure, monkeypatch):
+    monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(
+        ConfigError, match="^trainer: the run needs about .* GiB of each GPU, which has 0.1 GiB; "
+    ) as refused:
+        fit(configure("trainer.use_gpu=true", "trainer.gpu_memory=0.1"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_refusal_names_the_settings_that_need_less_and_how_much():
+    settings = [
+        "method=full",
+        "model=tiny_random",
+        "dataset.resolution=512",
+        "trainer.num_workers=2",
+        "trainer.zero.stage=1",
+    ]
+    with pytest.raises(ConfigError) as refused:
+        check_memory(load_config([*ON_GPU, *settings, "trainer.gpu_memory=0.5"]))
+    for remedy in ("trainer.micro_batch_size=1", "trainer.gradient_checkpointing=true"):
+        assert f"{remedy} needs {needed(*settings, remedy):.1f} GiB" in str(refused.value)
+    assert "adamw_8bit" not in str(refused.value), "saves nothing to speak of"
+
+
+def test_settings_that_do_not_go_with_the_others_are_not_named():
+    settings = ["method=full", "trainer/optimizer=prodigy", "trainer.gpu_memory=0.1"]
+    with pytest.raises(ConfigError) as refused:
+        check_memory(load_config([*ON_GPU, *settings]))
+    assert "offload" not in str(refused.value)
+    assert "adamw_8bit" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.95, True), (1.05, True), (2.0, False)])
+def test_a_run_that_may_not_fit_is_warned_about(caplog, capsys, share: float, warned: bool):
+    memory = share * needed()
+    with caplog.at_level(logging.WARNING):
+        check_memory(load_config([*ON_GPU, f"trainer.gpu_memory={memory}"]))
+    assert ("should it not fit: trainer.micro_batch_size=1 needs" in caplog.text) == warned
+    table = capsys.readouterr().err
+    assert f"{memory:.2f}" in table
+    assert "activations" in table
+
+
+def test_memory_that_is_not_known_is_said_to_be_unknown(caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        check_memory(load_config(ON_GPU))
+    assert "trainer.gpu_memory=24" in caplog.text
+    assert "unknown" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_estimate_is_one_line(caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        check_memory(load_config(["experiment=smoke"]))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("memory: a worker needs about 0.0 GiB")
+    assert capsys.readouterr().err == ""
