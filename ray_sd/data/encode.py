@@ -156,13 +156,6 @@ def limit_threads(num_actors: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
 
 
-def limit_threads(num_actors: int) -> None:
-    """Give this actor its share of the CPU's cores, one share being left to decoding."""
-    import torch
-
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
-
-
 def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
     """The model on this actor's GPU, or with its share of the cores."""
     import torch
