@@ -40,7 +40,17 @@ WHAT_A_RUN_IS = (
     *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
     *(
         f"dataset.{name}"
-        for name in ("resolution", "buckets", "crop", "flip", "background", "caption", "holdout", "shuffle_rows")
+        for name in (
+            "resolution",
+            "buckets",
+            "crop",
+            "flip",
+            "background",
+            "caption",
+            "mask",
+            "holdout",
+            "shuffle_rows",
+        )
     ),
 )
 """Settings that cannot change while a run goes on. Data may move."""
