@@ -23,10 +23,10 @@ from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LohaAdapter, LokrAdapter, OftAdapter
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods import weights
-from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
+from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.lora import TRAINED
 from ray_sd.methods.lora_reader import PEFT_PREFIX, PEFT_WEIGHTS
-from ray_sd.methods.targets import check_targets, targets_of
+from ray_sd.methods.targets import add_adapters, check_targets, targets_of
 from ray_sd.models import DiffusionModel
 
 PEFT = "peft"
@@ -37,18 +37,12 @@ class LayerAdapter(DenoiserMethod):
     config: LohaAdapter | LokrAdapter | OftAdapter
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
-        model.requires_grad_(False)
-        model.train()
-        for name, targets in targets_of(self.config, model).items():
-            module = getattr(model, name)
-            check_targets(name, module, targets)
+        def peft_config(module: nn.Module, targets: tuple[str, ...]) -> PeftConfig:
             if isinstance(self.config, OftAdapter):
                 _check_blocks(module, targets, self.config.block_size)
-            module.add_adapter(_peft_config(self.config, targets))
-        if self.config.text_encoder:
-            freeze_unread(model)
-        if trainer.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+            return _peft_config(self.config, targets)
+
+        add_adapters(model, self.config, trainer, peft_config)
 
     def relies_on(self) -> tuple[str, ...]:
         return ("unet", "text_encoder")

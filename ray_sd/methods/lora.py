@@ -6,16 +6,17 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraAdapter
 from ray_sd.errors import ArtifactError
-from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing, freeze_unread
+from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.lora_names import LoraNames, layer_name
 from ray_sd.methods.lora_reader import read_lora
 from ray_sd.methods.lora_writers import diffusers_tensors, write_diffusers, write_kohya
 from ray_sd.methods.low_rank import LowRank, Updates
-from ray_sd.methods.targets import check_targets, targets_of
+from ray_sd.methods.targets import add_adapters
 from ray_sd.models import DiffusionModel
 
 LOADERS: dict[str, type[LoraBaseMixin]] = {
@@ -35,16 +36,7 @@ class Lora(DenoiserMethod):
     config: LoraAdapter
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
-        model.requires_grad_(False)
-        model.train()
-        for name, targets in targets_of(self.config, model).items():
-            module = getattr(model, name)
-            check_targets(name, module, targets)
-            module.add_adapter(self._peft_config(targets))
-        if self.config.text_encoder:
-            freeze_unread(model)
-        if trainer.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        add_adapters(model, self.config, trainer, self._peft_config)
 
     def relies_on(self) -> tuple[str, ...]:
         return ("unet", "text_encoder")
@@ -58,7 +50,7 @@ class Lora(DenoiserMethod):
     def attach(self, model: DiffusionModel, folder: Path, scale: float) -> int:
         return attach_updates(model, read_lora(folder / LORA_FILE, LoraNames(model)), scale)
 
-    def _peft_config(self, targets: tuple[str, ...]) -> LoraConfig:
+    def _peft_config(self, _: nn.Module, targets: tuple[str, ...]) -> LoraConfig:
         alpha = self.config.alpha if self.config.alpha is not None else self.config.rank
         return LoraConfig(
             r=self.config.rank,

@@ -1,10 +1,37 @@
 """Which layers of a model get an adapter."""
 
+from collections.abc import Callable
+
+from peft import PeftConfig
 from torch import nn
 
+from ray_sd.config import TrainerConfig
 from ray_sd.config.method import AdaptedLayers
 from ray_sd.errors import ConfigError
+from ray_sd.methods.base import enable_gradient_checkpointing, freeze_unread
 from ray_sd.models import DiffusionModel
+
+
+def add_adapters(
+    model: DiffusionModel,
+    config: AdaptedLayers,
+    trainer: TrainerConfig,
+    peft_config: Callable[[nn.Module, tuple[str, ...]], PeftConfig],
+) -> None:
+    """Freeze a model and give each component that is to be adapted an adapter, which trains.
+
+    `peft_config` tells it of a component and its targets. Raises ConfigError for a target that is not there.
+    """
+    model.requires_grad_(False)
+    model.train()
+    for name, targets in targets_of(config, model).items():
+        module = getattr(model, name)
+        check_targets(name, module, targets)
+        module.add_adapter(peft_config(module, targets))
+    if config.text_encoder:
+        freeze_unread(model)
+    if trainer.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
 
 
 def targets_of(config: AdaptedLayers, model: DiffusionModel) -> dict[str, tuple[str, ...]]:

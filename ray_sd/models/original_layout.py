@@ -5,7 +5,7 @@ Stability-AI/generative-models (`sgm/modules/diffusionmodules/openaimodel.py`) a
 places in its file are counted over the blocks that it has, so a table is made from the module and not from patterns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +106,8 @@ def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
     """Residual blocks, transformers and resamplers, each with its original place."""
     place = 1  # conv_in is the first of the input blocks
     for number, block in enumerate(unet.down_blocks):
-        attentions = getattr(block, "attentions", [])
-        for layer in range(len(block.resnets)):
-            yield f"down_blocks.{number}.resnets.{layer}", f"input_blocks.{place}.0"
-            if attentions:
-                yield f"down_blocks.{number}.attentions.{layer}", f"input_blocks.{place}.1"
-            place += 1
+        yield from _layers(block, f"down_blocks.{number}", "input_blocks", place)
+        place += len(block.resnets)
         if block.downsamplers:
             yield f"down_blocks.{number}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
             place += 1
@@ -121,14 +117,22 @@ def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
 
     place = 0
     for number, block in enumerate(unet.up_blocks):
-        attentions = getattr(block, "attentions", [])
-        for layer in range(len(block.resnets)):
-            yield f"up_blocks.{number}.resnets.{layer}", f"output_blocks.{place}.0"
-            if attentions:
-                yield f"up_blocks.{number}.attentions.{layer}", f"output_blocks.{place}.1"
-            place += 1
+        yield from _layers(block, f"up_blocks.{number}", "output_blocks", place)
+        place += len(block.resnets)
         if block.upsamplers:
-            yield f"up_blocks.{number}.upsamplers.0", f"output_blocks.{place - 1}.{2 if attentions else 1}"
+            behind = 2 if _attentions(block) else 1
+            yield f"up_blocks.{number}.upsamplers.0", f"output_blocks.{place - 1}.{behind}"
+
+
+def _layers(block: nn.Module, own: str, original: str, place: int) -> Iterator[tuple[str, str]]:
+    for layer in range(len(block.resnets)):
+        yield f"{own}.resnets.{layer}", f"{original}.{place + layer}.0"
+        if _attentions(block):
+            yield f"{own}.attentions.{layer}", f"{original}.{place + layer}.1"
+
+
+def _attentions(block: nn.Module) -> Sequence[nn.Module]:
+    return getattr(block, "attentions", ())
 
 
 def _vae_names(vae: nn.Module) -> dict[str, str]:
