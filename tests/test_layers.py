@@ -1,6 +1,8 @@
 """Imports go downward, and Ray and DeepSpeed stay where they belong."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,14 @@ def test_a_violation_is_found(path: str, program: str, words: str):
 )
 def test_downward_imports_are_fine(path: str, program: str):
     assert list(violations(path, program)) == []
+
+
+def test_workers_that_only_read_import_no_model():
+    program = (
+        "import sys; import ray_sd.data, ray_sd.data.detect, ray_sd.data.encode, ray_sd.data.lanes;"
+        "slow = {'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules); assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def violations(path: str, program: str) -> Iterator[str]:

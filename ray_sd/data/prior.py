@@ -11,7 +11,6 @@ from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.locations import Location, locate, writable_folder
 from ray_sd.data.sources.base import IMAGES
 from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,9 @@ def _description(config: ExperimentConfig, prior: PriorRows) -> dict[str, Any]:
 
 
 def _draw_missing(config: ExperimentConfig, prior: PriorRows, folder: str, location: Location) -> None:
+    # Slow to import, and not needed where there are enough.
     from ray_sd.data.generation import draw_in_pool
+    from ray_sd.generate import ImageRequest
 
     wanted = prior.images
     names = {info.base_name for info in location.files(IMAGES)}

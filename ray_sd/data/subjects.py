@@ -17,7 +17,6 @@ from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.examine import image_hash, image_key, source_rows
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import Listing, SourceRow
-from ray_sd.generate import contact_sheet, png_bytes
 
 LINES, SHEET = "subjects.jsonl", "subjects.png"
 NOT_FOUND = "whole picture"
@@ -40,6 +39,8 @@ def write_subjects(
     """
     keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
     found = entries.take(pc.index_in(keys, value_set=entries["key"]))
+    from ray_sd.generate import contact_sheet, png_bytes  # slow to import
+
     _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
     shown = list(_shown(listing, dataset, variant, entries))
     if not shown:

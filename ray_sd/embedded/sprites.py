@@ -40,7 +40,7 @@ NATURE_AND_FOOD = frozenset({"nature", "food"})
 PICTURABLE = frozenset({"smileys", "nature", "food", "travel", "activities", "objects"})
 UNSEEN_GROUPS = frozenset({"travel", "activities", "objects"})
 
-# (background, mirrored, scale, degrees) of each picture of a held-out subject
+# (background, mirrored, scale, degrees) of each picture of a held-out subject in varied poses
 PICTURES = (
     ("blue", False, 1.0, 0),
     ("green", True, 1.0, 0),
@@ -65,6 +65,8 @@ class SpritesConfig(Schema):
     """Where the two npm packages lie as tarballs; what is missing is fetched there by `npm pack`."""
     subject: str = "owl"
     """The held-out subject that `pictures` shows."""
+    poses: Literal["varied", "upright"] = "varied"
+    """Whether `pictures` shows it mirrored, turned and smaller, too, or always alike."""
     shards: int = Field(4, ge=1)
     """How many Parquet files to write."""
     seed: int = 0
@@ -98,7 +100,7 @@ def prepare(config: SpritesConfig) -> int:
     """Write what the configuration asks for; return the number of pictures."""
     sprites = read_sprites(config.packages)
     if config.selection == "pictures":
-        return write_pictures(sprites, config.subject, config.out)
+        return write_pictures(sprites, config.subject, config.poses, config.out)
     if config.selection == "names":
         return write_names([sprite for sprite in sprites if sprite.group in PICTURABLE], config.out / "names.txt")
     chosen = select(sprites, config.selection)
@@ -272,13 +274,14 @@ def write_names(sprites: list[Sprite], path: Path) -> int:
     return len(sprites)
 
 
-def write_pictures(sprites: list[Sprite], subject: str, out: Path) -> int:
-    """PNG files of one held-out subject in varied presentation, each with its caption in a `.txt` beside it."""
+def write_pictures(sprites: list[Sprite], subject: str, poses: str, out: Path) -> int:
+    """PNG files of one held-out subject, each with its caption in a `.txt` beside it."""
     found = [sprite for sprite in sprites if sprite.name == subject and is_held_out(sprite)]
     if not found:
         raise DataError(f"no held-out sprite is named '{subject}'; they are: {', '.join(catalogue().held_out)}")
     out.mkdir(parents=True, exist_ok=True)
-    for number, (colour, mirrored, scale, degrees) in enumerate(PICTURES, start=1):
+    for number, (colour, *pose) in enumerate(PICTURES, start=1):
+        mirrored, scale, degrees = pose if poses == "varied" else (False, 1.0, 0)
         sprite = found[0].rgba()
         if mirrored:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

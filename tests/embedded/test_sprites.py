@@ -161,6 +161,18 @@ def test_pictures_of_a_held_out_subject_vary_and_carry_their_captions(packages, 
     assert (tmp_path / "owl-1.txt").read_text() == "a owl on a blue background\n"
 
 
+def test_upright_pictures_differ_in_their_backgrounds_only(packages, tmp_path):
+    heights = {"upright": [], "varied": []}
+    for poses, found in heights.items():
+        prepare(SpritesConfig(selection="pictures", poses=poses, out=tmp_path / poses, packages=packages))
+        for path in sorted((tmp_path / poses).glob("*.png")):
+            from_red = np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - (255, 0, 0)).sum(axis=-1)
+            found.append(np.ptp(np.nonzero(from_red < 60)[0]))
+    assert len(heights["upright"]) == 8
+    assert np.ptp(heights["upright"]) <= 1
+    assert np.ptp(heights["varied"]) > 5
+
+
 def test_a_subject_that_is_trained_on_is_refused_with_the_ones_that_are_not(packages, tmp_path):
     with pytest.raises(DataError, match="no held-out sprite is named 'peach'; they are: owl, "):
         prepare(SpritesConfig(selection="pictures", subject="peach", out=tmp_path, packages=packages))
