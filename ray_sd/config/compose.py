@@ -37,6 +37,10 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
     overrides = {}
     for group, text in choices.items():
         several = isinstance(defaults.get(group), list)
+        if text == "null" and group == "experiment":
+            continue  # nothing chooses one otherwise, and Hydra takes no null for what chooses presets itself
+        if text == "null" and several:
+            text = "none"
         names = [name.strip() for name in text.strip("[]").split(",") if name.strip()] if several else [text]
         for name in names:
             if name not in groups[group] and name != "null":
@@ -51,6 +55,11 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
         with initialize_config_dir(first, version_base="1.3"):
             try:
                 container = _compose(root, overrides, [f"hydra.searchpath=[{search}]"])
+            except (TypeError, ValueError) as error:
+                empty = ", ".join(group for group, text in overrides.items() if text == "null")
+                if not empty:
+                    raise
+                raise ConfigError(f"{empty}: null is no choice here; leave it out, or name a preset") from error
             except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 raise ConfigError(f"the presets do not compose: {' '.join(str(error).split())}") from error
     return container

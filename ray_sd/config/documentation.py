@@ -26,8 +26,8 @@ A command is configured by presets, and by settings that win over them:
     python jobs/train.py experiment=demo model/scheduler=euler 'tracker=[tensorboard,wandb]' --print-config
     python jobs/train.py --config-dir my_presets experiment=mine
 
-- `group=preset` takes a file from a group of [presets](#presets); `group=null` takes none. An experiment is a preset that
-  chooses presets of the other groups, which the command line may choose again.
+- `group=preset` takes a file from a group of [presets](#presets); `group=null` takes none, where
+  none is needed. An experiment is a preset that chooses presets of the other groups, which the command line may choose again.
 - `path=value` sets one value. Text is taken as it stands, so prompts need no quotes beyond the shell's: `<cat>`,
   `a cat, a dog` and `(blue:1.2)` are what they look like. `null` empties a setting that may be null.
 - Lists and mappings are written in YAML: `'trainer.validation.prompts=[a cat, "a dog, asleep"]'`. A list of one needs no

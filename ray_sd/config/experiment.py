@@ -54,6 +54,10 @@ class ExperimentConfig(Schema):
                 raise ValueError(
                     f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"
                 )
+            if self.trainer.quantize_base == "nf4" and adapter.name in ("loha", "lokr"):
+                raise ValueError(
+                    f"trainer.quantize_base=nf4 does not go with '{adapter.name}', which reads the shapes of weights; take int8"
+                )
             if getattr(adapter, "use_dora", False):
                 raise ValueError("trainer.quantize_base does not go with use_dora, which reads the weights it scales")
         tokens = getattr(self.method, "tokens", None) or self.method

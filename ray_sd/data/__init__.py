@@ -1,16 +1,17 @@
 """From pictures and captions to batches: sources, crops, the cache of encoded rows, and the workers' lanes."""
 
-from ray_sd.data.cluster import connect, has_gpus
+from ray_sd.data.cluster import connect, has_gpus, possible_resources
 from ray_sd.data.crops import check_crop
 from ray_sd.data.index import RowIndex
-from ray_sd.data.lanes import training_batches
+from ray_sd.data.lanes import READER_CPUS, training_batches
 from ray_sd.data.pipeline import prepare
 from ray_sd.data.prior import check_class_folder
-from ray_sd.data.sources import check_masks
+from ray_sd.data.sources import check_masks, list_source
 from ray_sd.data.validation import validation_batches
 from ray_sd.data.view import EncodeSummary, PreparedData
 
 __all__ = [
+    "READER_CPUS",
     "EncodeSummary",
     "PreparedData",
     "RowIndex",
@@ -19,6 +20,8 @@ __all__ = [
     "check_masks",
     "connect",
     "has_gpus",
+    "list_source",
+    "possible_resources",
     "prepare",
     "training_batches",
     "validation_batches",

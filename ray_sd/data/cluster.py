@@ -22,7 +22,13 @@ def connect() -> None:
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 
 
+def possible_resources() -> dict[str, float]:
+    """CPUs, GPUs and so on that the cluster has, or can have once its autoscaler has started every node it may."""
+    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {name: max(possible.get(name, 0), now.get(name, 0)) for name in {*possible, *now}}
+
+
 def has_gpus() -> bool:
     """Whether the cluster has a GPU, or its autoscaler can start a node that has."""
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return ray.cluster_resources().get("GPU", 0) > 0 or possible.get("GPU", 0) > 0
+    return possible_resources().get("GPU", 0) > 0

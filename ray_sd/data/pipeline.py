@@ -31,24 +31,26 @@ from ray_sd.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
+def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = None) -> PreparedData:
     """Read the source, encode what the cache does not have, and index the rows. Runs on the driver.
 
+    listing: of the source, where it was listed already.
     A source whose listing (names, sizes, times) is known is not read again, unless some of it could not be read.
     Raises ConfigError for a cache that cannot be written; DataError where nothing can be read, too much is rejected,
     or nothing is left to train on.
     """
-    data = _prepare(config, rows)
+    data = _prepare(config, rows, listing)
     if rows.prior is None:
         return data
     dataset, class_rows = class_data(config, rows, rows.prior)
-    prior = _prepare(config.model_copy(update={"dataset": dataset}), class_rows)
+    prior = _prepare(config.model_copy(update={"dataset": dataset}), class_rows, None)
     return replace(data, prior=prior.train, fingerprint=f"{data.fingerprint}-{prior.fingerprint}")
 
 
-def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
+def _prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None) -> PreparedData:
     root = writable_folder(config.cache_path, "cache_path")
-    listing = list_source(config.dataset)
+    if listing is None:
+        listing = list_source(config.dataset)
     view = View(config, rows, root, listing)
     prepared = view.load()
     if prepared is None:

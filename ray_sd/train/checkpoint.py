@@ -99,10 +99,16 @@ def read_index(folder: Path) -> dict:
 
 
 def parse_index(content: bytes, folder: str) -> dict:
-    """The index of the checkpoint `folder` from its content; raises ArtifactError for one of another version."""
-    index = json.loads(content)
-    if index.get("format") != FORMAT:
-        raise ArtifactError(f"checkpoint {folder} has format {index.get('format')}; this version reads {FORMAT}")
+    """The index of the checkpoint `folder` from its content; raises ArtifactError for a damaged one or another version's."""
+    try:
+        index = json.loads(content)
+    except ValueError as error:
+        raise ArtifactError(
+            f"checkpoint {folder} is damaged: {INDEX} is cut off or no JSON; take another one"
+        ) from error
+    found = index.get("format") if isinstance(index, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
     return index
 
 

@@ -78,6 +78,7 @@ class Engine:
             config=_deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
         )
         self._optimizer = self._deepspeed.basic_optimizer
+        self._gradient_norm: Tensor | None = None
         self._scale_loss()
         self._initialize_state()
 
@@ -91,6 +92,8 @@ class Engine:
     def step(self) -> None:
         """Count one micro-batch; the last of an accumulation updates the parameters."""
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self.stage == 0:
+            self._gradient_norm = self._whole_gradient_norm()
         self._deepspeed.step()
         if boundary and self._loss_scale is not None:
             self._update_loss_scale(self._loss_scale)
@@ -117,7 +120,7 @@ class Engine:
 
     def gradient_norm(self) -> float | None:
         """Norm of the last step's gradient over all workers, before clipping; None before the first step."""
-        norm = self._deepspeed.get_global_grad_norm()
+        norm = self._gradient_norm if self.stage == 0 else self._deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -176,6 +179,12 @@ class Engine:
         self._loss_scale = scale
         self._finite_steps = 0
         self._deepspeed.optimizer.override_loss_scale(scale)
+
+    def _whole_gradient_norm(self) -> Tensor:
+        """At stage 0, where every worker has the whole gradient, and DeepSpeed forgets the norm that it clips by."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        scaler = self._deepspeed.torch_autocast_z0_gradscaler
+        return torch.nn.utils.get_total_norm(gradients) / (scaler.get_scale() if scaler else 1.0)
 
     def _masters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates here: whole parameters at stage 0, flat partitions above."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
+import torch.distributed
 import yaml
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.torch import TorchTrainer
@@ -18,8 +20,19 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import PreparedData, check_class_folder, check_crop, check_masks, connect, has_gpus, prepare
-from ray_sd.errors import ArtifactError, ConfigError, RaySdError
+from ray_sd.data import (
+    READER_CPUS,
+    PreparedData,
+    check_class_folder,
+    check_crop,
+    check_masks,
+    connect,
+    has_gpus,
+    list_source,
+    possible_resources,
+    prepare,
+)
+from ray_sd.errors import ArtifactError, ConfigError, RaySdError, first_line
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
@@ -35,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 CONFIG = "config.yaml"
+DATA = "data.json"
+"""Says which rows a run learns from, so that a resumed one tells where they are others."""
 WHAT_A_RUN_IS = (
     *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
     *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
@@ -89,7 +104,8 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     """Encode the data, train, and export an adapter.
 
     Raises ConfigError before Ray starts where the run's name is taken, storage cannot be written, a run would go on as
-    another, or the method does not fit the model; and any other RaySdError for what goes wrong later.
+    another, or the method does not fit the model, and DataError where there is nothing to read; ConfigError before
+    anything is encoded where the cluster is too small; and any other RaySdError for what goes wrong later.
     """
     check_installed(config.tracker)
     check_package(config.trainer.optimizer)
@@ -104,9 +120,13 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     check_class_folder(method.rows())
     check_crop(config.dataset)
     check_masks(config.dataset)
+    listing = list_source(config.dataset)
     connect()
     check_quantization(config.trainer, has_gpus())
-    data = prepare(config, method.rows())
+    scaling = _scaling(config)
+    _check_resources(scaling)
+    data = prepare(config, method.rows(), listing)
+    _note_data(data, run)
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
     os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
@@ -115,7 +135,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=TrainingJob(config, data, beginning.checkpoint),
-        scaling_config=_scaling(config),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.storage_path,
@@ -130,7 +150,8 @@ def fit(config: ExperimentConfig) -> TrainingResult:
         result = trainer.fit()
     except TrainingFailedError as error:
         raise _in_words(error, run) from error
-    return _export(config, data, run, result)
+    # Where a run that had finished goes on, there is no step left that would report a checkpoint.
+    return _export(config, data, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ class Beginning:
 
 def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     if config.resume is True:
-        stored = yaml.safe_load(run.read(CONFIG) or b"")
+        stored = _stored_config(run)
         if stored is None:
             raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
         _check_unchanged(config, stored)
@@ -164,6 +185,20 @@ def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     if step >= config.trainer.max_steps:
         raise ConfigError(f"resume: {config.resume} has finished {step} steps; set trainer.max_steps above that")
     return Beginning(origin, origin)
+
+
+def _stored_config(run: RunFolder) -> dict | None:
+    """The configuration of a run that began; None where there is none."""
+    content = run.read(CONFIG)
+    if content is None:
+        return None
+    try:
+        stored = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(stored, dict):
+        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: it holds no settings")
+    return stored
 
 
 def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
@@ -229,6 +264,43 @@ def _mend(run: RunFolder) -> str | None:
     return None
 
 
+def _note_data(data: PreparedData, run: RunFolder) -> None:
+    """Write down which rows a run learns from, and tell where a resumed one had others."""
+    now = {"fingerprint": data.fingerprint, "rows": data.train.num_rows}
+    content = run.read(DATA)
+    before = json.loads(content) if content is not None else now
+    if before == now:
+        if content is not None:
+            return
+    else:
+        logger.warning(
+            "resume: the data are not what they were (%d rows to train on, now %d); the run goes on with them, in an order "
+            "of its own",
+            before["rows"],
+            now["rows"],
+        )
+    run.write(DATA, json.dumps(now).encode())
+
+
+def _check_resources(scaling: ray.train.ScalingConfig) -> None:
+    """Raise ConfigError where the cluster is too small for the workers, which would wait for ever."""
+    workers, found = scaling.num_workers, possible_resources()
+    gpus, cpus = found.get("GPU", 0), found.get("CPU", 0)
+    if scaling.use_gpu and gpus < workers:
+        raise ConfigError(
+            f"trainer.num_workers: {workers} workers need a GPU each, and the cluster has {gpus:g}; "
+            f"take {'trainer.use_gpu=false' if gpus < 1 else f'trainer.num_workers={gpus:g}'}"
+        )
+    each = scaling.resources_per_worker["CPU"]
+    if workers * (each + READER_CPUS) > cpus:
+        less = int(10 * (cpus / workers - READER_CPUS)) / 10
+        raise ConfigError(
+            f"trainer.cpus_per_worker: {workers} workers of {each:g} CPUs, and {READER_CPUS:g} for the reader of each, need "
+            f"{workers * (each + READER_CPUS):g}, and the cluster has {cpus:g}; "
+            f"take {f'trainer.cpus_per_worker={less:g}' if less > 0 else 'fewer workers'}"
+        )
+
+
 def _scaling(config: ExperimentConfig) -> ray.train.ScalingConfig:
     trainer = config.trainer
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
@@ -246,20 +318,22 @@ def _drawing(config: ExperimentConfig) -> dict:
 
 
 def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    if run.read(CONFIG) == content.encode():
-        return  # a disk that is full again would take what is there
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / CONFIG
-        path.write_text(content)
-        run.upload(path, path.name)
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+    if run.read(CONFIG) != content:  # a disk that is full again would take what is there
+        run.write(CONFIG, content)
 
 
-def _export(config: ExperimentConfig, data: PreparedData, run: RunFolder, result: ray.train.Result) -> TrainingResult:
+def _export(
+    config: ExperimentConfig,
+    data: PreparedData,
+    run: RunFolder,
+    reported: dict[str, Any] | None,
+    checkpoint: ray.train.Checkpoint,
+) -> TrainingResult:
     method = build_method(config.method)
-    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, (int, float))}
-    with result.checkpoint.as_directory() as checkpoint, tempfile.TemporaryDirectory() as scratch:
-        model, step = load_trained(config, Path(checkpoint))
+    metrics = {name: value for name, value in (reported or {}).items() if isinstance(value, (int, float))}
+    with checkpoint.as_directory() as state, tempfile.TemporaryDirectory() as scratch:
+        model, step = load_trained(config, Path(state))
         folder = Path(scratch)
         method.export(model, folder)
         write_manifest(
@@ -271,18 +345,31 @@ def _export(config: ExperimentConfig, data: PreparedData, run: RunFolder, result
             metrics=metrics,
         )
         adapter = run.upload(folder, ADAPTER)
-    return TrainingResult(adapter, str(result.checkpoint.path), step, metrics, run.path, config.model.name)
+    return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, config.model.name)
 
 
 def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
-    """The first failure that was meant for a person, else what failed in one line."""
+    """The failure that was meant for a person, else what failed in one line: not that others lost their connection to it."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     causes = [getattr(failure, "_base_exc", failure) for failure in failures]
     for cause in causes:
         if isinstance(cause, RaySdError):
             return cause
     goes_on = f"checkpoints are in {run.path}, and resume=true goes on from the last"
-    if isinstance(causes[0], OSError):
-        return ArtifactError(f"{run.path} cannot be written: {storage_reason(causes[0])}; {goes_on}")
-    reason = str(causes[0]).strip().splitlines()
-    return RaySdError(f"training stopped: {reason[-1] if reason else type(causes[0]).__name__}; {goes_on}")
+    cause = min(causes, key=lambda cause: (not isinstance(cause, torch.OutOfMemoryError), _is_of_connection(cause)))
+    if isinstance(cause, torch.OutOfMemoryError):
+        return RaySdError(
+            f"a GPU's memory was not enough: {first_line(cause)}; {goes_on}, with trainer.gradient_checkpointing=true, "
+            "a smaller trainer.micro_batch_size or a higher trainer.zero.stage"
+        )
+    if isinstance(cause, OSError):
+        return ArtifactError(f"{run.path} cannot be written: {storage_reason(cause)}; {goes_on}")
+    reason = str(cause).strip().splitlines()
+    return RaySdError(f"training stopped: {reason[-1] if reason else type(cause).__name__}; {goes_on}")
+
+
+def _is_of_connection(cause: BaseException) -> bool:
+    """Whether a worker failed because another had."""
+    return isinstance(cause, torch.distributed.DistError) or any(
+        word in str(cause) for word in ("Connection closed", "Connection reset", "gloo", "NCCL")
+    )

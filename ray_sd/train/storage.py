@@ -35,7 +35,7 @@ class RunFolder:
         try:
             with self._filesystem.open_input_stream(f"{self._root}/{name}") as stream:
                 return stream.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def download(self, name: str, target: Path) -> None:
@@ -45,6 +45,13 @@ class RunFolder:
             fs.copy_files(
                 source, str(target), source_filesystem=self._filesystem, destination_filesystem=fs.LocalFileSystem()
             )
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all, since a disk may fill up meanwhile."""
+        self._filesystem.create_dir(self._root, recursive=True)
+        with self._filesystem.open_output_stream(f"{self._root}/.{name}") as stream:
+            stream.write(content)
+        self._filesystem.move(f"{self._root}/.{name}", f"{self._root}/{name}")
 
     def delete(self, name: str) -> None:
         self._filesystem.delete_file(f"{self._root}/{name}")

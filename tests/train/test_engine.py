@@ -30,6 +30,7 @@ from ray_sd.train.engine import EMA, PARAMETER, Engine
 from ray_sd.train.loop import Objective
 from ray_sd.train.memory import measure_step, resident
 from ray_sd.train.quantize import quantize_frozen
+from ray_sd.train.validation import validation_loss
 
 # Workers do not have this module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -89,6 +90,7 @@ RESUMED = [
     ("prodigy", 1, 0),
 ]
 """Number of workers and stage with which each goes on."""
+ACCUMULATED = [("small", 1), ("small", 3), ("large", 1)]
 KINDS |= {name: [*KINDS["full"], f"trainer.optimizer={name}"] for name in ("adamw_8bit", "adafactor")}
 KINDS["lion"] = ["method=full", "trainer.optimizer=lion", f"trainer.learning_rate={RATE / 3}"]
 KINDS["prodigy"] = ["method=full", "trainer.optimizer=prodigy", "trainer.learning_rate=1"]
@@ -127,18 +129,25 @@ def _plain_loop(kind: str, build: Callable[..., torch.optim.Optimizer] = torch.o
     parameters = [p for group in groups for p in group["params"]]
     optimizer = build(groups)
     averages = [p.detach().clone() for p in parameters]
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         loss = objective(_batch(step, range(BATCH), kind))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         decay = min(config.trainer.ema_decay, (2 + step) / (11 + step))
         for average, p in zip(averages, parameters, strict=True):
             average.mul_(decay).add_(p.detach(), alpha=1 - decay)
-    return {"losses": losses, EMA: sum(float(average.double().abs().sum()) for average in averages)}
+    with torch.no_grad():
+        held_out = float(objective.eval()(_held_out(range(5), kind)).mean())
+    return {
+        "losses": losses,
+        "norm": norms[-1],
+        "held_out": held_out,
+        EMA: sum(float(average.double().abs().sum()) for average in averages),
+    }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -165,10 +174,18 @@ def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, kind, stage
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_accumulated_micro_batches_equal_one_batch(measured, plain, size, workers):
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_gradients_norm_and_the_validation_loss_are_those_of_a_plain_loop(measured, reference, stage, workers):
+    found = measured[f"whole-{workers}-{stage}"]
+    assert found["gradient_norm"] == pytest.approx(reference["norm"], rel=1e-4)
+    assert found["held_out"] == pytest.approx(reference["held_out"], abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("size", "stage"), ACCUMULATED)
+def test_accumulated_micro_batches_equal_one_batch(measured, plain, size, stage, workers):
     """DeepSpeed reduces the gradients of small and of large models in different ways."""
-    assert measured[f"accumulated-{size}-{workers}"]["losses"] == pytest.approx(plain, abs=1e-5)
+    assert measured[f"accumulated-{size}-{workers}-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -285,6 +302,12 @@ def _measure(settings: dict) -> None:
         )
         found = {"losses": losses, "sums": sums, "bytes": kept}
         found |= {"scalars": engine.scalars(), "learning_rate": engine.learning_rate}
+        if name.startswith("whole"):
+            # The second worker has a row less, and one instead that does not count.
+            batch, weight = _held_out(range(rank, 5 + workers - 1, workers), "full"), torch.ones(-(-5 // workers))
+            weight[-1] = float(rank + 1 < workers or workers == 1)
+            found["held_out"] = validation_loss(engine, [batch | {"weight": weight}])
+            found["gradient_norm"] = engine.gradient_norm()
         if rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(found))
 
@@ -303,10 +326,11 @@ def _measure(settings: dict) -> None:
             engine, _ = _engine(stage, workers)
             assert checkpoint.restore(engine, folder / "saved") == 5
             record(f"resumed-1-{stage}", _run(engine, rank, workers, 5, STEPS), engine)
-    for size, elements in (("small", engine_module.SMALL), ("large", 0)):
-        engine_module.SMALL = elements
-        engine, _ = _engine(1, workers, micro_batch_size=1)
-        record(f"accumulated-{size}-{workers}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
+    small = engine_module.SMALL
+    for size, stage in ACCUMULATED:
+        engine_module.SMALL = small if size == "small" else 0
+        engine, _ = _engine(stage, workers, micro_batch_size=1)
+        record(f"accumulated-{size}-{workers}-{stage}", _run(engine, rank, workers, 0, STEPS, rows=1), engine)
     _measure_optimizers(record, folder, rank, workers)
     if workers == 1:
         _measure_variants(record, folder, rank)
@@ -436,6 +460,11 @@ def _batch(step: int, rows: range, kind: str) -> dict[str, torch.Tensor]:
             f"class_{name}": value for name, value in _rows([1000 * step + 500 + row for row in rows], kind).items()
         }
     return batch
+
+
+def _held_out(rows: range, kind: str) -> dict[str, torch.Tensor]:
+    """Rows at timesteps of their own, as validation has them."""
+    return _batch(77, rows, kind) | {"timesteps": torch.tensor([100 + 150 * row for row in rows])}
 
 
 def _rows(seeds: list[int], kind: str) -> dict[str, torch.Tensor]:
