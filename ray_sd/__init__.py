@@ -1,4 +1,4 @@
-"""Fine-tune, sweep and serve Stable Diffusion and Stable Video Diffusion on Ray."""
+"""Fine-tune Stable Diffusion on Ray."""
 
 import logging
 import os

@@ -62,6 +62,8 @@ def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch):
         (["trainer.use_gpu=false"], "needs a GPU, and use_gpu=false takes none"),
         (["method=full", "trainer.use_gpu=true"], "is for adapters; 'full' trains the weights themselves"),
         (["method=lora_dora", "trainer.use_gpu=true"], "does not go with use_dora"),
+        (["method=loha", "trainer.use_gpu=true"], "=nf4 does not go with 'loha', .*; take int8"),
+        (["method=lokr", "trainer.use_gpu=true"], "=nf4 does not go with 'lokr', .*; take int8"),
         (["method=dreambooth_full", "trainer.use_gpu=true"], "is for adapters; 'full' trains"),
     ],
 )
