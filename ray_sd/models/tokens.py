@@ -73,6 +73,13 @@ def splice(encoder: Any, first_id: int, rows: Tensor, norm: float | None = None)
     return embedding
 
 
+def take_out(encoder: Any) -> None:
+    """Undo `splice`: leave a text encoder the vocabulary that it came with."""
+    embedding = encoder.get_input_embeddings()
+    if isinstance(embedding, SplicedEmbedding):
+        encoder.set_input_embeddings(embedding.vocabulary)
+
+
 def set_end_of_text(encoder: Any, tokenizer: Any) -> None:
     """Tell a text encoder the end-of-text id, by which it finds the pooled embedding.
 
