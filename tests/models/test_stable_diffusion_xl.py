@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from tiny_models import TEXT_ENCODER, UNET, difference, draw, random_xl_batch, save_tiny_xl_model, tiny_xl_config
 
 from ray_sd.errors import ArtifactError
@@ -20,6 +21,15 @@ def test_pictures_equal_the_plain_pipelines(tiny_xl: Path, sampler: str, setting
     request = ImageRequest("a cat", seed=3, num_inference_steps=4, guidance_scale=5.0, **settings)
     plain = draw(model.pipeline(), "a cat", seed=3, num_inference_steps=4, guidance_scale=5.0, **settings)
     assert difference(generate(model, [request])[0], plain) <= 1
+
+
+def test_pictures_equal_those_of_the_folder_in_plain_diffusers(tiny_xl: Path):
+    """With the folder's own scheduler, which says steps_offset 0."""
+    plain = StableDiffusionXLPipeline.from_pretrained(tiny_xl)
+    assert plain.scheduler.config.steps_offset == 0
+    expected = draw(plain, "a cat", guidance_scale=5.0)
+    request = ImageRequest("a cat", seed=1, num_inference_steps=3, guidance_scale=5.0)
+    assert difference(generate(load_model(tiny_xl_config(tiny_xl)), [request])[0], expected) <= 1
 
 
 def test_loss_and_gradient_equal_those_written_from_the_papers(tiny_xl: Path):
