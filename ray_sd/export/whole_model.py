@@ -19,6 +19,7 @@ UNET = (
     "block_out_channels",
     "layers_per_block",
     "down_block_types",
+    "mid_block_type",
     "up_block_types",
     "norm_num_groups",
     "cross_attention_dim",

@@ -12,7 +12,7 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from PIL import Image
 from random_loras import random_updates
 from safetensors.torch import load_file, save_file
-from tiny_models import difference, draw, tiny_config, tiny_xl_config
+from tiny_models import UNET_XL, difference, draw, tiny_config, tiny_xl_config
 
 from ray_sd.config import ModelConfig, TrainerConfig
 from ray_sd.config.method import LoraMethod
@@ -121,6 +121,31 @@ def base(request: pytest.FixtureRequest, tiny: Path, tiny_xl: Path) -> Callable[
     """Loads a tiny model of either family, anew at every call."""
     config = tiny_config(tiny) if request.param == "sd" else tiny_xl_config(tiny_xl)
     return lambda: load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "original"),
+    [
+        ({"mid_block_type": None}, {}),
+        ({"mid_block_type": "UNetMidBlock2D"}, {"mid_block.resnets.0.conv1": "middle_block_0_in_layers_2"}),
+        ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 80}, {"encoder_hid_proj": "encoder_hid_proj"}),
+    ],
+    ids=str,
+)
+def test_a_lora_of_an_unusual_unet_goes_through_every_layout(
+    tiny_xl: Path, tmp_path: Path, change: dict, original: dict
+):
+    model = load_model(tiny_xl_config(tiny_xl, unet={"architecture": UNET_XL | change}))
+    names = LoraNames(model)
+    assert {name: names.kohya(("unet", name)) for name in original} == {
+        name: f"lora_unet_{spelled}" for name, spelled in original.items()
+    }
+    method = build_method(LoraMethod(rank=4))
+    method.prepare(model, TrainerConfig())
+    method.export(model, tmp_path)
+    layers = trained_updates(model)["unet"].keys()
+    for file in ("pytorch_lora_weights.safetensors", "kohya/lora.safetensors"):
+        assert read_lora(tmp_path / file, names)["unet"].keys() == layers
 
 
 def picture_with(model: DiffusionModel, updates: Updates) -> Image.Image:

@@ -3,7 +3,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from tiny_models import TEXT_ENCODER, UNET, difference, draw, random_xl_batch, save_tiny_xl_model, tiny_xl_config
+from tiny_models import (
+    TEXT_ENCODER,
+    UNET,
+    UNET_XL,
+    difference,
+    draw,
+    random_xl_batch,
+    save_tiny_xl_model,
+    tiny_xl_config,
+)
 
 from ray_sd.errors import ArtifactError
 from ray_sd.generate import ImageRequest, generate
@@ -141,6 +150,7 @@ def test_the_fingerprint_of_the_text_covers_both_encoders(tiny_xl: Path, tmp_pat
     ("change", "words"),
     [
         ({"unet": {"architecture": UNET}}, "addition_embed_type is None, .* is text_time; is model.family right?"),
+        ({"unet": {"architecture": UNET_XL | {"time_cond_proj_dim": 8}}}, "besides text and sizes .time_cond_proj_dim"),
         (
             {"text_encoder_2": {"architecture": {"hidden_size": 48, "num_attention_heads": 4, "projection_dim": 20}}},
             "takes 72 numbers of pooled text and sizes, the text_encoder_2 and six sizes make 68; refiners",
