@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from jobs.export import main
 
@@ -63,6 +65,14 @@ def test_wrong_use_is_refused_in_words(
     output = [] if any(argument.startswith("output=") for argument in arguments) else ["output=out"]
     line = refusal(*(argument.format(**paths) for argument in arguments), *output)
     assert re.search(words, line), line
+
+
+@pytest.mark.parametrize("verb", ["merge", "fuse"])
+def test_words_that_no_file_can_tell_apart_are_refused(refusal: Callable, tmp_path: Path, verb: str):
+    for word, name in (("<cat>", "one"), ("cat_", "other")):
+        save_file({word: torch.ones(1, 32)}, tmp_path / f"{name}.safetensors")
+    line = refusal(verb, "adapters=[one.safetensors, other.safetensors]", "output=out")
+    assert "the tokens <cat> and cat_ would have one file, cat.safetensors; give one of them another word" in line
 
 
 def test_each_verb_shows_its_settings(capsys: pytest.CaptureFixture[str]):
