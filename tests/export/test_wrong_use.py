@@ -75,6 +75,20 @@ def test_words_that_no_file_can_tell_apart_are_refused(refusal: Callable, tmp_pa
     assert "the tokens <cat> and cat_ would have one file, cat.safetensors; give one of them another word" in line
 
 
+@pytest.mark.parametrize("verb", ["convert", "merge", "fuse"])
+def test_words_that_the_base_cannot_take_are_refused(refusal: Callable, tmp_path: Path, verb: str):
+    save_file({"<cat>": torch.ones(1, 48)}, tmp_path / "wide.safetensors")
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "my cat.safetensors")
+    save_file({"clip_l": torch.ones(1, 32), "clip_g": torch.ones(1, 48)}, tmp_path / "pair.safetensors")
+    for file, words in (
+        ("wide", "'<cat>' has vectors of 48 numbers, the base's text_encoder takes 32"),
+        ("my cat", "'my cat' must be one word without spaces"),
+        ("pair", "has vectors for text_encoder and text_encoder_2, the base has text_encoder"),
+    ):
+        setting = "adapter" if verb == "convert" else "adapters"
+        assert words in refusal(verb, f"{setting}={file}.safetensors", "output=out")
+
+
 def test_each_verb_shows_its_settings(capsys: pytest.CaptureFixture[str]):
     main(["--help"])
     assert "python jobs/export.py merge" in capsys.readouterr().out
