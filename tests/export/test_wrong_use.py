@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import export_adapter
 
 from jobs.export import main
 
@@ -87,6 +88,17 @@ def test_words_that_the_base_cannot_take_are_refused(refusal: Callable, tmp_path
     ):
         setting = "adapter" if verb == "convert" else "adapters"
         assert words in refusal(verb, f"{setting}={file}.safetensors", "output=out")
+
+
+def test_a_file_for_several_words_is_refused_with_what_works(
+    tiny: Path, refusal: Callable, job: Callable, tmp_path: Path
+):
+    export_adapter(tiny, tmp_path / "two", {"name": "textual_inversion", "placeholder_token": ["<cat>", "<mat>"]})
+    for layout in ("a1111", "diffusers"):
+        words = refusal("convert", "adapter=two", f"layout={layout}", "output=x.safetensors")
+        assert "a file holds one token, and there are <cat>, <mat>; layout=diffusers with a folder as output" in words
+    job("convert", "adapter=two", "layout=diffusers", "output=each")
+    assert {path.name for path in Path("each/a1111").iterdir()} == {"cat.safetensors", "mat.safetensors"}
 
 
 def test_each_verb_shows_its_settings(capsys: pytest.CaptureFixture[str]):
