@@ -83,6 +83,11 @@ def change_manifest(folder: Path, **values: object) -> None:
             lambda folder: change_manifest(folder, kind="sliders"),
             "of kind 'sliders'; this version knows lora, loha",
         ),
+        (
+            lambda folder: change_manifest(folder, config={"method": {"name": "lora", "sliders": 3}}),
+            "manifest.json: config.method.lora.sliders is not what this version .*made by another version",
+        ),
+        (lambda folder: change_manifest(folder, config={}), "manifest.json: config.method is not what this version"),
         (lambda folder: change_manifest(folder, family="flux"), "for a model of family flux, not stable_diffusion"),
         (
             lambda folder: (folder / "pytorch_lora_weights.safetensors").unlink(),

@@ -71,6 +71,7 @@ TEXT_ENCODER_2 = TEXT_ENCODER | {
     "num_attention_heads": 4,
     "projection_dim": 24,
     "pad_token_id": 0,
+    "eos_token_id": 2,  # as in the published model, whose tokenizer has another
     "hidden_act": "gelu",
 }
 SCHEDULER = {

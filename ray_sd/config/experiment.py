@@ -24,7 +24,7 @@ class ExperimentConfig(Schema):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder below `storage_path`: letters, digits, `.`, `_` and `-`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     resume: Resume = False
     """`true` goes on with the run of this name, a path with that checkpoint; a used name without it is refused."""
@@ -95,7 +95,7 @@ class GenerateConfig(Schema):
     """Read weights in both prompts: `a (red)1.5 cat`, `a red++ cat`, `a (small)0.5 cat`."""
     num_images: int = Field(1, ge=1)
     """Pictures a prompt; seeds count up from `seed`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the first picture."""
     num_inference_steps: int = Field(30, ge=1)
     """Denoising steps."""

@@ -111,7 +111,10 @@ LAYOUTS: dict[str, Callable[[Contents, Path, LoraNames], None]] = {
 def _only_token(contents: Contents) -> tuple[str, Embedding]:
     if len(contents.embeddings) > 1:
         tokens = ", ".join(contents.embeddings)
-        raise ArtifactError(f"a file holds one token, and there are {tokens}; give a folder as output")
+        raise ArtifactError(
+            f"a file holds one token, and there are {tokens}; layout=diffusers with a folder as output writes a file for "
+            "each of them in both layouts"
+        )
     [(token, embedding)] = contents.embeddings.items()
     return token, embedding
 

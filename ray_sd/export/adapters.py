@@ -9,7 +9,7 @@ from ray_sd.adapter import MANIFEST, AdapterManifest, Base, read_manifest
 from ray_sd.data.locations import local_copy
 from ray_sd.errors import ArtifactError
 from ray_sd.methods.contents import Contents, read_contents
-from ray_sd.methods.embeddings import Embedding
+from ray_sd.methods.embeddings import Embedding, check_file_names
 from ray_sd.models import DiffusionModel
 
 
@@ -60,7 +60,8 @@ def common_base(adapters: Sequence[Adapter], allow_other_base: bool = False) -> 
 
 
 def all_tokens(adapters: Sequence[Adapter]) -> dict[str, Embedding]:
-    """The embeddings of all adapters. Raises ArtifactError for a token that two of them have."""
+    """The embeddings of all adapters. Raises ArtifactError for a token that two of them have, or that no file can tell
+    from another."""
     owners: dict[str, str] = {}
     tokens: dict[str, Embedding] = {}
     for adapter in adapters:
@@ -68,4 +69,5 @@ def all_tokens(adapters: Sequence[Adapter]) -> dict[str, Embedding]:
             if token in owners:
                 raise ArtifactError(f"{owners[token]} and {adapter.name} both hold the token {token}; give one of them")
             owners[token], tokens[token] = adapter.name, embedding
+    check_file_names(tokens)
     return tokens

@@ -19,6 +19,7 @@ UNET = (
     "block_out_channels",
     "layers_per_block",
     "down_block_types",
+    "mid_block_type",
     "up_block_types",
     "norm_num_groups",
     "cross_attention_dim",
@@ -46,7 +47,10 @@ def save_folder(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None
     """Write what `DiffusionPipeline.from_pretrained` takes, with the sampler of the configuration."""
     for component, (encoder, tokenizer) in model.text_encoders().items():
         save_component(encoder, folder / component, dtype=dtype)
-        tokenizer.save_pretrained(folder / model.config.text_parts[component])
+        place = folder / model.config.text_parts[component]
+        tokenizer.save_pretrained(place)
+        # transformers before version 5 reads vocab.json and merges.txt, which later ones no longer save.
+        tokenizer.backend_tokenizer.model.save(str(place))
     save_component(model.unet, folder / "unet", dtype=dtype)
     save_component(model.vae, folder / "vae", dtype=dtype)
     pipeline = model.pipeline()

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ray_sd import config
 from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
@@ -59,11 +59,23 @@ def load_adapter(model: DiffusionModel, path: Path | str, scale: float = 1.0, al
             f"{path} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}"
         )
     check_base(model, path, manifest, allow_other_base)
-    method = build_method(TypeAdapter(config.Method).validate_python(manifest.config["method"]))
-    count = method.attach(model, path, scale)
+    count = build_method(_settings(path, manifest)).attach(model, path, scale)
     if count == 0:
         raise ArtifactError(f"{path} holds no weights")
     return count
+
+
+def _settings(folder: Path, manifest: AdapterManifest) -> config.Method:
+    """The method that made an adapter, as this version knows it."""
+    try:
+        return TypeAdapter(config.Method).validate_python(manifest.config.get("method"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("config", "method", *first["loc"])))
+        raise ArtifactError(
+            f"{folder / MANIFEST}: {place} is not what this version of ray_sd reads ({first['msg']}); the adapter was made "
+            "by another version, or was changed; update ray_sd"
+        ) from error
 
 
 def check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, allow_other_base: bool) -> None:

@@ -10,7 +10,7 @@ from ray_sd.methods.lora import LORA_FILE, attach_updates
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders, read_lora
 from ray_sd.methods.low_rank import Updates
-from ray_sd.methods.textual_inversion import attach_tokens
+from ray_sd.methods.textual_inversion import attach_tokens, check_embedding
 from ray_sd.models import DiffusionModel
 
 
@@ -35,8 +35,16 @@ def read_contents(path: Path, model: DiffusionModel, token: str | None = None) -
     """What is in an adapter folder, in a LoRA or embedding file of any layout, or in folders that PEFT saved.
 
     `token` is the word of an embedding's file, by default the one that it says. The model may be a skeleton; all tensors
-    of a LoRA must belong to its layers. Raises ArtifactError for what is none of these and for what does not fit.
+    of a LoRA must belong to its layers, and embeddings fit its text encoders. Raises ArtifactError for what is none of
+    these and for what does not fit.
     """
+    contents = _read(path, model, token)
+    for word, embedding in contents.embeddings.items():
+        check_embedding(model, word, embedding)
+    return contents
+
+
+def _read(path: Path, model: DiffusionModel, token: str | None) -> Contents:
     names = LoraNames(model)
     if path.is_file() and path.name != PEFT_WEIGHTS:
         if holds_embedding(path):

@@ -5,6 +5,7 @@
 - Stable Diffusion XL, everywhere: `{clip_l: [n, D1], clip_g: [n, D2]}`, the token being the file's name.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,20 +29,40 @@ TOKEN = "token"
 
 
 def write_embeddings(folder: Path, embeddings: dict[str, Embedding]) -> None:
-    """Write vectors by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside."""
+    """Write vectors by token: `learned_embeds.safetensors`, or one such file a token, and the A1111 layout beside.
+
+    Raises ArtifactError for two tokens that would have one file.
+    """
+    check_file_names(embeddings)
     for token, embedding in embeddings.items():
         name = LEARNED if len(embeddings) == 1 else f"{LEARNED}-{file_name(token)}"
         write_embedding(folder / f"{name}.safetensors", token, embedding, token)
         write_embedding(folder / A1111 / f"{file_name(token)}.safetensors", token, embedding, EMB_PARAMS)
 
 
+def check_file_names(tokens: Iterable[str]) -> None:
+    """Raise ArtifactError for two tokens that differ in nothing that a file's name keeps."""
+    owners: dict[str, str] = {}
+    for token in tokens:
+        other = owners.setdefault(file_name(token), token)
+        if other != token:
+            raise ArtifactError(
+                f"the tokens {other} and {token} would have one file, {file_name(token)}.safetensors; give one of them "
+                "another word by jobs/export.py convert token=…"
+            )
+
+
 def write_embedding(file: Path, token: str, embedding: Embedding, name: str) -> None:
-    """Write one token; `name` is the tensor's where there is one text encoder: the token itself, or EMB_PARAMS."""
+    """Write one token; `name` is the tensor's where there is one text encoder: the token itself, or EMB_PARAMS.
+
+    In the layout of EMB_PARAMS the word is the file's name, so the file says no other.
+    """
     vectors = {part: tensor.detach().cpu().contiguous() for part, tensor in embedding.items()}
     alone = len(vectors) == 1
     tensors = {name: vectors["text_encoder"]} if alone else {key: vectors[part] for key, part in PAIR.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt", TOKEN: token})
+    said = {} if name == EMB_PARAMS else {TOKEN: token}
+    save_file(tensors, file, metadata={"format": "pt", **said})
 
 
 def read_embeddings(folder: Path) -> dict[str, Embedding]:

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LohaAdapter, LokrAdapter, OftAdapter
@@ -28,6 +29,7 @@ from ray_sd.methods.lora import TRAINED
 from ray_sd.methods.lora_reader import PEFT_PREFIX, PEFT_WEIGHTS
 from ray_sd.methods.targets import add_adapters, check_targets, targets_of
 from ray_sd.models import DiffusionModel
+from ray_sd.models.tokens import take_out
 
 PEFT = "peft"
 """Folder of the adapters themselves, one folder a component, as PEFT lays them out."""
@@ -64,8 +66,13 @@ class LayerAdapter(DenoiserMethod):
 
 
 def fused_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of an adapted module as if it had been trained whole, by the names that it had before."""
+    """The weights of an adapted module as if it had been trained whole, by the names that it had before.
+
+    New words are left out: they are exported as embeddings.
+    """
     fused = copy.deepcopy(module)
+    if isinstance(fused, PreTrainedModel):
+        take_out(fused)
     layers = [name for name, layer in fused.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name in layers:
         fused.get_submodule(name).merge(safe_merge=True)

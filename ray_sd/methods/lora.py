@@ -10,7 +10,6 @@ from torch import nn
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LoraAdapter
-from ray_sd.errors import ArtifactError
 from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.lora_names import LoraNames, layer_name
 from ray_sd.methods.lora_reader import read_lora
@@ -88,11 +87,6 @@ def attach_updates(model: DiffusionModel, updates: Updates, scale: float) -> int
 
     Returns the number of its tensors. Raises ArtifactError where some layers of a component are DoRA and others are not.
     """
-    for component, layers in updates.items():
-        if len({update.magnitude is None for update in layers.values()}) > 1:
-            raise ArtifactError(
-                f"some layers of the {component} are DoRA and others LoRA; fuse them with jobs/export.py"
-            )
     loader = LOADERS[model.config.family]
     tensors, metadata = diffusers_tensors(updates)
     for component in updates:

@@ -41,10 +41,10 @@ class LoraNames:
 
     def kohya(self, layer: Layer) -> str:
         """As kohya-ss/sd-scripts `networks/lora.py` names it: after the U-Net that it trains, which of Stable Diffusion 1
-        and 2 has diffusers' names and of XL the original ones."""
+        and 2 has diffusers' names and of XL the original ones, where there are any."""
         component, name = layer
         if component == "unet":
-            return f"lora_unet_{_flat(self._original[name] if self._several_encoders else name)}"
+            return f"lora_unet_{_flat(self._original.get(name, name) if self._several_encoders else name)}"
         number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if self._several_encoders else ""
         return f"lora_te{number}_{_flat(name)}"
 

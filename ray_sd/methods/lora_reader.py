@@ -57,8 +57,9 @@ def read_lora(path: Path, names: LoraNames) -> Updates:
         raise ArtifactError(f"{path}: its {LORA_ADAPTER_METADATA_KEY} cannot be read as JSON: {error}") from error
     settings: dict[str, dict[str, Any]] = {}
     for key, value in saved.items():
-        component, _, setting = key.partition(".")
-        settings.setdefault(component, {})[setting] = value
+        component, _, setting = key.rpartition(".")
+        # `unet.save_lora_adapter` names no component
+        settings.setdefault(component or "unet", {})[setting] = value
     return _updates(path, tensors, settings, names)
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_sd.errors import ArtifactError
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import PEFT_PREFIX, PEFT_WEIGHTS
 from ray_sd.methods.low_rank import LowRank, Updates
@@ -43,7 +44,7 @@ def diffusers_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, An
                 # transformers drops the vector without the ending, diffusers with it
                 ending = "" if component == "unet" else ".weight"
                 tensors[f"{layer}.lora_magnitude_vector{ending}"] = _peft_magnitude(update.magnitude, update.down.ndim)
-        settings |= {f"{component}.{setting}": value for setting, value in peft_settings(layers).items()}
+        settings |= {f"{component}.{setting}": value for setting, value in peft_settings(component, layers).items()}
     return tensors, settings
 
 
@@ -60,7 +61,7 @@ def write_peft(updates: Updates, folder: Path, names: LoraNames) -> None:
             if update.magnitude is not None:
                 tensors[f"{layer}.lora_magnitude_vector"] = _peft_magnitude(update.magnitude, update.down.ndim)
         _save(tensors, folder / component / PEFT_WEIGHTS, {"format": "pt"})
-        LoraConfig(**peft_settings(layers), inference_mode=True).save_pretrained(folder / component)
+        LoraConfig(**peft_settings(component, layers), inference_mode=True).save_pretrained(folder / component)
 
 
 def write_kohya(updates: Updates, path: Path, names: LoraNames) -> None:
@@ -84,8 +85,13 @@ def write_kohya(updates: Updates, path: Path, names: LoraNames) -> None:
     _save(tensors, path, {"format": "pt"} | words)
 
 
-def peft_settings(layers: dict[str, LowRank]) -> dict[str, Any]:
-    """What of PEFT's configuration it takes to load the layers of one component, and all of its releases know."""
+def peft_settings(component: str, layers: dict[str, LowRank]) -> dict[str, Any]:
+    """What of PEFT's configuration it takes to load the layers of one component, and all of its releases know.
+
+    Raises ArtifactError where some layers are DoRA and others are not, which it cannot say.
+    """
+    if len({update.magnitude is None for update in layers.values()}) > 1:
+        raise ArtifactError(f"some layers of the {component} are DoRA and others LoRA; fuse them with jobs/export.py")
     # A pattern or target names a module by the end of its name, so that it fits with and without the text prefix.
     short = {name.removeprefix(TEXT_PREFIX): update for name, update in layers.items()}
     [(rank, _)] = Counter(update.rank for update in short.values()).most_common(1)

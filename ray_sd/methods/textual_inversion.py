@@ -13,7 +13,7 @@ from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods.base import DenoiserMethod, enable_gradient_checkpointing
 from ray_sd.methods.embeddings import Embedding, read_embeddings, write_embeddings
 from ray_sd.models import DiffusionModel
-from ray_sd.models.tokens import SplicedEmbedding, initial_rows, splice
+from ray_sd.models.tokens import SplicedEmbedding, check_placeholder, initial_rows, splice
 
 
 class TextualInversion(DenoiserMethod):
@@ -96,7 +96,7 @@ def learnt_tokens(model: DiffusionModel) -> dict[str, Embedding]:
 def attach_tokens(model: DiffusionModel, embeddings: dict[str, Embedding]) -> None:
     """Give a model frozen tokens."""
     for token, embedding in embeddings.items():
-        _check_embedding(model, token, embedding)
+        check_embedding(model, token, embedding)
     for token, embedding in embeddings.items():
         first_ids = {name: len(tokenizer) for name, (_, tokenizer) in model.text_encoders().items()}
         model.add_placeholder(token, len(embedding["text_encoder"]))
@@ -104,7 +104,8 @@ def attach_tokens(model: DiffusionModel, embeddings: dict[str, Embedding]) -> No
             splice(encoder, first_ids[name], embedding[name].to(encoder.dtype)).requires_grad_(False)
 
 
-def _check_embedding(model: DiffusionModel, token: str, embedding: Embedding) -> None:
+def check_embedding(model: DiffusionModel, token: str, embedding: Embedding) -> None:
+    """Raise ArtifactError for vectors that a model or its skeleton cannot take, ConfigError for a word it cannot."""
     encoders = model.text_encoders()
     if set(embedding) != set(encoders):
         raise ArtifactError(
@@ -120,6 +121,8 @@ def _check_embedding(model: DiffusionModel, token: str, embedding: Embedding) ->
             )
     if len({len(vectors) for vectors in embedding.values()}) > 1:
         raise ArtifactError(f"the token '{token}' has not as many vectors for one text encoder as for the other")
+    for name, (_, tokenizer) in encoders.items():
+        check_placeholder(tokenizer, token, len(embedding[name]))
 
 
 def _initializer_ids(tokenizer: Any, config: PlaceholderTokens, token: str) -> list[int] | None:

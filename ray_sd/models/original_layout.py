@@ -112,8 +112,8 @@ def _unet_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"down_blocks.{number}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
             place += 1
 
-    for layer, block in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"mid_block.{block}", f"middle_block.{layer}"
+    if unet.mid_block is not None:
+        yield from _middle_layers(unet.mid_block)
 
     place = 0
     for number, block in enumerate(unet.up_blocks):
@@ -129,6 +129,14 @@ def _layers(block: nn.Module, own: str, original: str, place: int) -> Iterator[t
         yield f"{own}.resnets.{layer}", f"{original}.{place + layer}.0"
         if _attentions(block):
             yield f"{own}.attentions.{layer}", f"{original}.{place + layer}.1"
+
+
+def _middle_layers(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """Residual blocks with a transformer between two of them, if there are any."""
+    for layer in range(len(block.resnets)):
+        yield f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}"
+    for layer in range(len(_attentions(block))):
+        yield f"mid_block.attentions.{layer}", f"middle_block.{2 * layer + 1}"
 
 
 def _attentions(block: nn.Module) -> Sequence[nn.Module]:

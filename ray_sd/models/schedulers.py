@@ -34,14 +34,18 @@ STABLE_DIFFUSION = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
+    "steps_offset": 1,
 }
 """Noise schedule of a model that is assembled from parts and names no scheduler."""
 
-DEFAULTS = {"set_alpha_to_one": False}
-"""Stable Diffusion's value of what a saved scheduler may leave out."""
+DEFAULTS = {"set_alpha_to_one": False, "clip_sample": False}
+"""Stable Diffusion's values of what a saved scheduler may leave out; latents are not within [-1, 1]."""
 
-IMPOSED = {"clip_sample": False, "steps_offset": 1}
-"""What diffusers' StableDiffusionPipeline sets whatever the saved scheduler says: latents are not within [-1, 1]."""
+IMPOSED: dict[str, dict[str, Any]] = {
+    "stable_diffusion": {"clip_sample": False, "steps_offset": 1},
+    "stable_diffusion_xl": {},
+}
+"""What diffusers' pipeline of a family sets whatever the saved scheduler says."""
 
 
 def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
@@ -54,7 +58,7 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     overrides = config.scheduler.noise.model_dump(exclude_none=True)
     if "beta_schedule" in overrides or "beta_start" in overrides or "beta_end" in overrides:
         overrides["trained_betas"] = None
-    scheduler = DDPMScheduler.from_config({**DEFAULTS, **saved, **IMPOSED}, **overrides)
+    scheduler = DDPMScheduler.from_config({**DEFAULTS, **saved, **IMPOSED[config.family]}, **overrides)
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ArtifactError(

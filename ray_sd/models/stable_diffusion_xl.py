@@ -35,6 +35,12 @@ class StableDiffusionXL(StableDiffusion):
                 f"model '{self.config.name}': the U-Net's addition_embed_type is {found}, Stable Diffusion XL's is text_time; "
                 "is model.family right?"
             )
+        for setting in ("class_embed_type", "time_cond_proj_dim"):
+            if self.unet.config[setting] is not None:
+                raise ArtifactError(
+                    f"model '{self.config.name}': the U-Net takes conditions besides text and sizes ({setting}), such as "
+                    "distilled models have; take the Stable Diffusion XL that it was made from"
+                )
         encoder = self.text_encoder_2
         if encoder is None:
             return

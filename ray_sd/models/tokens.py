@@ -21,12 +21,19 @@ def vector_names(token: str, num_vectors: int) -> list[str]:
 
 def add_placeholder(tokenizer: Any, token: str, num_vectors: int) -> None:
     """Make a tokenizer know a placeholder's words. Raises ConfigError for one that is no new word."""
+    check_placeholder(tokenizer, token, num_vectors)
+    tokenizer.add_tokens(vector_names(token, num_vectors))
+
+
+def check_placeholder(tokenizer: Any | None, token: str, num_vectors: int) -> None:
+    """Raise ConfigError for a placeholder that is no new word; without a tokenizer, for one that is no single word."""
     if not token or token.split() != [token]:
         raise ConfigError(f"the placeholder token '{token}' must be one word without spaces, such as <my-cat>")
+    if tokenizer is None:
+        return
     for name in vector_names(token, num_vectors):
         if name in tokenizer.get_added_vocab() or len(tokenizer.tokenize(name)) == 1:
             raise ConfigError(f"the placeholder token '{name}' is already a word of the tokenizer; choose another")
-    tokenizer.add_tokens(vector_names(token, num_vectors))
 
 
 def expand(text: str, placeholders: Mapping[str, int]) -> str:
@@ -71,6 +78,13 @@ def splice(encoder: Any, first_id: int, rows: Tensor, norm: float | None = None)
         embedding = SplicedEmbedding(embedding, first_id, rows, norm)
     encoder.set_input_embeddings(embedding)
     return embedding
+
+
+def take_out(encoder: Any) -> None:
+    """Undo `splice`: leave a text encoder the vocabulary that it came with."""
+    embedding = encoder.get_input_embeddings()
+    if isinstance(embedding, SplicedEmbedding):
+        encoder.set_input_embeddings(embedding.vocabulary)
 
 
 def set_end_of_text(encoder: Any, tokenizer: Any) -> None:

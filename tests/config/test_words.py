@@ -29,6 +29,7 @@ from ray_sd.errors import ConfigError
         ("trainer.learning_rate=fast", "trainer.learning_rate: 'fast' is no number"),
         ("trainer.learning_rate=nan", "trainer.learning_rate: 'nan' is no finite number"),
         ("trainer.learning_rate=0", "trainer.learning_rate: '0' is out of range; it must be more than 0"),
+        (f"seed={2**63}", f"seed: '{2**63}' is out of range; it must be less than {2**63}"),
         ("trainer.ema_decay=1", "trainer.ema_decay: '1' is out of range; it must be less than 1"),
         ("dataset.flip=maybe", "dataset.flip: 'maybe' is neither true nor false"),
         ("dataset.resolution=ten", "dataset.resolution: 'ten' is no whole number or list of 2 whole numbers"),

@@ -11,6 +11,7 @@ from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_xl_
 from ray_sd.adapter import read_manifest
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import load_adapter
+from ray_sd.methods.embeddings import write_embedding
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya
 from ray_sd.models import load_model
@@ -87,6 +88,20 @@ def test_an_embedding_changes_its_layout_and_its_word(tiny: Path, adapters: dict
     job("convert", "adapter=katze.safetensors", "token=<neko>", "output=neko.safetensors", "dtype=float16")
     assert {name: tensor.dtype for name, tensor in load_file("neko.safetensors").items()} == {"<neko>": torch.float16}
     assert difference(picture(tiny, "neko.safetensors", prompt="a <neko>"), expected) <= 1
+
+
+def test_the_word_of_an_xl_embedding_in_the_layout_of_a1111_is_its_files_name(
+    tiny_xl: Path, job: Callable, tmp_path: Path
+):
+    generator = torch.Generator().manual_seed(0)
+    embedding = {"text_encoder": torch.randn(2, 32, generator=generator)}
+    embedding["text_encoder_2"] = torch.randn(2, 48, generator=generator)
+    write_embedding(tmp_path / "cat.safetensors", "<cat>", embedding, "<cat>")
+    expected = picture(tiny_xl, "cat.safetensors", config=tiny_xl_config)
+    assert difference(picture(tiny_xl, config=tiny_xl_config), expected) > 5
+    settings = ["adapter=cat.safetensors", "layout=a1111", "output=katze.safetensors"]
+    job("convert", *settings, base=tiny_xl, model="sdxl")
+    assert difference(picture(tiny_xl, "katze.safetensors", prompt="a katze", config=tiny_xl_config), expected) == 0
 
 
 def test_the_words_of_a_pivotal_tuning_lie_beside_its_file(tiny: Path, adapters: dict[str, Path], job: Callable):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pictures import picture
 from random_loras import random_updates
-from tiny_models import difference, draw, tiny_config
+from tiny_models import difference, draw, tiny_config, tiny_xl_config
 
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers
@@ -32,6 +32,18 @@ def test_a_lora_is_extracted_from_a_model_that_it_was_fused_into(
     less = job("extract", "tuned=tuned", "rank=1", "output=one.safetensors", "text_encoder=false")
     assert 10 < float(less.split("%")[0].split()[-1]) < 90
     assert "text_encoder" not in less
+
+
+def test_a_lora_is_extracted_from_an_xl_model_with_both_its_text_encoders(tiny_xl: Path, job: Callable, tmp_path: Path):
+    model = load_model(tiny_xl_config(tiny_xl))
+    write_diffusers(random_updates(model, convolutions=True), tmp_path / "x.safetensors")
+    job("fuse", "adapters=x.safetensors", "output=tuned", "dtype=float32", base=tiny_xl, model="sdxl")
+    expected = picture(Path("tuned"), config=tiny_xl_config)
+    assert difference(picture(tiny_xl, config=tiny_xl_config), expected) > 10
+    for output, layout in {"mine": "diffusers", "kohya.safetensors": "kohya"}.items():
+        settings = ["tuned=tuned", "rank=8", f"output={output}", f"layout={layout}"]
+        assert "layers of the text_encoder_2" in job("extract", *settings, base=tiny_xl, model="sdxl")
+        assert difference(picture(tiny_xl, output, config=tiny_xl_config), expected) <= 1, output
 
 
 def test_a_full_rank_extraction_of_a_fully_tuned_model_is_exact_but_for_what_a_lora_cannot_hold(

@@ -10,6 +10,7 @@ from pictures import picture
 from random_loras import random_updates
 from safetensors.torch import load_file
 from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_xl_config
+from transformers import CLIPTokenizer
 
 from ray_sd.config.export import FuseConfig
 from ray_sd.export import export
@@ -74,6 +75,29 @@ def test_an_xl_model_fuses_into_a_folder_that_draws_alike(tiny_xl: Path, job: Ca
     job("fuse", "adapters=x.safetensors", "output=fused", "dtype=float32", base=tiny_xl, model="sdxl")
     assert difference(picture(tmp_path / "fused", config=tiny_xl_config), expected) <= 1
     assert difference(draw(DiffusionPipeline.from_pretrained("fused"), "a <cat>"), expected) <= 1
+
+
+def test_an_xl_model_fuses_into_a_file_that_draws_alike(tiny_xl: Path, tmp_path: Path):
+    write_diffusers(random_updates(load_model(tiny_xl_config(tiny_xl))), tmp_path / "x.safetensors")
+    expected = picture(tiny_xl, tmp_path / "x.safetensors", config=tiny_xl_config)
+    base = tiny_xl_config(tiny_xl).model_copy(update={"layout": str(tiny_xl)})  # no shipped layout is tiny
+    target = tmp_path / "fused.safetensors"
+    adapters = (str(tmp_path / "x.safetensors"),)
+    export(FuseConfig(model=base, adapters=adapters, output=str(target), dtype="float32"))
+    tokenizers = {name: str(tiny_xl / name) for name in ("tokenizer", "tokenizer_2")}
+    fused = tiny_xl_config(target, **tokenizers).model_copy(update={"layout": str(tiny_xl)})
+    assert difference(draw(load_model(fused).pipeline(), "a <cat>"), expected) <= 1
+
+
+def test_a_fused_folder_has_the_tokenizers_files_of_older_transformers(tiny_xl: Path, job: Callable, tmp_path: Path):
+    model = load_model(tiny_xl_config(tiny_xl))
+    write_diffusers(random_updates(model), tmp_path / "x.safetensors")
+    job("fuse", "adapters=x.safetensors", "output=fused", base=tiny_xl, model="sdxl")
+    for name in ("tokenizer", "tokenizer_2"):
+        (tmp_path / "fused" / name / "tokenizer.json").unlink()
+        plain = CLIPTokenizer.from_pretrained(tmp_path / "fused" / name)
+        padded = {"padding": "max_length", "max_length": 16}
+        assert plain("a cat, 3", **padded).input_ids == getattr(model, name)("a cat, 3", **padded).input_ids
 
 
 @pytest.mark.parametrize("kind", ["full", "pivotal"])

@@ -4,13 +4,13 @@ from pathlib import Path
 from pictures import KINDS, picture
 from random_loras import random_updates
 from safetensors.torch import load_file
-from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_config
+from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_config, tiny_xl_config
 
 from jobs.export import main
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import run_job
 from ray_sd.methods.lora_names import LoraNames
-from ray_sd.methods.lora_writers import write_kohya
+from ray_sd.methods.lora_writers import write_diffusers, write_kohya
 from ray_sd.models import load_model
 
 
@@ -38,6 +38,18 @@ def test_a_merge_draws_what_the_weighted_adapters_draw_together(
     assert 30 < float(little.split("%")[0].split()[-1]) < 99
     ranks = {len(tensor) for name, tensor in load_file("little/kohya/lora.safetensors").items() if "lora_down" in name}
     assert ranks == {2}
+
+
+def test_merged_xl_loras_draw_what_they_draw_together(tiny_xl: Path, job: Callable, tmp_path: Path):
+    model = load_model(tiny_xl_config(tiny_xl))
+    write_kohya(random_updates(model, alike=False), tmp_path / "one.safetensors", LoraNames(model))
+    write_diffusers(random_updates(model, seed=1), tmp_path / "other.safetensors")
+    both = ("one.safetensors", "other.safetensors")
+    expected = picture(tiny_xl, *both, scales=(0.7, -0.5), config=tiny_xl_config)
+    settings = [f"adapters=[{', '.join(both)}]", "weights=[0.7, -0.5]"]
+    for output, layout in {"mine": "diffusers", "kohya.safetensors": "kohya"}.items():
+        job("merge", *settings, f"output={output}", f"layout={layout}", base=tiny_xl, model="sdxl")
+        assert difference(picture(tiny_xl, output, config=tiny_xl_config), expected) <= 1, output
 
 
 def test_a_lora_and_words_merge_into_what_a_pivotal_tuning_leaves(

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import export_adapter
 
 from jobs.export import main
 
@@ -63,6 +66,39 @@ def test_wrong_use_is_refused_in_words(
     output = [] if any(argument.startswith("output=") for argument in arguments) else ["output=out"]
     line = refusal(*(argument.format(**paths) for argument in arguments), *output)
     assert re.search(words, line), line
+
+
+@pytest.mark.parametrize("verb", ["merge", "fuse"])
+def test_words_that_no_file_can_tell_apart_are_refused(refusal: Callable, tmp_path: Path, verb: str):
+    for word, name in (("<cat>", "one"), ("cat_", "other")):
+        save_file({word: torch.ones(1, 32)}, tmp_path / f"{name}.safetensors")
+    line = refusal(verb, "adapters=[one.safetensors, other.safetensors]", "output=out")
+    assert "the tokens <cat> and cat_ would have one file, cat.safetensors; give one of them another word" in line
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge", "fuse"])
+def test_words_that_the_base_cannot_take_are_refused(refusal: Callable, tmp_path: Path, verb: str):
+    save_file({"<cat>": torch.ones(1, 48)}, tmp_path / "wide.safetensors")
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "my cat.safetensors")
+    save_file({"clip_l": torch.ones(1, 32), "clip_g": torch.ones(1, 48)}, tmp_path / "pair.safetensors")
+    for file, words in (
+        ("wide", "'<cat>' has vectors of 48 numbers, the base's text_encoder takes 32"),
+        ("my cat", "'my cat' must be one word without spaces"),
+        ("pair", "has vectors for text_encoder and text_encoder_2, the base has text_encoder"),
+    ):
+        setting = "adapter" if verb == "convert" else "adapters"
+        assert words in refusal(verb, f"{setting}={file}.safetensors", "output=out")
+
+
+def test_a_file_for_several_words_is_refused_with_what_works(
+    tiny: Path, refusal: Callable, job: Callable, tmp_path: Path
+):
+    export_adapter(tiny, tmp_path / "two", {"name": "textual_inversion", "placeholder_token": ["<cat>", "<mat>"]})
+    for layout in ("a1111", "diffusers"):
+        words = refusal("convert", "adapter=two", f"layout={layout}", "output=x.safetensors")
+        assert "a file holds one token, and there are <cat>, <mat>; layout=diffusers with a folder as output" in words
+    job("convert", "adapter=two", "layout=diffusers", "output=each")
+    assert {path.name for path in Path("each/a1111").iterdir()} == {"cat.safetensors", "mat.safetensors"}
 
 
 def test_each_verb_shows_its_settings(capsys: pytest.CaptureFixture[str]):

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from pydantic import ValidationError
 from tiny_models import difference, draw, random_batch, tiny_config
+from transformers import CLIPTextModel
 
 from ray_sd.config import ExperimentConfig, TrainerConfig
 from ray_sd.config.load import load_config
@@ -23,6 +25,7 @@ VARIANTS = {
     "full": {"adapter": "full"},
     "pivotal": {"tokens": TOKENS},
     "pivotal with text": {"tokens": TOKENS, "adapter": {"name": "lora", "text_encoder": True}},
+    "pivotal loha with text": {"tokens": TOKENS, "adapter": {"name": "loha", "text_encoder": True}},
 }
 
 
@@ -113,7 +116,13 @@ def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(tiny: Pat
 
     if variant != "full":
         plain = load_model(tiny_config(tiny)).pipeline()
-        plain.load_lora_weights(tmp_path)
+        if "loha" in variant:
+            plain.unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+            folder = tmp_path / "text_encoder"
+            plain.text_encoder, report = CLIPTextModel.from_pretrained(folder, output_loading_info=True)
+            assert not any(report.values())
+        else:
+            plain.load_lora_weights(tmp_path)
         if "pivotal" in variant:
             plain.load_textual_inversion(tmp_path / "embeddings", local_files_only=True)
         assert difference(draw(plain, request.prompt, negative_prompt=""), expected) <= 1

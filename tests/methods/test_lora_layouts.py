@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from kohya_keys import PUBLISHED, PUBLISHED_CONVOLUTIONS
-from peft import LoHaConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from random_loras import random_updates
 from safetensors.torch import load_file, save_file
-from tiny_models import difference, draw, tiny_config, tiny_xl_config
+from tiny_models import UNET_XL, difference, draw, tiny_config, tiny_xl_config
 
 from ray_sd.config import ModelConfig, TrainerConfig
 from ray_sd.config.method import LoraMethod
@@ -22,7 +22,7 @@ from ray_sd.methods.lora import attach_updates, trained_updates
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import read_lora
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya, write_peft
-from ray_sd.methods.low_rank import Updates
+from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.models import DiffusionModel, load_model
 
 FAMILIES = {"sd15": "stable_diffusion", "sd21": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
@@ -121,6 +121,31 @@ def base(request: pytest.FixtureRequest, tiny: Path, tiny_xl: Path) -> Callable[
     """Loads a tiny model of either family, anew at every call."""
     config = tiny_config(tiny) if request.param == "sd" else tiny_xl_config(tiny_xl)
     return lambda: load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "original"),
+    [
+        ({"mid_block_type": None}, {}),
+        ({"mid_block_type": "UNetMidBlock2D"}, {"mid_block.resnets.0.conv1": "middle_block_0_in_layers_2"}),
+        ({"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 80}, {"encoder_hid_proj": "encoder_hid_proj"}),
+    ],
+    ids=str,
+)
+def test_a_lora_of_an_unusual_unet_goes_through_every_layout(
+    tiny_xl: Path, tmp_path: Path, change: dict, original: dict
+):
+    model = load_model(tiny_xl_config(tiny_xl, unet={"architecture": UNET_XL | change}))
+    names = LoraNames(model)
+    assert {name: names.kohya(("unet", name)) for name in original} == {
+        name: f"lora_unet_{spelled}" for name, spelled in original.items()
+    }
+    method = build_method(LoraMethod(rank=4))
+    method.prepare(model, TrainerConfig())
+    method.export(model, tmp_path)
+    layers = trained_updates(model)["unet"].keys()
+    for file in ("pytorch_lora_weights.safetensors", "kohya/lora.safetensors"):
+        assert read_lora(tmp_path / file, names)["unet"].keys() == layers
 
 
 def picture_with(model: DiffusionModel, updates: Updates) -> Image.Image:
@@ -275,6 +300,37 @@ def test_pefts_settings_are_kept(tiny: Path, tmp_path: Path):
     layers = read_lora(tmp_path / "unet", names)["unet"]
     alphas = {name.endswith("attn1.to_q"): update.alpha for name, update in layers.items()}
     assert alphas == {True: 16.0, False: 4.0}  # alpha times the root of rank 4
+
+
+def test_a_file_of_a_unet_alone_keeps_its_alpha(tiny: Path, tmp_path: Path):
+    """`unet.save_lora_adapter` names the component neither in the tensors nor in the metadata."""
+    model = load_model(tiny_config(tiny))
+    model.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"]))
+    model.unet.save_lora_adapter(tmp_path)
+    layers = read_lora(tmp_path / "pytorch_lora_weights.safetensors", LoraNames(model))["unet"]
+    assert {update.alpha for update in layers.values()} == {8.0}
+
+
+def test_a_lora_of_which_some_layers_are_dora_is_not_written_where_nothing_loads_it(tiny: Path, tmp_path: Path):
+    model = load_model(tiny_config(tiny))
+    names = LoraNames(model)
+    updates = {"unet": random_updates(model, text=False)["unet"] | _half(random_updates(model, dora=True)["unet"])}
+    for write in (
+        lambda: attach_updates(model, updates, 1.0),
+        lambda: write_diffusers(updates, tmp_path / "x.safetensors"),
+        lambda: write_peft(updates, tmp_path, names),
+    ):
+        with pytest.raises(ArtifactError, match="some layers of the unet are DoRA and others LoRA; fuse them"):
+            write()
+    write_kohya(updates, tmp_path / "kohya.safetensors", names)
+    kept = read_lora(tmp_path / "kohya.safetensors", names)["unet"]
+    assert {name: layer.magnitude is None for name, layer in kept.items()} == {
+        name: layer.magnitude is None for name, layer in updates["unet"].items()
+    }
+
+
+def _half(layers: dict[str, LowRank]) -> dict[str, LowRank]:
+    return {name: layers[name] for name in sorted(layers)[::2]}
 
 
 def attn_key(part: str) -> str:

@@ -77,11 +77,11 @@ def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(tiny_xl: 
     assert method.attach(ours, tmp_path, 1.0) > 0
     assert difference(generate(ours, [REQUEST])[0], expected) <= 1
 
-    plain = load_in_plain_diffusers(load_model(tiny_xl_config(tiny_xl)).pipeline(), tmp_path)
+    plain = load_in_plain_diffusers(tiny_xl, tmp_path)
     assert difference(draw(plain, REQUEST.prompt, guidance_scale=5.0), expected) <= 1
 
 
-def load_in_plain_diffusers(pipeline: StableDiffusionXLPipeline, folder: Path) -> StableDiffusionXLPipeline:
+def load_in_plain_diffusers(base: Path, folder: Path) -> StableDiffusionXLPipeline:
     """As a user would who has nothing of ours."""
     classes = {
         "unet": UNet2DConditionModel,
@@ -89,12 +89,13 @@ def load_in_plain_diffusers(pipeline: StableDiffusionXLPipeline, folder: Path) -
         "text_encoder_2": CLIPTextModelWithProjection,
     }
     parts = {part: cls.from_pretrained(folder / part) for part, cls in classes.items() if (folder / part).is_dir()}
-    pipeline = StableDiffusionXLPipeline(**{**pipeline.components, **parts}, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base, **parts, add_watermarker=False)
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(folder)
     for embeddings in (folder / "learned_embeds.safetensors", folder / "embeddings/learned_embeds.safetensors"):
         if embeddings.is_file():
             tensors = load_file(embeddings)
+            pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
             for key, encoder, tokenizer in (
                 ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
                 ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),

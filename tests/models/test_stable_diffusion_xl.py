@@ -2,7 +2,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TEXT_ENCODER, UNET, difference, draw, random_xl_batch, save_tiny_xl_model, tiny_xl_config
+from diffusers import StableDiffusionXLPipeline
+from tiny_models import (
+    TEXT_ENCODER,
+    UNET,
+    UNET_XL,
+    difference,
+    draw,
+    random_xl_batch,
+    save_tiny_xl_model,
+    tiny_xl_config,
+)
 
 from ray_sd.errors import ArtifactError
 from ray_sd.generate import ImageRequest, generate
@@ -20,6 +30,15 @@ def test_pictures_equal_the_plain_pipelines(tiny_xl: Path, sampler: str, setting
     request = ImageRequest("a cat", seed=3, num_inference_steps=4, guidance_scale=5.0, **settings)
     plain = draw(model.pipeline(), "a cat", seed=3, num_inference_steps=4, guidance_scale=5.0, **settings)
     assert difference(generate(model, [request])[0], plain) <= 1
+
+
+def test_pictures_equal_those_of_the_folder_in_plain_diffusers(tiny_xl: Path):
+    """With the folder's own scheduler, which says steps_offset 0."""
+    plain = StableDiffusionXLPipeline.from_pretrained(tiny_xl)
+    assert plain.scheduler.config.steps_offset == 0
+    expected = draw(plain, "a cat", guidance_scale=5.0)
+    request = ImageRequest("a cat", seed=1, num_inference_steps=3, guidance_scale=5.0)
+    assert difference(generate(load_model(tiny_xl_config(tiny_xl)), [request])[0], expected) <= 1
 
 
 def test_loss_and_gradient_equal_those_written_from_the_papers(tiny_xl: Path):
@@ -131,6 +150,7 @@ def test_the_fingerprint_of_the_text_covers_both_encoders(tiny_xl: Path, tmp_pat
     ("change", "words"),
     [
         ({"unet": {"architecture": UNET}}, "addition_embed_type is None, .* is text_time; is model.family right?"),
+        ({"unet": {"architecture": UNET_XL | {"time_cond_proj_dim": 8}}}, "besides text and sizes .time_cond_proj_dim"),
         (
             {"text_encoder_2": {"architecture": {"hidden_size": 48, "num_attention_heads": 4, "projection_dim": 20}}},
             "takes 72 numbers of pooled text and sizes, the text_encoder_2 and six sizes make 68; refiners",
