@@ -54,11 +54,15 @@ def class_data(config: ExperimentConfig, rows: RowSpec, prior: PriorRows) -> tup
 def _description(config: ExperimentConfig, prior: PriorRows) -> dict[str, Any]:
     """What drawn class pictures depend on."""
     from ray_sd.models import fingerprint
+    from ray_sd.models.schedulers import load_noise_scheduler
 
+    schedule = load_noise_scheduler(config.model).config
     return {
         "model": [fingerprint(config.model, part) for part in ("unet", "vae", "text_encoder")],
         "sampler": config.model.scheduler.sampler,
+        "schedule": {name: value for name, value in schedule.items() if not name.startswith("_")},
         "prompts": prior.prompts,
+        "prompt_chunks": config.model.prompt_chunks,
         "size": [config.dataset.height, config.dataset.width],
         "seed": config.seed,
         **prior.images.model_dump(include={"num_inference_steps", "guidance_scale"}),
