@@ -1,6 +1,7 @@
 """Class pictures: counted, drawn where too few are there, and one beside each row."""
 
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_drawing_goes_on_where_it_stopped_and_counts_what_is_there(
     after = pictures(folder)
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == ["00000.png"]
+
+
+def test_a_folder_that_cannot_be_written_serves_where_it_holds_enough(
+    dreambooth: Callable, folder: Path, tmp_path: Path
+):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"inside/{file.name}")
+    inside = f"zip://inside::{(tmp_path / 'pictures.zip').as_uri()}"
+    config = dreambooth(folder=inside, count=10)
+    rows = build_method(config.method).rows()
+    dataset, _ = class_data(config, rows, rows.prior)
+    assert dataset.source.path == inside
 
 
 def test_a_folder_of_something_else_is_refused(dreambooth: Callable, tmp_path: Path):
