@@ -218,8 +218,9 @@ def tables(records: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.
 
 def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
     """The rows of a unit; where its file is damaged, a row that says so stands for each that is lost, as far as known."""
-    path = str(unit.column(0)[0])
-    known = unit["rows"][0].as_py() if "rows" in unit.column_names else 0
+    paths = unit.column(0).to_pylist()
+    if "rows" in unit.column_names:
+        paths *= unit["rows"][0].as_py()
     number = 0
     try:
         for row in read(unit):
@@ -227,7 +228,7 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
             yield row
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a library raise
         reason = f"{UNREADABLE} after {number} rows: {type(error).__name__}: {error}"
-        for _ in range(max(1, known - number)):
+        for path in paths[number:] or paths[-1:]:
             yield SourceRow(path, path, b"", [], reason)
 
 

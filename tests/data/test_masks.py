@@ -10,7 +10,9 @@ from sample_pictures import LATENTS, encoded, noise_png
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import check_masks, prepare
 from ray_sd.data.encode import latent_mask
+from ray_sd.data.examine import source_rows
 from ray_sd.data.reader import RowReader
+from ray_sd.data.sources import list_source
 from ray_sd.data.sources.masks import mask_name
 from ray_sd.errors import ConfigError
 
@@ -97,6 +99,16 @@ def test_rows_without_a_mask_or_with_one_of_another_size_are_rejected(
         "2.png": "has no mask: 2.png",
         "3.png": "its mask has another size: 16 x 16 pixels, the picture 32 x 16",
     }
+
+
+def test_a_mask_that_cannot_be_read_loses_no_other_row(pictures: Path, configure: Callable):
+    (pictures / "0.png").write_bytes(noise_png(1, (32, 16)))
+    (pictures.parent / "masks/0.png").mkdir()
+    listing = list_source(configure(pictures, mask=files(pictures)).dataset)
+    rows = {row.id: row for unit in listing.units for row in source_rows(listing.read, unit)}
+    assert rows.keys() == {"0.png", "cats/1.jpg"}
+    assert rows["0.png"].reason.startswith("cannot be read: ")
+    assert rows["cats/1.jpg"].mask == encoded(half("L"))
 
 
 def test_masks_that_cannot_belong_to_the_pictures_are_refused_before_a_run(pictures: Path, configure: Callable):

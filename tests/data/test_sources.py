@@ -2,6 +2,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,14 @@ def test_parquet_rows_that_cannot_be_used_are_rejected_alone(tmp_path: Path):
     assert [row.reason for row in rows.values()] == [None, "the caption is not UTF-8", "has no picture"]
 
 
+def test_a_path_that_leads_nowhere_loses_no_other_row(tmp_path: Path):
+    structs = [{"bytes": None, "path": "nosuch://x"}, {"bytes": noise_png(0), "path": None}]
+    pq.write_table(pa.table({"image": structs}), tmp_path / "x.parquet")
+    first, second = read({"name": "parquet", "path": str(tmp_path)}).values()
+    assert first.reason.startswith("cannot be read: its path: nosuch://x: ")
+    assert second.image == noise_png(0)
+
+
 def test_missing_columns_are_named(tmp_path: Path):
     pq.write_table(pa.table({"img": [b"x"], "text": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"image_column: no column 'image' in .*x.parquet; its columns are: img, text"):
@@ -174,6 +183,16 @@ def test_each_row_that_a_damaged_row_group_loses_is_counted(tmp_path: Path):
     rows = [row for unit in listing.units for row in source_rows(listing.read, unit)]
     assert len(rows) == 50
     assert all(row.reason.startswith("cannot be read after 0 rows: ") for row in rows)
+
+
+def test_each_file_that_a_failing_unit_loses_is_counted():
+    def fail(unit: pa.Table) -> Iterator[SourceRow]:
+        yield SourceRow("a.png", "a.png", b"", [])
+        raise RuntimeError("gone")
+
+    rows = list(source_rows(fail, pa.table({"path": ["a.png", "b.png", "c.png"]})))
+    reason = "cannot be read after 1 rows: RuntimeError: gone"
+    assert [(row.path, row.reason) for row in rows] == [("a.png", None), ("b.png", reason), ("c.png", reason)]
 
 
 def test_a_file_system_that_fails_on_one_picture_loses_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import locate
-from ray_sd.data.sources.base import SETTING, UNREADABLE, SourceRow, caption_texts, printable
+from ray_sd.data.sources.base import UNREADABLE, SourceRow, caption_texts, printable
 from ray_sd.errors import DataError
 
 ROWS_PER_READ = 16
@@ -63,8 +63,8 @@ def _image_bytes(value: Any) -> bytes:
         if not value.get("path"):
             raise RejectedError("has no picture")
         try:
-            return locate(value["path"], SETTING).read()
-        except OSError as error:
+            return locate(value["path"], "its path").read()
+        except Exception as error:
             raise RejectedError(f"{UNREADABLE}: {error}") from error
     if value is None:
         raise RejectedError("has no picture")
