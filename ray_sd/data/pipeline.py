@@ -23,7 +23,7 @@ from ray_sd.data.index import RowIndex, place, write_index
 from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
 from ray_sd.data.prior import class_data
-from ray_sd.data.sources import UNREADABLE, Listing, list_source
+from ray_sd.data.sources import UNREADABLE, Listing, check_caption_column, list_source
 from ray_sd.data.subjects import write_subjects
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
@@ -49,6 +49,8 @@ def prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
 def _prepare(config: ExperimentConfig, rows: RowSpec) -> PreparedData:
     root = writable_folder(config.cache_path, "cache_path")
     listing = list_source(config.dataset)
+    if rows.needs_captions:
+        check_caption_column(listing, config.dataset)
     view = View(config, rows, root, listing)
     prepared = view.load()
     if prepared is None:

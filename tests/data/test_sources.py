@@ -2,16 +2,18 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_pictures import noise_png
+from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import DatasetConfig
+from ray_sd.data import prepare
 from ray_sd.data.examine import source_rows
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import SourceRow, list_source
@@ -165,6 +167,39 @@ def test_missing_columns_are_named(tmp_path: Path):
     pq.write_table(pa.table({"img": [b"x"], "text": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"image_column: no column 'image' in .*x.parquet; its columns are: img, text"):
         list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_captions_of_a_column_that_is_not_there_are_refused_or_told(
+    kind: str, tmp_path: Path, configure: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+
+    if kind == "parquet":
+        for name in ("text", "subtitle"):
+            pq.write_table(pa.table({"image": [noise_png(0)], name: ["a cat"]}), tmp_path / f"{name}.parquet")
+    else:
+        content = {"image": [noise_png(0)], "subtitle": ["a cat"], "text": ["a cat"]}
+        datasets.Dataset.from_dict(content).save_to_disk(str(tmp_path))
+    source = {"name": kind, "path": str(tmp_path)}
+    words = f"dataset.caption.column: no column 'caption' in {tmp_path}; its columns are: image, subtitle, text"
+    with pytest.raises(DataError, match=f"{words}; name one of them, or "):
+        prepare(configure(source), LATENTS)
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("ray_sd.data.pipeline.View", stop)
+    for settings, rows, told in (
+        ({"column": "text"}, LATENTS, False),
+        ({}, PIXELS, False),
+        ({}, replace(LATENTS, templates=("x",)), False),
+        ({"template": "a cat"}, LATENTS, True),
+    ):
+        caplog.clear()
+        with pytest.raises(InterruptedError):
+            prepare(configure(source, caption=settings), rows)
+        assert (words in caplog.text) == told
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path):

@@ -20,8 +20,8 @@ def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
     check_columns(dataset.column_names, source.image_column, None, f"{source.path} ({source.split})")
     if not len(dataset):
         raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")
-    wanted = {source.image_column, caption_column}
-    dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    columns = dataset.column_names
+    dataset = dataset.select_columns([name for name in columns if name in (source.image_column, caption_column)])
     starts = range(0, len(dataset), ROWS_PER_UNIT)
     path = f"{source.path}:{source.split}#"
     units = [
@@ -29,7 +29,7 @@ def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
         for start in starts
     ]
     reader = HuggingFaceReader(dataset, source.image_column, caption_column)
-    return Listing(units, reader, dataset._fingerprint)
+    return Listing(units, reader, dataset._fingerprint, columns=columns)
 
 
 @dataclass(frozen=True)
