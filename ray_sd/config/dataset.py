@@ -189,7 +189,7 @@ class TagConfig(Schema):
     shuffle: bool = True
     """Change the order of the tags."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability of leaving a tag out."""
+    """Probability of leaving a tag out; one is always kept."""
     keep_first: int = Field(0, ge=0)
     """Tags at the beginning that stay where they are, such as the subject's name."""
     num_variants: int = Field(8, ge=1)
@@ -204,7 +204,7 @@ class CaptionConfig(Schema):
     template: str | None = None
     """Caption of every row that has none, such as `a photo of a sks dog`. An empty string trains without text."""
     replace: dict[str, str] = Field(default_factory=dict)
-    """Words of captions, and what is written in their place: `'{owl: <my-owl>}'`."""
+    """Words of captions, and what is written in their place, all at once: `'{owl: <my-owl>}'`."""
     prefix: str = ""
     """Written before every caption, as it stands."""
     suffix: str = ""

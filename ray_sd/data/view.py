@@ -16,7 +16,7 @@ from ray_sd.data.sources import Listing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same configuration would encode other values."""
 
 
