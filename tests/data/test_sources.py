@@ -129,6 +129,12 @@ def test_a_uri_of_an_unknown_kind_is_refused():
         list_source(DatasetConfig(source={"name": "image_folder", "path": "nosuch://bucket/x"}))
 
 
+@pytest.mark.parametrize("kind", ["image_folder", "huggingface"])
+def test_the_home_of_nobody_is_refused(kind: str):
+    with pytest.raises(ConfigError, match="dataset.source.path: ~nosuchuser/x is in the home of a user that is not"):
+        list_source(DatasetConfig(source={"name": kind, "path": "~nosuchuser/x"}))
+
+
 def test_parquet_rows_are_read_from_bytes_and_from_structs(tmp_path: Path):
     images = [noise_png(i) for i in range(5)]
     table = pa.table({"image": images, "name": list("abcde"), "caption": ["one", None, "", "four", "five"]})

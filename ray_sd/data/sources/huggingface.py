@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ray_sd.config.dataset import HuggingFaceSource
+from ray_sd.data.locations import expand
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow
 from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
 from ray_sd.errors import DataError
@@ -54,7 +54,7 @@ def _load_huggingface(source: HuggingFaceSource) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = Path(source.path).expanduser()
+    folder = expand(source.path, SETTING)
     try:
         if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(str(folder))
