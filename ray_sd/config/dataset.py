@@ -284,6 +284,8 @@ class DatasetConfig(Schema):
         if self.height != self.width:
             raise ValueError(f"buckets need one number for resolution, not [{self.height}, {self.width}]")
         for side in buckets.resolutions or (self.height,):
-            if side % buckets.step:
+            if side < buckets.step or side % buckets.step:
                 near = max(buckets.step, round(side / buckets.step) * buckets.step)
-                raise ValueError(f"the resolution {side} is no multiple of buckets.step={buckets.step}; try {near}")
+                raise ValueError(
+                    f"the resolution {side} is no positive multiple of buckets.step={buckets.step}; try {near}"
+                )

@@ -55,8 +55,13 @@ def test_of_several_resolutions_a_picture_takes_the_largest_that_it_fills():
     ("values", "words"),
     [
         ({"resolution": [512, 768]}, "buckets need one number for resolution"),
-        ({"resolution": 520}, "resolution 520 is no multiple of buckets.step=64; try 512"),
-        ({"buckets": {"resolutions": [512, 700]}}, "resolution 700 is no multiple of buckets.step=64; try 704"),
+        ({"resolution": 520}, "resolution 520 is no positive multiple of buckets.step=64; try 512"),
+        (
+            {"buckets": {"resolutions": [512, 700]}},
+            "resolution 700 is no positive multiple of buckets.step=64; try 704",
+        ),
+        ({"buckets": {"resolutions": [0, 512]}}, "resolution 0 is no positive multiple of buckets.step=64; try 64"),
+        ({"buckets": {"resolutions": [-64]}}, "resolution -64 is no positive multiple of buckets.step=64; try 64"),
         ({"buckets": {"step": 12}}, "multiple of 8"),
     ],
 )
