@@ -16,7 +16,7 @@ from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
 from ray_sd.data.crops import Focus, Variant, cut, cut_mask
-from ray_sd.data.decode import Layers, RejectedError, decode, decode_layers
+from ray_sd.data.decode import Layers, RejectedError, check_size, decode, decode_layers
 from ray_sd.data.sources import UNREADABLE, SourceRow
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
         record = {**name, "captions": _captions(row, config, examination.needs_captions), "image": image}
         missing = missing_variants(image, examination.kinds, known)
         if not missing:
+            # The cache may know the picture from a run that allowed more.
+            check_size(row.image, max_pixels=config.max_pixels)
             return DecodedRow(record, row)
         layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
         return DecodedRow(record, row, layers, mask_of(row.mask, layers, config), missing)
