@@ -19,13 +19,15 @@ def bucket_sizes(config: DatasetConfig) -> list[Size]:
 def bucket_of(config: DatasetConfig, width: int, height: int) -> Size:
     """The size that a picture of so many pixels is trained at.
 
-    Of several resolutions it is the largest whose area the picture has, else the smallest; of its sizes the one whose
-    aspect ratio is nearest.
+    Of several resolutions it is the largest whose area the picture has once it is cut to `max_aspect_ratio`, else the
+    smallest; of its sizes the one whose aspect ratio is nearest.
     """
     if config.buckets is None:
         return config.height, config.width
     squares = _squares(config)
-    side = max((side for side in squares if side * side <= width * height), default=squares[0])
+    short, long = sorted((width, height))
+    area = short * min(long, short * config.buckets.max_aspect_ratio)
+    side = max((side for side in squares if side * side <= area), default=squares[0])
     ratio = math.log(width / height)
     return min(_sizes(config.buckets, side), key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
 

@@ -48,6 +48,7 @@ def test_of_several_resolutions_a_picture_takes_the_largest_that_it_fills():
     assert bucket_of(config, 1000, 1000) == (768, 768)
     assert bucket_of(config, 1500, 800) == (768, 1344)
     assert bucket_of(config, 300, 300) == (512, 512)
+    assert bucket_of(config, 4000, 600) == bucket_of(config, 1200, 600) == (576, 1024)
     assert len(bucket_sizes(config)) == sum(len(bucket_sizes(settings(resolution=side))) for side in (512, 768, 1024))
 
 
