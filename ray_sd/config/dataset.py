@@ -172,7 +172,8 @@ class MaskFiles(Schema):
     name: Literal["files"] = "files"
     """Kind of mask."""
     path: str
-    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it."""
+    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it. Rows of
+    Parquet files need `source.id_column` for it; those of Hugging Face data sets have no names."""
     outside: float = Field(0.0, ge=0, lt=1)
     """Weight of what the mask leaves out."""
 
@@ -275,10 +276,24 @@ class DatasetConfig(Schema):
                 )
         if self.buckets is not None:
             self._check_buckets(self.buckets)
+        if isinstance(self.mask, MaskFiles):
+            self._check_mask_files()
         digits = self.background.removeprefix("#")
         if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
             raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")
         return self
+
+    def _check_mask_files(self) -> None:
+        remedy = None
+        if isinstance(self.source, ParquetSource) and self.source.id_column is None:
+            remedy = "name the column that holds them by dataset.source.id_column"
+        elif isinstance(self.source, HuggingFaceSource):
+            remedy = "take dataset=parquet with dataset.source.id_column, or dataset.mask=alpha"
+        if remedy is not None:
+            raise ValueError(
+                f"mask files are found by their rows' names, and those of the source '{self.source.name}' have none; "
+                + remedy
+            )
 
     def _check_buckets(self, buckets: BucketConfig) -> None:
         if self.height != self.width:

@@ -142,6 +142,21 @@ def test_names_of_masks():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"name": "parquet"}, "name the column that holds them by dataset.source.id_column"),
+        ({"name": "huggingface"}, "take dataset=parquet with dataset.source.id_column, or dataset.mask=alpha"),
+    ],
+)
+def test_mask_files_for_rows_without_names_are_refused(source: dict, words: str, pictures: Path, configure: Callable):
+    source |= {"path": str(pictures)}
+    with pytest.raises(ValidationError, match=f"source '{source['name']}' have none; {words}"):
+        configure(source, mask=files(pictures))
+    configure(source, mask="alpha")
+    configure({"name": "parquet", "path": "x", "id_column": "name"}, mask=files(pictures))
+
+
 def test_an_autoencoder_takes_no_masks(configure: Callable, pictures: Path):
     content = configure(pictures, mask="alpha").model_dump(mode="json") | {"method": {"name": "autoencoder"}}
     with pytest.raises(ValidationError, match="dataset.mask is for the denoiser's loss"):
