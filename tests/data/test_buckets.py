@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from sample_pictures import LATENTS, PIXELS, noise_png
 
+from ray_sd.config import ExperimentConfig
 from ray_sd.config.dataset import DatasetConfig
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.buckets import bucket_of, bucket_sizes
@@ -69,6 +70,16 @@ def test_of_several_resolutions_a_picture_takes_the_largest_that_it_fills():
 def test_sizes_that_cannot_be_are_refused(values: dict, words: str):
     with pytest.raises(ValidationError, match=words):
         settings(**values)
+
+
+def test_windows_of_the_autoencoder_fit_into_the_smallest_size(tmp_path: Path, configure: Callable):
+    content = configure(tmp_path, resolution=512, buckets={}).model_dump(mode="json")
+    fits, too_large = ({"method": {"name": "autoencoder", "crop_size": size}} for size in (384, 512))
+    ExperimentConfig.model_validate(content | fits)
+    with pytest.raises(
+        ValidationError, match="method.crop_size 512 must be a multiple of 8 and at most 384, the small"
+    ):
+        ExperimentConfig.model_validate(content | too_large)
 
 
 @pytest.fixture
