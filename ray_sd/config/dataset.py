@@ -172,7 +172,8 @@ class MaskFiles(Schema):
     name: Literal["files"] = "files"
     """Kind of mask."""
     path: str
-    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it."""
+    """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it. Rows of
+    Parquet files need `source.id_column` for it; those of Hugging Face data sets have no names."""
     outside: float = Field(0.0, ge=0, lt=1)
     """Weight of what the mask leaves out."""
 
@@ -189,7 +190,7 @@ class TagConfig(Schema):
     shuffle: bool = True
     """Change the order of the tags."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability of leaving a tag out."""
+    """Probability of leaving a tag out; one is always kept."""
     keep_first: int = Field(0, ge=0)
     """Tags at the beginning that stay where they are, such as the subject's name."""
     num_variants: int = Field(8, ge=1)
@@ -204,7 +205,7 @@ class CaptionConfig(Schema):
     template: str | None = None
     """Caption of every row that has none, such as `a photo of a sks dog`. An empty string trains without text."""
     replace: dict[str, str] = Field(default_factory=dict)
-    """Words of captions, and what is written in their place: `'{owl: <my-owl>}'`."""
+    """Words of captions, and what is written in their place, all at once: `'{owl: <my-owl>}'`."""
     prefix: str = ""
     """Written before every caption, as it stands."""
     suffix: str = ""
@@ -275,15 +276,31 @@ class DatasetConfig(Schema):
                 )
         if self.buckets is not None:
             self._check_buckets(self.buckets)
+        if isinstance(self.mask, MaskFiles):
+            self._check_mask_files()
         digits = self.background.removeprefix("#")
         if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
             raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")
         return self
 
+    def _check_mask_files(self) -> None:
+        remedy = None
+        if isinstance(self.source, ParquetSource) and self.source.id_column is None:
+            remedy = "name the column that holds them by dataset.source.id_column"
+        elif isinstance(self.source, HuggingFaceSource):
+            remedy = "take dataset=parquet with dataset.source.id_column, or dataset.mask=alpha"
+        if remedy is not None:
+            raise ValueError(
+                f"mask files are found by their rows' names, and those of the source '{self.source.name}' have none; "
+                + remedy
+            )
+
     def _check_buckets(self, buckets: BucketConfig) -> None:
         if self.height != self.width:
             raise ValueError(f"buckets need one number for resolution, not [{self.height}, {self.width}]")
         for side in buckets.resolutions or (self.height,):
-            if side % buckets.step:
+            if side < buckets.step or side % buckets.step:
                 near = max(buckets.step, round(side / buckets.step) * buckets.step)
-                raise ValueError(f"the resolution {side} is no multiple of buckets.step={buckets.step}; try {near}")
+                raise ValueError(
+                    f"the resolution {side} is no positive multiple of buckets.step={buckets.step}; try {near}"
+                )

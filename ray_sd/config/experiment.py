@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema
+from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
 from ray_sd.config.method import AutoencoderMethod, Method, PlaceholderTokens
 from ray_sd.config.model import ModelConfig
@@ -69,8 +70,12 @@ class ExperimentConfig(Schema):
             if self.trainer.compile:
                 raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
             crop = self.method.crop_size
-            if crop is not None and (crop % 8 or crop > min(self.dataset.height, self.dataset.width)):
-                raise ValueError(f"method.crop_size {crop} must be a multiple of 8 and at most dataset.resolution")
+            smallest = min(side for size in bucket_sizes(self.dataset) for side in size)
+            if crop is not None and (crop % 8 or crop > smallest):
+                raise ValueError(
+                    f"method.crop_size {crop} must be a multiple of 8 and at most {smallest}, the smallest side of "
+                    "dataset.resolution and dataset.buckets"
+                )
         return self
 
 

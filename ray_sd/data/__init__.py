@@ -4,9 +4,9 @@ from ray_sd.data.cluster import connect, has_gpus, possible_resources
 from ray_sd.data.crops import check_crop
 from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import READER_CPUS, training_batches
-from ray_sd.data.pipeline import prepare
+from ray_sd.data.pipeline import list_rows, prepare
 from ray_sd.data.prior import check_class_folder
-from ray_sd.data.sources import check_masks, list_source
+from ray_sd.data.sources import check_masks
 from ray_sd.data.validation import validation_batches
 from ray_sd.data.view import EncodeSummary, PreparedData
 
@@ -20,7 +20,7 @@ __all__ = [
     "check_masks",
     "connect",
     "has_gpus",
-    "list_source",
+    "list_rows",
     "possible_resources",
     "prepare",
     "training_batches",

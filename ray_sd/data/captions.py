@@ -20,14 +20,16 @@ def written_captions(captions: Sequence[str], config: CaptionConfig) -> list[str
 
 
 def _replaced(caption: str, words: dict[str, str]) -> str:
-    for word, other in words.items():
-        caption = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", other.replace("\\", r"\\"), caption)
-    return caption
+    """All words at once, so that two can change places; the longest that fits is taken."""
+    if not words:
+        return caption
+    found = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.sub(rf"(?<!\w)(?:{found})(?!\w)", lambda match: words[match.group()], caption)
 
 
 def _versions(caption: str, config: TagConfig) -> list[str]:
     """The caption, and versions of it that depend on nothing but the caption and their number."""
-    tags = [tag.strip() for tag in caption.split(config.separator)]
+    tags = [tag.strip() for tag in caption.split(config.separator) if tag.strip()]
     kept, rest = tags[: config.keep_first], tags[config.keep_first :]
     join = f"{config.separator.strip()} " if config.separator.strip() else config.separator
     versions = [caption]
@@ -35,6 +37,8 @@ def _versions(caption: str, config: TagConfig) -> list[str]:
         seed = int.from_bytes(hashlib.blake2b(f"{number} {caption}".encode(), digest_size=8).digest())
         random = np.random.Generator(np.random.PCG64(seed))
         left = [tag for tag in rest if random.random() >= config.dropout]
+        if rest and not kept and not left:
+            left = [rest[random.integers(len(rest))]]
         order = random.permutation(len(left)) if config.shuffle else range(len(left))
         versions.append(join.join([*kept, *(left[i] for i in order)]))
     return versions

@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,20 @@ def decode(data: bytes, *, background: str, max_pixels: int) -> Image.Image:
 
 def decode_layers(data: bytes, *, background: str, max_pixels: int) -> Layers:
     """As `decode`, with the picture's transparency."""
+    with _opened(data, max_pixels) as picture:
+        picture.load()
+        return _flatten(_eight_bits(ImageOps.exif_transpose(picture)), background)
+
+
+def check_size(data: bytes, *, max_pixels: int) -> None:
+    """Raise RejectedError for a picture of more than `max_pixels`, by its header."""
+    with _opened(data, max_pixels):
+        pass
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture of at most `max_pixels`, not yet decoded. Raises RejectedError for whatever goes wrong with it."""
     if not data:
         raise RejectedError("the file is empty")
     try:
@@ -48,8 +64,7 @@ def decode_layers(data: bytes, *, background: str, max_pixels: int) -> Layers:
                 raise RejectedError(
                     f"{width}x{height} pixels are more than dataset.max_pixels={max_pixels}; not decoded"
                 )
-            picture.load()
-            return _flatten(_eight_bits(ImageOps.exif_transpose(picture)), background)
+            yield picture
     except RejectedError:
         raise
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.

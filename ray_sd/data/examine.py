@@ -16,7 +16,7 @@ from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
 from ray_sd.data.crops import Focus, Variant, cut, cut_mask
-from ray_sd.data.decode import Layers, RejectedError, decode, decode_layers
+from ray_sd.data.decode import Layers, RejectedError, check_size, decode, decode_layers
 from ray_sd.data.sources import UNREADABLE, SourceRow
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
         record = {**name, "captions": _captions(row, config, examination.needs_captions), "image": image}
         missing = missing_variants(image, examination.kinds, known)
         if not missing:
+            # The cache may know the picture from a run that allowed more.
+            check_size(row.image, max_pixels=config.max_pixels)
             return DecodedRow(record, row)
         layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
         return DecodedRow(record, row, layers, mask_of(row.mask, layers, config), missing)
@@ -218,8 +220,9 @@ def tables(records: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.
 
 def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
     """The rows of a unit; where its file is damaged, a row that says so stands for each that is lost, as far as known."""
-    path = str(unit.column(0)[0])
-    known = unit["rows"][0].as_py() if "rows" in unit.column_names else 0
+    paths = unit.column(0).to_pylist()
+    if "rows" in unit.column_names:
+        paths *= unit["rows"][0].as_py()
     number = 0
     try:
         for row in read(unit):
@@ -227,7 +230,7 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
             yield row
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a library raise
         reason = f"{UNREADABLE} after {number} rows: {type(error).__name__}: {error}"
-        for _ in range(max(1, known - number)):
+        for path in paths[number:] or paths[-1:]:
             yield SourceRow(path, path, b"", [], reason)
 
 

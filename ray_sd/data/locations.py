@@ -77,12 +77,13 @@ class Location:
 def locate(path: str, setting: str) -> Location:
     """The location that a path or URI of the configuration means; local paths become absolute.
 
-    `embedded/…` lies in this package. `setting` is the name to use in errors. Raises ConfigError for an unknown scheme.
+    `embedded/…` lies in this package. `setting` is the name to use in errors. Raises ConfigError for an unknown scheme
+    or home.
     """
     if path.startswith(EMBEDDED):
         return Location(fs.LocalFileSystem(), f"{ray_sd.embedded.__path__[0]}/{path.removeprefix(EMBEDDED)}")
     if "://" not in path:
-        return Location(fs.LocalFileSystem(), str(Path(path).expanduser().resolve()))
+        return Location(fs.LocalFileSystem(), str(expand(path, setting).resolve()))
     try:
         return Location(*fs.FileSystem.from_uri(path))
     except (ValueError, OSError):
@@ -92,6 +93,14 @@ def locate(path: str, setting: str) -> Location:
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(f"{setting}: {path}: {error}") from error
         return Location(fs.PyFileSystem(fs.FSSpecHandler(filesystem)), root)
+
+
+def expand(path: str, setting: str) -> Path:
+    """A local path, `~` being a home. Raises ConfigError for that of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}: {path} is in the home of a user that is not there; write it in full") from error
 
 
 @contextmanager

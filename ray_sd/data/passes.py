@@ -13,10 +13,10 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
+from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.blocks import ordered_dataset
-from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.crops import Variant

@@ -23,7 +23,7 @@ from ray_sd.data.index import RowIndex, place, write_index
 from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
 from ray_sd.data.prior import class_data
-from ray_sd.data.sources import UNREADABLE, Listing, list_source
+from ray_sd.data.sources import UNREADABLE, Listing, check_caption_column, list_source
 from ray_sd.data.subjects import write_subjects
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
@@ -47,10 +47,18 @@ def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = N
     return replace(data, prior=prior.train, fingerprint=f"{data.fingerprint}-{prior.fingerprint}")
 
 
+def list_rows(dataset: DatasetConfig, rows: RowSpec) -> Listing:
+    """List the source of a data set. Needs no Ray; raises DataError where it has nothing to read, or not what rows need."""
+    listing = list_source(dataset)
+    if rows.needs_captions:
+        check_caption_column(listing, dataset)
+    return listing
+
+
 def _prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None) -> PreparedData:
     root = writable_folder(config.cache_path, "cache_path")
     if listing is None:
-        listing = list_source(config.dataset)
+        listing = list_rows(config.dataset, rows)
     view = View(config, rows, root, listing)
     prepared = view.load()
     if prepared is None:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.rows import RowSpec
-from ray_sd.data.buckets import bucket_sizes
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
@@ -16,7 +16,7 @@ from ray_sd.data.sources import Listing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same configuration would encode other values."""
 
 

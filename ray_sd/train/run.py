@@ -28,7 +28,7 @@ from ray_sd.data import (
     check_masks,
     connect,
     has_gpus,
-    list_source,
+    list_rows,
     possible_resources,
     prepare,
 )
@@ -120,7 +120,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     check_class_folder(method.rows())
     check_crop(config.dataset)
     check_masks(config.dataset)
-    listing = list_source(config.dataset)
+    listing = list_rows(config.dataset, method.rows())
     connect()
     check_quantization(config.trainer, has_gpus())
     scaling = _scaling(config)

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from sample_pictures import LATENTS, PIXELS, noise_png
 
+from ray_sd.config import ExperimentConfig
 from ray_sd.config.dataset import DatasetConfig
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.buckets import bucket_of, bucket_sizes
@@ -48,6 +49,7 @@ def test_of_several_resolutions_a_picture_takes_the_largest_that_it_fills():
     assert bucket_of(config, 1000, 1000) == (768, 768)
     assert bucket_of(config, 1500, 800) == (768, 1344)
     assert bucket_of(config, 300, 300) == (512, 512)
+    assert bucket_of(config, 4000, 600) == bucket_of(config, 1200, 600) == (576, 1024)
     assert len(bucket_sizes(config)) == sum(len(bucket_sizes(settings(resolution=side))) for side in (512, 768, 1024))
 
 
@@ -55,14 +57,29 @@ def test_of_several_resolutions_a_picture_takes_the_largest_that_it_fills():
     ("values", "words"),
     [
         ({"resolution": [512, 768]}, "buckets need one number for resolution"),
-        ({"resolution": 520}, "resolution 520 is no multiple of buckets.step=64; try 512"),
-        ({"buckets": {"resolutions": [512, 700]}}, "resolution 700 is no multiple of buckets.step=64; try 704"),
+        ({"resolution": 520}, "resolution 520 is no positive multiple of buckets.step=64; try 512"),
+        (
+            {"buckets": {"resolutions": [512, 700]}},
+            "resolution 700 is no positive multiple of buckets.step=64; try 704",
+        ),
+        ({"buckets": {"resolutions": [0, 512]}}, "resolution 0 is no positive multiple of buckets.step=64; try 64"),
+        ({"buckets": {"resolutions": [-64]}}, "resolution -64 is no positive multiple of buckets.step=64; try 64"),
         ({"buckets": {"step": 12}}, "multiple of 8"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(values: dict, words: str):
     with pytest.raises(ValidationError, match=words):
         settings(**values)
+
+
+def test_windows_of_the_autoencoder_fit_into_the_smallest_size(tmp_path: Path, configure: Callable):
+    content = configure(tmp_path, resolution=512, buckets={}).model_dump(mode="json")
+    fits, too_large = ({"method": {"name": "autoencoder", "crop_size": size}} for size in (384, 512))
+    ExperimentConfig.model_validate(content | fits)
+    with pytest.raises(
+        ValidationError, match="method.crop_size 512 must be a multiple of 8 and at most 384, the small"
+    ):
+        ExperimentConfig.model_validate(content | too_large)
 
 
 @pytest.fixture

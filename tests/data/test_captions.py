@@ -23,6 +23,23 @@ def test_words_are_replaced_between_prefix_and_suffix():
     assert written_captions(["a cat, no cats"], config) == [r"a photo of a <\\1>, no cats, sharp"]
 
 
+def test_words_change_places_and_the_longest_goes_first():
+    config = settings(replace={"cat": "dog", "dog": "cat", "cat face": "mask"})
+    assert written_captions(["a cat, a dog, a cat face"], config) == ["a dog, a cat, a mask"]
+
+
+def test_what_stands_between_two_separators_is_a_tag_only_if_it_is_something():
+    captions = written_captions([", red, small,, ", ","], settings(tags={"keep_first": 1, "num_variants": 20}))
+    assert captions[:2] == [", red, small,, ", ","]
+    assert set(captions[2:]) == {"red, small", ""}
+
+
+def test_one_tag_is_always_left():
+    captions = written_captions([TAGS], settings(tags={"dropout": 0.99, "num_variants": 200}))
+    assert set(TAGS.split(", ")) <= set(captions)
+    assert "" not in captions
+
+
 def test_tags_change_places_behind_those_that_stay():
     captions = written_captions([TAGS], settings(tags={"keep_first": 1, "num_variants": 40}))
     assert captions[0] == TAGS

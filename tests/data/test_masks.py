@@ -10,7 +10,9 @@ from sample_pictures import LATENTS, encoded, noise_png
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import check_masks, prepare
 from ray_sd.data.encode import latent_mask
+from ray_sd.data.examine import source_rows
 from ray_sd.data.reader import RowReader
+from ray_sd.data.sources import list_source
 from ray_sd.data.sources.masks import mask_name
 from ray_sd.errors import ConfigError
 
@@ -99,6 +101,16 @@ def test_rows_without_a_mask_or_with_one_of_another_size_are_rejected(
     }
 
 
+def test_a_mask_that_cannot_be_read_loses_no_other_row(pictures: Path, configure: Callable):
+    (pictures / "0.png").write_bytes(noise_png(1, (32, 16)))
+    (pictures.parent / "masks/0.png").mkdir()
+    listing = list_source(configure(pictures, mask=files(pictures)).dataset)
+    rows = {row.id: row for unit in listing.units for row in source_rows(listing.read, unit)}
+    assert rows.keys() == {"0.png", "cats/1.jpg"}
+    assert rows["0.png"].reason.startswith("cannot be read: ")
+    assert rows["cats/1.jpg"].mask == encoded(half("L"))
+
+
 def test_masks_that_cannot_belong_to_the_pictures_are_refused_before_a_run(pictures: Path, configure: Callable):
     check_masks(configure(pictures, mask=files(pictures)).dataset)
     (pictures.parent / "masks/cats/1.png").write_bytes(encoded(half("L", (16, 16))))
@@ -128,6 +140,21 @@ def test_names_of_masks():
     assert [mask_name(name) for name in ("a/1.jpg", "1.PNG", "shard.tar/key", "v1.5")] == [
         "a/1.png", "1.png", "shard.tar/key.png", "v1.5.png",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"name": "parquet"}, "name the column that holds them by dataset.source.id_column"),
+        ({"name": "huggingface"}, "take dataset=parquet with dataset.source.id_column, or dataset.mask=alpha"),
+    ],
+)
+def test_mask_files_for_rows_without_names_are_refused(source: dict, words: str, pictures: Path, configure: Callable):
+    source |= {"path": str(pictures)}
+    with pytest.raises(ValidationError, match=f"source '{source['name']}' have none; {words}"):
+        configure(source, mask=files(pictures))
+    configure(source, mask="alpha")
+    configure({"name": "parquet", "path": "x", "id_column": "name"}, mask=files(pictures))
 
 
 def test_an_autoencoder_takes_no_masks(configure: Callable, pictures: Path):

@@ -325,6 +325,14 @@ def test_hostile_rows_are_rejected_with_reasons_and_the_others_are_kept(
         prepare(configure(folder, max_rejected_fraction=0.1), CAPTIONED_PIXELS)
 
 
+def test_what_is_cached_is_held_against_the_limit_as_well(folder: Path, configure: Callable, rejected: Callable):
+    (folder / "large.png").write_bytes(noise_png(99, (48, 48)))
+    assert prepare(configure(folder), PIXELS).summary.rows == 11
+    summary = prepare(configure(folder, max_pixels=24 * 24, max_rejected_fraction=0.5), PIXELS).summary
+    assert (summary.encoded, summary.reused) == (0, 10)
+    assert rejected(summary) == {"large.png": "48x48 pixels are more than dataset.max_pixels=576; not decoded"}
+
+
 def test_pictures_without_captions_are_refused_with_the_remedy(folder: Path, configure: Callable):
     for file in folder.glob("*.txt"):
         file.unlink()

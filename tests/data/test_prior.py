@@ -1,6 +1,7 @@
 """Class pictures: counted, drawn where too few are there, and one beside each row."""
 
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_models import save_tiny_model
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import check_class_folder, prepare, training_batches
+from ray_sd.data.prior import class_data
 from ray_sd.data.prune import list_cache
 from ray_sd.errors import ConfigError
 from ray_sd.generate import read_parameters
@@ -105,6 +107,19 @@ def test_drawing_goes_on_where_it_stopped_and_counts_what_is_there(
     assert [name for name in after if after[name] != before[name]] == ["00000.png"]
 
 
+def test_a_folder_that_cannot_be_written_serves_where_it_holds_enough(
+    dreambooth: Callable, folder: Path, tmp_path: Path
+):
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"inside/{file.name}")
+    inside = f"zip://inside::{(tmp_path / 'pictures.zip').as_uri()}"
+    config = dreambooth(folder=inside, count=10)
+    rows = build_method(config.method).rows()
+    dataset, _ = class_data(config, rows, rows.prior)
+    assert dataset.source.path == inside
+
+
 def test_a_folder_of_something_else_is_refused(dreambooth: Callable, tmp_path: Path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "letter.doc").write_text("Dear")
@@ -113,3 +128,18 @@ def test_a_folder_of_something_else_is_refused(dreambooth: Callable, tmp_path: P
         check_class_folder(build_method(config.method).rows())
     config = dreambooth(folder=str(tmp_path / "absent"))
     check_class_folder(build_method(config.method).rows())
+
+
+@pytest.mark.parametrize(
+    "change", [{"scheduler": {"noise": {"beta_end": 0.02}}}, {"scheduler": {"sampler": "euler"}}, {"prompt_chunks": 2}]
+)
+def test_what_the_model_would_draw_otherwise_is_drawn_anew(
+    dreambooth: Callable, monkeypatch: pytest.MonkeyPatch, change: dict
+):
+    monkeypatch.setattr("ray_sd.data.prior._draw_missing", lambda *_: None)
+    config = dreambooth()
+    content = config.model_dump(mode="json")
+    changed = ExperimentConfig.model_validate(content | {"model": content["model"] | change})
+    rows = build_method(config.method).rows()
+    folders = [class_data(each, rows, rows.prior)[0].source.path for each in (config, config, changed)]
+    assert folders[0] == folders[1] != folders[2]

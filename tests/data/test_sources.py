@@ -2,15 +2,18 @@ import json
 import os
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_pictures import noise_png
+from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import DatasetConfig
+from ray_sd.data import prepare
 from ray_sd.data.examine import source_rows
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import SourceRow, list_source
@@ -126,6 +129,12 @@ def test_a_uri_of_an_unknown_kind_is_refused():
         list_source(DatasetConfig(source={"name": "image_folder", "path": "nosuch://bucket/x"}))
 
 
+@pytest.mark.parametrize("kind", ["image_folder", "huggingface"])
+def test_the_home_of_nobody_is_refused(kind: str):
+    with pytest.raises(ConfigError, match="dataset.source.path: ~nosuchuser/x is in the home of a user that is not"):
+        list_source(DatasetConfig(source={"name": kind, "path": "~nosuchuser/x"}))
+
+
 def test_parquet_rows_are_read_from_bytes_and_from_structs(tmp_path: Path):
     images = [noise_png(i) for i in range(5)]
     table = pa.table({"image": images, "name": list("abcde"), "caption": ["one", None, "", "four", "five"]})
@@ -152,10 +161,51 @@ def test_parquet_rows_that_cannot_be_used_are_rejected_alone(tmp_path: Path):
     assert [row.reason for row in rows.values()] == [None, "the caption is not UTF-8", "has no picture"]
 
 
+def test_a_path_that_leads_nowhere_loses_no_other_row(tmp_path: Path):
+    structs = [{"bytes": None, "path": "nosuch://x"}, {"bytes": noise_png(0), "path": None}]
+    pq.write_table(pa.table({"image": structs}), tmp_path / "x.parquet")
+    first, second = read({"name": "parquet", "path": str(tmp_path)}).values()
+    assert first.reason.startswith("cannot be read: its path: nosuch://x: ")
+    assert second.image == noise_png(0)
+
+
 def test_missing_columns_are_named(tmp_path: Path):
     pq.write_table(pa.table({"img": [b"x"], "text": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"image_column: no column 'image' in .*x.parquet; its columns are: img, text"):
         list_source(DatasetConfig(source={"name": "parquet", "path": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_captions_of_a_column_that_is_not_there_are_refused_or_told(
+    kind: str, tmp_path: Path, configure: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    import datasets
+
+    if kind == "parquet":
+        for name in ("text", "subtitle"):
+            pq.write_table(pa.table({"image": [noise_png(0)], name: ["a cat"]}), tmp_path / f"{name}.parquet")
+    else:
+        content = {"image": [noise_png(0)], "subtitle": ["a cat"], "text": ["a cat"]}
+        datasets.Dataset.from_dict(content).save_to_disk(str(tmp_path))
+    source = {"name": kind, "path": str(tmp_path)}
+    words = f"dataset.caption.column: no column 'caption' in {tmp_path}; its columns are: image, subtitle, text"
+    with pytest.raises(DataError, match=f"{words}; name one of them, or "):
+        prepare(configure(source), LATENTS)
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("ray_sd.data.pipeline.View", stop)
+    for settings, rows, told in (
+        ({"column": "text"}, LATENTS, False),
+        ({}, PIXELS, False),
+        ({}, replace(LATENTS, templates=("x",)), False),
+        ({"template": "a cat"}, LATENTS, True),
+    ):
+        caplog.clear()
+        with pytest.raises(InterruptedError):
+            prepare(configure(source, caption=settings), rows)
+        assert (words in caplog.text) == told
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path):
@@ -174,6 +224,16 @@ def test_each_row_that_a_damaged_row_group_loses_is_counted(tmp_path: Path):
     rows = [row for unit in listing.units for row in source_rows(listing.read, unit)]
     assert len(rows) == 50
     assert all(row.reason.startswith("cannot be read after 0 rows: ") for row in rows)
+
+
+def test_each_file_that_a_failing_unit_loses_is_counted():
+    def fail(unit: pa.Table) -> Iterator[SourceRow]:
+        yield SourceRow("a.png", "a.png", b"", [])
+        raise RuntimeError("gone")
+
+    rows = list(source_rows(fail, pa.table({"path": ["a.png", "b.png", "c.png"]})))
+    reason = "cannot be read after 1 rows: RuntimeError: gone"
+    assert [(row.path, row.reason) for row in rows] == [("a.png", None), ("b.png", reason), ("c.png", reason)]
 
 
 def test_a_file_system_that_fails_on_one_picture_loses_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch):

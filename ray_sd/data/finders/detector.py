@@ -15,6 +15,7 @@ from ray_sd.config.words import suggestion
 from ray_sd.data.crops import Box
 from ray_sd.data.decode import Layers
 from ray_sd.data.finders.base import Subject
+from ray_sd.data.locations import expand
 from ray_sd.errors import ArtifactError, ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _folder(detector: DetectorConfig, pattern: str) -> Path:
 
     from ray_sd.models.components import is_hub_id, snapshot
 
-    local = Path(detector.path).expanduser()
+    local = expand(detector.path, SETTING)
     if local.is_dir():
         return local
     if not is_hub_id(detector.path):

@@ -9,6 +9,7 @@ from ray_sd.data.sources.huggingface import list_huggingface
 from ray_sd.data.sources.image_folder import list_image_folder
 from ray_sd.data.sources.masks import check_masks, with_masks
 from ray_sd.data.sources.parquet import list_parquet
+from ray_sd.data.sources.tables import check_caption_column
 from ray_sd.data.sources.webdataset import list_webdataset
 
 SOURCES: dict[str, Callable[..., Listing]] = {
@@ -26,4 +27,4 @@ def list_source(config: DatasetConfig) -> Listing:
     return with_masks(listing, config.mask) if isinstance(config.mask, MaskFiles) else listing
 
 
-__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "check_masks", "list_source"]
+__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "check_caption_column", "check_masks", "list_source"]

@@ -44,6 +44,8 @@ class Listing:
     """Changes with names, sizes and modification times."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of what cannot be read at all."""
+    columns: list[str] | None = None
+    """Of a table; None where rows are files."""
 
 
 def caption_texts(value: Any) -> list[str]:

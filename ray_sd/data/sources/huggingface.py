@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ray_sd.config.dataset import HuggingFaceSource
+from ray_sd.data.locations import expand
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow
 from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
 from ray_sd.errors import DataError
@@ -20,8 +20,8 @@ def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
     check_columns(dataset.column_names, source.image_column, None, f"{source.path} ({source.split})")
     if not len(dataset):
         raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")
-    wanted = {source.image_column, caption_column}
-    dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    columns = dataset.column_names
+    dataset = dataset.select_columns([name for name in columns if name in (source.image_column, caption_column)])
     starts = range(0, len(dataset), ROWS_PER_UNIT)
     path = f"{source.path}:{source.split}#"
     units = [
@@ -29,7 +29,7 @@ def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
         for start in starts
     ]
     reader = HuggingFaceReader(dataset, source.image_column, caption_column)
-    return Listing(units, reader, dataset._fingerprint)
+    return Listing(units, reader, dataset._fingerprint, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _load_huggingface(source: HuggingFaceSource) -> Any:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = Path(source.path).expanduser()
+    folder = expand(source.path, SETTING)
     try:
         if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(str(folder))

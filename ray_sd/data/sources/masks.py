@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ray_sd.config.dataset import DatasetConfig, ImageFolderSource, MaskFiles
 from ray_sd.data.locations import Location, locate
-from ray_sd.data.sources.base import IMAGES, Listing, SourceRow, fingerprint, list_files, relative_path
+from ray_sd.data.sources.base import IMAGES, UNREADABLE, Listing, SourceRow, fingerprint, list_files, relative_path
 from ray_sd.errors import ConfigError
 
 SETTING = "dataset.mask.path"
@@ -34,14 +34,17 @@ class MaskedReader:
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         for row in self.read(unit):
-            if row.reason is not None:
-                yield row
-                continue
-            file = self.root / mask_name(row.id or "")
-            if file.exists():
-                yield row._replace(mask=file.read())
-            else:
-                yield row._replace(reason=f"has no mask: {mask_name(row.id or '')}")
+            yield row if row.reason is not None else self._masked(row)
+
+    def _masked(self, row: SourceRow) -> SourceRow:
+        name = mask_name(row.id or "")
+        file = self.root / name
+        try:
+            if not file.exists():
+                return row._replace(reason=f"has no mask: {name}")
+            return row._replace(mask=file.read())
+        except Exception as error:  # noqa: BLE001 - remote filesystems raise their own, and the next mask may be well
+            return row._replace(reason=f"{UNREADABLE}: {error}")
 
 
 def mask_name(row_id: str) -> str:

@@ -24,14 +24,15 @@ def list_parquet(source: ParquetSource, caption_column: str) -> Listing:
         groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), source), files))
     units = [
         pa.table({"path": [info.path], "row_group": [group], "start": [start], "rows": [size]})
-        for info, sizes in zip(files, groups, strict=True)
+        for info, (_, sizes) in zip(files, groups, strict=True)
         for group, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes, strict=False))
         if size
     ]
     if not units:
         raise DataError(f"{SETTING}: the .parquet files in {source.path} hold no rows")
     reader = ParquetReader(root, source.image_column, source.id_column, caption_column)
-    return Listing(units, reader, fingerprint(files))
+    columns = list(dict.fromkeys(name for names, _ in groups for name in names))
+    return Listing(units, reader, fingerprint(files), columns=columns)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class ParquetReader:
                 row += len(batch)
 
 
-def _row_groups(file: Location, source: ParquetSource) -> list[int]:
-    """Number of rows of every row group. Raises DataError for a file or columns that cannot be used."""
+def _row_groups(file: Location, source: ParquetSource) -> tuple[list[str], list[int]]:
+    """Names of the columns, and number of rows of every row group. Raises DataError for a file or columns that cannot be used."""
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
@@ -64,4 +65,4 @@ def _row_groups(file: Location, source: ParquetSource) -> list[int]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{SETTING}: {file.path} cannot be read as Parquet: {error}") from error
     check_columns(names, source.image_column, source.id_column, file.path)
-    return sizes
+    return names, sizes

@@ -1,14 +1,18 @@
 """Rows of tables whose pictures are a column."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
+from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import locate
-from ray_sd.data.sources.base import SETTING, UNREADABLE, SourceRow, caption_texts, printable
+from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable
 from ray_sd.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 16
 """Few, since each may be a picture of many megabytes."""
@@ -20,6 +24,20 @@ def check_columns(names: list[str], image: str, row_id: str | None, where: str) 
             raise DataError(
                 f"dataset.source.{setting}: no column '{column}' in {where}; its columns are: {', '.join(names)}"
             )
+
+
+def check_caption_column(listing: Listing, dataset: DatasetConfig) -> None:
+    """For rows that need captions. Raises DataError where the column is not there and no template stands in for it."""
+    column = dataset.caption.column
+    if listing.columns is None or column in listing.columns:
+        return
+    absent = (
+        f"dataset.caption.column: no column '{column}' in {dataset.source.path}; "
+        f"its columns are: {', '.join(listing.columns)}"
+    )
+    if dataset.caption.template is None:
+        raise DataError(f"{absent}; name one of them, or give all rows one caption by dataset.caption.template")
+    logger.warning("%s; all rows take dataset.caption.template", absent)
 
 
 def table_rows(
@@ -63,8 +81,8 @@ def _image_bytes(value: Any) -> bytes:
         if not value.get("path"):
             raise RejectedError("has no picture")
         try:
-            return locate(value["path"], SETTING).read()
-        except OSError as error:
+            return locate(value["path"], "its path").read()
+        except Exception as error:
             raise RejectedError(f"{UNREADABLE}: {error}") from error
     if value is None:
         raise RejectedError("has no picture")
