@@ -2,10 +2,8 @@
 
 import math
 
-from ray_sd.config.buckets import Size, bucket_sizes, bucket_squares, sizes_of
+from ray_sd.config.buckets import Size, bucket_squares, sizes_of
 from ray_sd.config.dataset import DatasetConfig
-
-__all__ = ["Size", "bucket_name", "bucket_of", "bucket_sizes"]
 
 
 def bucket_of(config: DatasetConfig, width: int, height: int) -> Size:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.rows import CLASS
-from ray_sd.data.buckets import bucket_sizes
 from ray_sd.methods import Method
 from ray_sd.models import DiffusionModel, load_model
 

@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
-from ray_sd.data.buckets import bucket_of, bucket_sizes
+from ray_sd.data.buckets import bucket_of
 from ray_sd.data.lanes import LaneReader, lanes_of
 
 SMALL = {"step": 8, "max_aspect_ratio": 2.0}
