@@ -22,16 +22,15 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_settings(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
-    """Command line of a short LoRA run of the tiny model in a folder; all runs share a cache, so pictures are encoded once."""
-    cache = tmp_path_factory.mktemp("cache")
+def run_settings(pictures: Path) -> Callable[[Path], list[str]]:
+    """Command line of a short LoRA run of the tiny model that keeps to one folder."""
     return lambda folder: [
         "experiment=smoke",
         "dataset=image_folder",
         f"dataset.source.path={pictures}",
         "dataset.resolution=64",
         f"storage_path={folder / 'runs'}",
-        f"cache_path={cache}",
+        f"cache_path={folder / 'cache'}",
         "tracker=none",
         "trainer.log_every=1",
         "trainer.threads_per_worker=1",
