@@ -347,6 +347,9 @@ class TemporalDecoderMethod(Schema):
     """Frames decoded together, as at generation (`decode_chunk_size`); null decodes whole clips."""
 
 
+CLIP_METHODS = ("temporal", "interpolation", "inflate", "temporal_decoder")
+"""Methods that train video models on clips."""
+
 Method = Annotated[
     LoraMethod
     | LohaMethod

@@ -32,8 +32,6 @@ class RowSpec:
     """Frames of a clip whose pixels go with its latents, counted from the first; negative ones from the last."""
     prior: PriorRows | None = None
     """Pictures of the subject's class, one with each row."""
-    condition_frames: tuple[int, ...] = ()
-    """Frames of a clip whose pixels go with its latents, counted from the first; negative ones from the last."""
 
     @property
     def needs_captions(self) -> bool:

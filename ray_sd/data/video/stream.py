@@ -71,7 +71,9 @@ class EncodedVideo:
         except RejectedError:
             raise
         except Exception as error:  # libav, like the codecs below it, raises anything on damaged files.
-            raise RejectedError(f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}") from error
+            raise RejectedError(
+                f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}"
+            ) from error
 
     def _check(self, container: Any, track: Any, config: DatasetConfig) -> None:
         context = track.codec_context
