@@ -44,7 +44,7 @@ class Autoencoder(Method):
         from the standard normal over latent elements (equation 25 of arXiv:2112.10752's appendix in mean form).
 
         With a teacher, the decoder is given the teacher's latents, and in place of the divergence stands the mean squared
-        error of the posterior's mean and logarithm of variance from the teacher's."""
+        Wasserstein distance of the posterior from the teacher's."""
         generators = row_generators(batch["row_seed"])
         pixels = batch["pixels"]
         if self.config.crop_size is not None:
@@ -62,7 +62,7 @@ class Autoencoder(Method):
             with torch.no_grad():
                 teacher_mean, teacher_std = model.teacher.encode_images(pixels)
             latents = teacher_mean + teacher_std * eps
-            errors = (mean - teacher_mean).square() + (logvar - 2 * teacher_std.log()).square()
+            errors = (mean - teacher_mean).square() + ((0.5 * logvar).exp() - teacher_std).square()
             penalty = errors.mean(dim=(1, 2, 3))
         error = model.decode_images(latents) - pixels
         return (error.abs() + error.square()).mean(dim=(1, 2, 3)) + penalty

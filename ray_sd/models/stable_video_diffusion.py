@@ -5,6 +5,7 @@ of the first of those (cross-attention), and frames a second, motion and how noi
 """
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -111,7 +112,7 @@ class StableVideoDiffusion(DiffusionModel):
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Frames are pictures here: [B·F, 3, H, W]. Computed in the autoencoder's own precision, whatever is around."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        with _own_precision(pixels.device):
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         # Halves of one tensor, channels last: torch 2.13 crashes in the backward pass of 3D convolutions of such on a CPU.
         return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
@@ -126,7 +127,7 @@ class StableVideoDiffusion(DiffusionModel):
     def _decode(self, latents: Tensor) -> Tensor:
         rows, frames = latents.shape[:2]
         flat = latents.flatten(0, 1).to(self.vae.dtype)
-        with torch.autocast(latents.device.type, enabled=False):
+        with _own_precision(latents.device):
             pixels = self.vae.decode(flat, num_frames=frames).sample
         return pixels.float().unflatten(0, (rows, frames))
 
@@ -223,6 +224,11 @@ class StableVideoDiffusion(DiffusionModel):
             scheduler=self.sampler(),
             feature_extractor=self.image_processor,
         )
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager:
+    """Weights' own precision, whatever autocast is around; the meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def time_ids(fps: Tensor, motion_bucket_id: Tensor, augmentation: Tensor) -> Tensor:
