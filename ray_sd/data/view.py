@@ -165,6 +165,7 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
     }
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
+        description |= {"low_res": True} if config.model.upscales else {}
     return description
 
 
