@@ -63,7 +63,8 @@ class ExperimentConfig(Schema):
                 )
             if self.dataset.video is None:
                 raise ValueError(
-                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as dataset=video_folder does"
+                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as "
+                    "dataset=video_folder does"
                 )
         elif of_videos and name != "autoencoder":
             raise ValueError(
@@ -89,6 +90,8 @@ class ExperimentConfig(Schema):
 
     def _check_drawings(self, of_videos: bool) -> None:
         drawings = self.trainer.validation
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         if of_videos and drawings.prompts:
             raise ValueError(
                 "trainer.validation.prompts: a video model reads none; give first frames by validation.images"

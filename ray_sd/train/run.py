@@ -40,6 +40,7 @@ from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.optimizers import build_rule, check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
+from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
@@ -120,6 +121,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     method = build_method(config.method)
     check_class_folder(method.rows())
     check_crop(config.dataset)
+    check_images(config)
     check_masks(config.dataset)
     listing = list_rows(config.dataset, method.rows())
     connect()
@@ -313,8 +315,8 @@ def _drawing(config: ExperimentConfig) -> dict:
     """Resources of a drawing task: a GPU where training leaves one."""
     gpus = ray.cluster_resources().get("GPU", 0)
     spare = gpus > config.trainer.num_workers
-    if config.trainer.validation.prompts:
-        logger.info("validation pictures are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
+    if draws(config):
+        logger.info("validation samples are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
     return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0}
 
 
