@@ -332,7 +332,9 @@ class DatasetConfig(Schema):
         if self.video is None:
             if kind in CLIPS_ONLY or column is not None:
                 found = f"source.video_column={column}" if column is not None else f"the source '{kind}'"
-                raise ValueError(f"{found} gives clips; say what they are like by dataset.video, '{{}}' for the defaults")
+                raise ValueError(
+                    f"{found} gives clips; say what they are like by dataset.video, '{{}}' for the defaults"
+                )
             return
         if kind == "parquet" and column is None:
             raise ValueError("video: the source 'parquet' needs source.video_column=NAME, the column with the videos")
