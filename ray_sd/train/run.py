@@ -57,6 +57,7 @@ WHAT_A_RUN_IS = (
         f"dataset.{name}"
         for name in (
             "resolution",
+            "video",
             "buckets",
             "crop",
             "flip",

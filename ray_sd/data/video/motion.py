@@ -17,8 +17,13 @@ def motion(frames: np.ndarray, fps: float) -> float:
     cv2.setNumThreads(1)
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [_small_grey(frame) for frame in frames]
-    moved = [np.linalg.norm(search.calc(*pair, None), axis=-1).mean() for pair in pairwise(grey)]
+    moved = [np.linalg.norm(_flow(search, *pair), axis=-1).mean() for pair in pairwise(grey)]
     return float(np.mean(moved)) / SIDE * fps if moved else 0.0
+
+
+def _flow(search: cv2.DISOpticalFlow, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Where each pixel of the first goes, float32 [h, w, 2]."""
+    return search.calc(first, second, None)  # type: ignore[call-overload]  # None begins without a guess
 
 
 def _small_grey(frame: np.ndarray) -> np.ndarray:
