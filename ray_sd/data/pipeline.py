@@ -30,6 +30,10 @@ from ray_sd.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+UNFIT = "the autoencoder makes no finite latents of it"
+STILL = "moves too little"
+"""Begins the reason of videos that dataset.video.min_motion leaves out, which were never wanted."""
+
 
 def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = None) -> PreparedData:
     """Read the source, encode what the cache does not have, and index the rows. Runs on the driver.
@@ -80,7 +84,14 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
     dataset = config.dataset
     usable = _has_all(images.rows, view.kinds, images.entries["key"])
-    reasons = _write_rejected(view, images, usable)
+    unfit = {UNFIT: ~usable}
+    if dataset.video is not None and dataset.video.min_motion:
+        motions = _motions(images.rows, view.kinds[:1], images.entries).values.to_numpy(zero_copy_only=False)
+        unfit[f"{STILL}: less than dataset.video.min_motion={dataset.video.min_motion:g}"] = still = (
+            motions < dataset.video.min_motion
+        )
+        usable &= ~still
+    reasons = _write_rejected(view, images, unfit)
     table = _in_order(images.rows.filter(pa.array(usable)))
     table = _by_bucket(table, view.kinds, images.entries)
     if rows.templates:
@@ -94,6 +105,8 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     metadata: dict[str, Any] = {}
     places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
     columns |= {f"image_{name}": column for name, column in places.items()}
+    if dataset.video is not None:
+        columns["motion"] = _motions(table, view.kinds, images.entries)
 
     captions = table["captions"].combine_chunks()
     unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
@@ -152,16 +165,25 @@ def _image_keys(table: pa.Table, kinds: list[Variant]) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32) * len(kinds), pa.array(keys, KEY))
 
 
+def _motions(table: pa.Table, kinds: list[Variant], entries: pa.Table) -> pa.ListArray:
+    """For each row of clips the motion of these variants, null where the cache does not have one."""
+    keys = _image_keys(table, kinds)
+    motions = entries["motion"].take(pc.index_in(keys.values, value_set=entries["key"])).combine_chunks()
+    return pa.ListArray.from_arrays(keys.offsets, motions)
+
+
 def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
     """For each row the keys of its captions, all of which are in `unique`."""
     keys = pa.array([text_key(caption) for caption in unique.to_pylist()], KEY)
     return pa.ListArray.from_arrays(captions.offsets, keys.take(pc.index_in(captions.values, value_set=unique)))
 
 
-def _write_rejected(view: View, images: ImagePass, usable: np.ndarray) -> Counter[str]:
-    """Write `rejected.jsonl`, and return how many rows were rejected for what."""
-    unfit = images.rows["id"].filter(pa.array(~usable)).to_pylist()
-    rejected = sorted([*images.rejected, *((name, "the autoencoder makes no finite latents of it") for name in unfit)])
+def _write_rejected(view: View, images: ImagePass, unfit: dict[str, np.ndarray]) -> Counter[str]:
+    """Write `rejected.jsonl`, and return how many rows were rejected for what. unfit: masks of read rows by their reason."""
+    rejected = list(images.rejected)
+    for reason, rows in unfit.items():
+        rejected += [(name, reason) for name in images.rows["id"].filter(pa.array(rows)).to_pylist()]
+    rejected.sort()
     with view.rejected.open_for_writing() as stream:
         for path, reason in rejected:
             stream.write(json.dumps({"path": path, "reason": reason}, ensure_ascii=False).encode() + b"\n")
@@ -171,7 +193,8 @@ def _write_rejected(view: View, images: ImagePass, usable: np.ndarray) -> Counte
 def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], file: str) -> None:
     rejected = sum(reasons.values())
     limit = dataset.max_rejected_fraction
-    if rows and rejected <= limit * (rows + rejected):
+    unwanted = reasons.get(STILL, 0)
+    if rows and rejected - unwanted <= limit * (rows + rejected):
         return
     reason, count = max(reasons.items(), key=lambda item: item[1], default=("nothing was read", 0))
     allowed = f"more than dataset.max_rejected_fraction={limit} allows" if rows else "so nothing is left"

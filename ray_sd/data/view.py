@@ -96,7 +96,7 @@ class View:
             "image": image,
             "text": text,
             "listing": listing.fingerprint,
-            **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
+            **config.dataset.model_dump(mode="json", include={"source", "caption", "video", "max_pixels", "holdout"}),
             "templates": rows.templates,
             "placeholders": [token for token, _ in rows.placeholders],
             "variants": [str(variant) for variant in self.kinds],
@@ -153,7 +153,7 @@ class View:
 
 
 def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
-    """What all pictures in a cache folder share."""
+    """What all pictures or clips in a cache folder share."""
     from ray_sd.models import fingerprint
 
     dataset = config.dataset
@@ -163,6 +163,9 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
         "background": dataset.background.lower().removeprefix("#"),
         "mask": None if dataset.mask is None else dataset.mask.name,
     }
+    if rows.images == "latents" and dataset.video is not None:
+        description["condition_frames"] = rows.condition_frames
+        description["image_encoder"] = fingerprint(config.model, "image_encoder") if rows.condition_frames else None
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
     return description

@@ -40,9 +40,10 @@ class EncodedVideo:
         end = 0.0
         with self._opened() as (container, track):
             step = float(1 / track.average_rate) if track.average_rate else 0.0
-            if since > 0 and self._origin is not None:
-                container.seek(self._origin + int(since / track.time_base), stream=track)
+            sought = since > 0 and self._origin is not None and self._seek(container, track, since)
             for frame in container.decode(track):
+                if sought and frame.pts is None:
+                    return
                 if frame.is_corrupt:
                     raise RejectedError(f"is damaged: a frame at {end:.2f} s cannot be decoded in full")
                 # Some files do not say when a frame is shown; then it is when the one before ends.
@@ -50,6 +51,14 @@ class EncodedVideo:
                 length = float(frame.duration * track.time_base) if frame.duration else step
                 end = time + length
                 yield DecodedFrame(frame, time, end, track.sample_aspect_ratio, self._background)
+
+    def _seek(self, container: Any, track: Any, since: float) -> bool:
+        """Go to a frame from which decoding can start, before `since`. Without an index that may not be possible."""
+        try:
+            container.seek((self._origin or 0) + int(since / track.time_base), stream=track)
+        except av.FFmpegError:
+            return False
+        return True
 
     def _seconds(self, pts: int, track: Any) -> float:
         if self._origin is None:
