@@ -55,7 +55,9 @@ def main() -> None:
     after = draw(model, frames, config)
 
     fps = config.dataset.video.fps
-    velocities = {when: [velocity(clip, fps) for clip in clips] for when, clips in (("before", before), ("after", after))}
+    velocities = {
+        when: [velocity(clip, fps) for clip in clips] for when, clips in (("before", before), ("after", after))
+    }
     rows = [
         [sprite.name, *(f"{found:.1f}" for found in pair)]
         for sprite, pair in zip(sprites, zip(*velocities.values(), strict=True), strict=True)
