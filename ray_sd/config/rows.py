@@ -28,11 +28,10 @@ class RowSpec:
     """What rows are trained with instead of their own captions, drawn anew each epoch."""
     placeholders: tuple[tuple[str, int], ...] = ()
     """Tokens that the method adds to the tokenizers, and how many vectors each has."""
-
-    prior: PriorRows | None = None
-    """Pictures of the subject's class, one with each row."""
     condition_frames: tuple[int, ...] = ()
     """Frames of a clip whose pixels go with its latents, counted from the first; negative ones from the last."""
+    prior: PriorRows | None = None
+    """Pictures of the subject's class, one with each row."""
 
     @property
     def needs_captions(self) -> bool:

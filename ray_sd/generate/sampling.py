@@ -196,8 +196,7 @@ def _step(drawing: Drawing, prediction: Tensor) -> None:
 def decode(model: DiffusionModel, drawings: Sequence[Drawing]) -> list[Image.Image]:
     """The pictures as they stand now; all have one size."""
     latents = torch.cat([drawing.latents for drawing in drawings]) / model.latent_scale
-    pixels = model.vae.decode(latents.to(model.vae.dtype)).sample
-    return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+    return VaeImageProcessor().postprocess(model.decode_images(latents), output_type="pil")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from ray_sd.config import ModelConfig
@@ -118,6 +118,9 @@ class StableDiffusion(DiffusionModel):
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
+    def decode_images(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+
     def tokenize(self, captions: Sequence[str], warn: bool = True) -> dict[str, Tensor]:
         expanded = [expand(caption, self.placeholders) for caption in captions]
         tokens = {}
@@ -151,9 +154,6 @@ class StableDiffusion(DiffusionModel):
         """[B, n * L] -> [B * n, L]"""
         return input_ids.reshape(len(input_ids) * self.config.prompt_chunks, -1)
 
-    def size_conditions(self, height: int, width: int) -> dict[str, Tensor]:
-        return {}
-
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype = self.unet.dtype
         return self.unet(latents.to(dtype), timesteps, encoder_hidden_states=conditions["text_embeds"].to(dtype)).sample
@@ -180,11 +180,8 @@ class StableDiffusion(DiffusionModel):
             loss = loss * weights.flatten()
         return loss
 
-    def to_half(self) -> Self:
-        self.to(torch.float16)
-        if self.vae is not None and self.config.vae_float32:
-            self.vae.to(torch.float32)
-        return self
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        return (self.vae,) if self.vae is not None and self.config.vae_float32 else ()
 
     def sampler(self, name: SchedulerName | None = None) -> SchedulerMixin:
         return build_sampler(name or self.config.scheduler.sampler, self.noise_scheduler)
