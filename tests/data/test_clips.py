@@ -1,6 +1,7 @@
 """Rows that are clips, from videos to batches."""
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -225,7 +226,7 @@ def test_still_videos_are_left_out_without_counting_as_rejected(
         moving = configure(folder, f"dataset.video.min_motion={bound}", method="temporal_decoder")
         summary = prepare(moving, PIXELS).summary
         assert (summary.rows, summary.encoded, summary.rejected) == (kept, 0, 3 - kept)
-        assert rejected(summary)["0.mp4"] == f"moves too little: less than dataset.video.min_motion={bound}"
+        assert rejected(summary)["0.mp4"] == f"moves too little: 0.0000, dataset.video.min_motion is {bound}"
         assert prepare(moving, PIXELS).summary.rows == kept  # also when nothing is read again
     with pytest.raises(DataError, match="3 of 3 rows were rejected, so nothing is left; most often .3.: moves too lit"):
         prepare(configure(folder, "dataset.video.min_motion=2", method="temporal_decoder"), PIXELS)
@@ -243,6 +244,13 @@ def test_motion_becomes_the_bucket_and_one_bucket_can_stand_for_all(tmp_path: Pa
     assert buckets["0.mp4"] < 15
     assert buckets["1.mp4"] == pytest.approx(112, abs=12)
     assert buckets["4.mp4"] == pytest.approx(224, abs=20)
+    assert data.summary.motion.startswith(
+        f"motion buckets {min(buckets.values()):g} to {max(buckets.values()):g}, in the"
+    )
+    lines = Path(data.summary.motion.partition("see ")[2].removesuffix(")")).read_text().splitlines()
+    assert {line["id"]: line["motion_bucket_id"] for line in map(json.loads, lines)} == {
+        name: [bucket] for name, bucket in buckets.items()
+    }
     fixed = configure(folder, "dataset.video.motion_bucket_id=127")
     assert {row["motion_bucket_id"] for row in read_all(prepare(fixed, CLIPS), fixed, CLIPS).values()} == {127}
 
