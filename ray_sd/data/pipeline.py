@@ -25,6 +25,7 @@ from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, enc
 from ray_sd.data.prior import class_data
 from ray_sd.data.sources import UNREADABLE, Listing, check_caption_column, list_source
 from ray_sd.data.subjects import write_subjects
+from ray_sd.data.video.motions import write_motions
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
 
@@ -84,14 +85,12 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
     dataset = config.dataset
     usable = _has_all(images.rows, view.kinds, images.entries["key"])
-    unfit = {UNFIT: ~usable}
-    if dataset.video is not None and dataset.video.min_motion:
-        motions = _motions(images.rows, view.kinds[:1], images.entries).values.to_numpy(zero_copy_only=False)
-        unfit[f"{STILL}: less than dataset.video.min_motion={dataset.video.min_motion:g}"] = still = (
-            motions < dataset.video.min_motion
-        )
-        usable &= ~still
-    reasons = _write_rejected(view, images, unfit)
+    rejected = [(name, UNFIT) for name in images.rows["id"].filter(pa.array(~usable)).to_pylist()]
+    if dataset.video is not None:
+        still = _still(images, view.kinds[:1], dataset.video.min_motion)
+        rejected += [reason for reason, fits in zip(still, usable, strict=True) if fits and reason is not None]
+        usable &= np.array([reason is None for reason in still], dtype=bool)
+    reasons = _write_rejected(view, [*images.rejected, *rejected])
     table = _in_order(images.rows.filter(pa.array(usable)))
     table = _by_bucket(table, view.kinds, images.entries)
     if rows.templates:
@@ -105,8 +104,10 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     metadata: dict[str, Any] = {}
     places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
     columns |= {f"image_{name}": column for name, column in places.items()}
+    motion = None
     if dataset.video is not None:
-        columns["motion"] = _motions(table, view.kinds, images.entries)
+        columns["motion"] = motions = _motions(table, view.kinds, images.entries)
+        motion = write_motions(view.folder.location, table, motions, dataset.video)
 
     captions = table["captions"].combine_chunks()
     unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
@@ -139,6 +140,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         rejected_file=view.rejected.path,
         not_found=not_found,
         contact_sheet=sheet,
+        motion=motion,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
     return PreparedData(train, validation, _fingerprint(table, view), summary)
@@ -178,12 +180,20 @@ def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(captions.offsets, keys.take(pc.index_in(captions.values, value_set=unique)))
 
 
-def _write_rejected(view: View, images: ImagePass, unfit: dict[str, np.ndarray]) -> Counter[str]:
-    """Write `rejected.jsonl`, and return how many rows were rejected for what. unfit: masks of read rows by their reason."""
-    rejected = list(images.rejected)
-    for reason, rows in unfit.items():
-        rejected += [(name, reason) for name in images.rows["id"].filter(pa.array(rows)).to_pylist()]
-    rejected.sort()
+def _still(images: ImagePass, first: list[Variant], min_motion: float) -> list[tuple[str, str] | None]:
+    """For each row of clips its name and a reason where its first clip moves too little."""
+    motions = _motions(images.rows, first, images.entries).flatten().to_pylist()
+    return [
+        (name, f"{STILL}: {motion:.4f}, dataset.video.min_motion is {min_motion:g}")
+        if motion is not None and motion < min_motion
+        else None
+        for name, motion in zip(images.rows["id"].to_pylist(), motions, strict=True)
+    ]
+
+
+def _write_rejected(view: View, rejected: list[tuple[str, str]]) -> Counter[str]:
+    """Write `rejected.jsonl`, and return how many rows were rejected for what. rejected: paths and reasons."""
+    rejected = sorted(rejected)
     with view.rejected.open_for_writing() as stream:
         for path, reason in rejected:
             stream.write(json.dumps({"path": path, "reason": reason}, ensure_ascii=False).encode() + b"\n")

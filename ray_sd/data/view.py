@@ -44,6 +44,8 @@ class EncodeSummary:
     """Rows in which a subject crop found nothing, so that they are cut from the middle."""
     contact_sheet: str | None = None
     """File that shows what a subject crop found; None where no picture could be shown."""
+    motion: str | None = None
+    """How much clips move, in words."""
 
     @property
     def reused(self) -> int:
@@ -62,6 +64,8 @@ class EncodeSummary:
             otherwise = f", the other {self.not_found} are cut from the middle" if self.not_found else ""
             see = f" (see {self.contact_sheet})" if self.contact_sheet is not None else ""
             parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
+        if self.motion is not None:
+            parts.append(self.motion)
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)

@@ -79,6 +79,8 @@ class EncodedVideo:
                 yield container, tracks[0]
         except RejectedError:
             raise
+        except av.ArgumentError as error:
+            raise RejectedError("is no MP4, MOV, WebM, MKV, AVI or GIF") from error
         except Exception as error:  # libav, like the codecs below it, raises anything on damaged files.
             raise RejectedError(
                 f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}"

@@ -89,9 +89,10 @@ def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) 
     """
     scenes = list(video.scenes())
     rooms = [scene.end - scene.start - config.seconds for scene in scenes]
-    if max(rooms) <= -ROUNDING:
+    # The last frame is to be shown yet when its time comes.
+    fitting = [(scene, room) for scene, room in zip(scenes, rooms, strict=True) if room > ROUNDING]
+    if not fitting:
         return _short_window(video, config, max(scenes, key=lambda scene: scene.end - scene.start))
-    fitting = [(scene, max(room, ROUNDING)) for scene, room in zip(scenes, rooms, strict=True) if room > -ROUNDING]
     ends = np.cumsum([room for _, room in fitting])
     offset = 0.0 if config.start.name == "first" else _share(seed, index) * float(ends[-1])
     chosen = min(int(np.searchsorted(ends, offset, side="right")), len(fitting) - 1)
