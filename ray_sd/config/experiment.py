@@ -78,6 +78,8 @@ class ExperimentConfig(Schema):
         if isinstance(self.method, InterpolationMethod):
             self._check_key_frames(self.method.key_frames)
         self._check_drawings(of_videos)
+        if self.model.upscales:
+            self._check_upscaler()
         return self
 
     def _check_key_frames(self, key_frames: tuple[int, ...]) -> None:
@@ -102,6 +104,18 @@ class ExperimentConfig(Schema):
         if len(drawings.images) % taken:
             raise ValueError(
                 f"trainer.validation.images: {len(drawings.images)} pictures are no whole number of clips of {taken} key frames"
+            )
+
+    def _check_upscaler(self) -> None:
+        if self.trainer.validation.prompts:
+            raise ValueError(
+                f"trainer.validation.prompts: model '{self.model.name}' draws from pictures, not from prompts alone; leave them "
+                "out, and keep rows for a validation loss by dataset.holdout"
+            )
+        if getattr(self.method, "class_prompt", ()):
+            raise ValueError(
+                f"method.class_prompt: model '{self.model.name}' cannot draw class pictures, since it draws from pictures; "
+                "leave it out"
             )
 
     @model_validator(mode="after")
@@ -179,6 +193,11 @@ class GenerateConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":
+        if self.model.upscales:
+            raise ValueError(
+                f"model '{self.model.name}' makes pictures larger, and draws none from a prompt; take a text-to-image model, or "
+                "jobs/text_to_video.py, which enlarges what other models draw"
+            )
         if not self.prompt and self.prompts_file is None:
             raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")
         return self

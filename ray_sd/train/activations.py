@@ -73,8 +73,10 @@ def fake_batch(config: ExperimentConfig, method: Method, model: DiffusionModel) 
         row |= _fake_clip(model, video.num_frames, len(rows.condition_frames), height, width)
     else:
         factor = model.latent_factor
-        latents = torch.empty(1, model.unet.config.in_channels, height // factor, width // factor, device="meta")
+        latents = torch.empty(1, model.unet.config.out_channels, height // factor, width // factor, device="meta")
         row |= {"latent_mean": latents, "latent_std": latents} | model.size_conditions(height, width)
+        if config.model.upscales:
+            row["low_res_pixels"] = torch.empty(1, 3, *latents.shape[2:], dtype=torch.uint8, device="meta")
     if rows.text == "tokens":
         row |= model.tokenize([""])
     elif rows.text == "embeddings":
