@@ -54,7 +54,7 @@ class ExperimentConfig(Schema):
     @model_validator(mode="after")
     def _check_family(self) -> "ExperimentConfig":
         name, family = self.method.name, self.model.family
-        of_videos = family == "stable_video_diffusion"
+        of_videos = self.model.makes_videos
         if name in CLIP_METHODS:
             if not of_videos:
                 raise ValueError(
@@ -197,6 +197,11 @@ class GenerateConfig(Schema):
             raise ValueError(
                 f"model '{self.model.name}' makes pictures larger, and draws none from a prompt; take a text-to-image model, or "
                 "jobs/text_to_video.py, which enlarges what other models draw"
+            )
+        if self.model.makes_videos:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos of pictures, and draws none from a prompt; take a text-to-image model, "
+                "or jobs/text_to_video.py"
             )
         if not self.prompt and self.prompts_file is None:
             raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")
