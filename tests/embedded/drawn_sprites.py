@@ -1,8 +1,10 @@
-"""Sprites that need no package: a letter-like figure which no turn lays onto itself, and a disc which any does."""
+"""Sprites that need no package, a flag which no turn lays onto itself and a disc which any does, and what clips of them show."""
 
 import io
 from functools import cache
+from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -37,3 +39,8 @@ def centre(frame: np.ndarray) -> tuple[float, float]:
     weight = np.abs(frame.astype(float) - frame[0, 0]).sum(axis=-1)
     rows, columns = np.mgrid[: len(frame), : len(frame)] + 0.5
     return (weight * columns).sum() / weight.sum() / len(frame), (weight * rows).sum() / weight.sum() / len(frame)
+
+
+def decode(video: bytes | Path) -> np.ndarray:
+    with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from drawn_sprites import centre, disc, flag
+from drawn_sprites import centre, decode, disc, flag
 from PIL import Image
 
 import ray_sd.embedded
@@ -18,11 +18,6 @@ from ray_sd.embedded.sprites import catalogue
 from ray_sd.errors import DataError
 
 BLUE = Background("plain", ("blue",))
-
-
-def decode(video: bytes | Path) -> np.ndarray:
-    with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def halved(frames):
