@@ -36,8 +36,8 @@ def scene(number: int) -> list[np.ndarray]:
 
 
 def shifting(num_frames: int, step: int, size: tuple[int, int] = (128, 96)) -> list[np.ndarray]:
-    """A texture of its own that moves to the left by `step` pixels a frame."""
-    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8, (size[0] + num_frames * step) // 8 + 2, 3))
+    """A soft texture that moves to the left by `step` pixels a frame."""
+    noise = np.random.default_rng(0).integers(80, 176, (size[1] // 8, (size[0] + num_frames * step) // 8 + 2, 3))
     wide = Image.fromarray(noise.astype(np.uint8))
     wide = np.asarray(wide.resize((wide.width * 8, size[1]), Image.Resampling.BICUBIC))
     return [wide[:, step * i : step * i + size[0]] for i in range(num_frames)]

@@ -94,7 +94,10 @@ class EncodedVideo:
                 "not decoded"
             )
         self.stated_seconds: float | None = None
-        if track.duration:
+        if container.format.name == "avi" and track.frames and track.average_rate:
+            # libav takes the duration from the size of the file.
+            self.stated_seconds = float(track.frames / track.average_rate)
+        elif track.duration:
             self.stated_seconds = float(track.duration * track.time_base)
         elif container.duration and len(container.streams) == 1:
             self.stated_seconds = container.duration / av.time_base
