@@ -88,18 +88,14 @@ class TrainingResult:
     """Last value of every metric."""
     run: str
     """Folder of the run."""
-    model: str
-    """Name of the model preset."""
+    usage: str
+    """The command that uses the adapter."""
 
     def summary(self) -> str:
         """What was made and the command that uses it."""
         loss = self.metrics.get("validation_loss", self.metrics.get("loss"))
         measured = "" if loss is None else f", loss {loss:.4f}"
-        return (
-            f"trained {self.step} steps{measured}\n"
-            f"adapter:  {self.adapter}\n"
-            f"use it:   python jobs/generate.py model={self.model} adapter={self.adapter} prompt='…'"
-        )
+        return f"trained {self.step} steps{measured}\nadapter:  {self.adapter}\nuse it:   {self.usage}"
 
 
 def fit(config: ExperimentConfig) -> TrainingResult:
@@ -348,7 +344,17 @@ def _export(
             metrics=metrics,
         )
         adapter = run.upload(folder, ADAPTER)
-    return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, config.model.name)
+    return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, usage(config, adapter))
+
+
+def usage(config: ExperimentConfig, adapter: str) -> str:
+    """The command that draws with an adapter."""
+    model, method = config.model, config.method.name
+    if not (model.makes_videos or model.upscales):
+        return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
+    stage = "upscale" if model.upscales else "interpolation" if method == "interpolation" else "video"
+    learnt = "decode" if method == "temporal_decoder" else stage
+    return f"python jobs/text_to_video.py {stage}.model={model.name} {learnt}.adapter={adapter} prompt='…'"
 
 
 def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
