@@ -54,7 +54,7 @@ class ExperimentConfig(Schema):
     @model_validator(mode="after")
     def _check_family(self) -> "ExperimentConfig":
         name, family = self.method.name, self.model.family
-        of_videos = family == "stable_video_diffusion"
+        of_videos = self.model.makes_videos
         if name in CLIP_METHODS:
             if not of_videos:
                 raise ValueError(
@@ -63,7 +63,8 @@ class ExperimentConfig(Schema):
                 )
             if self.dataset.video is None:
                 raise ValueError(
-                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as dataset=video_folder does"
+                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as "
+                    "dataset=video_folder does"
                 )
         elif of_videos and name != "autoencoder":
             raise ValueError(
@@ -91,6 +92,8 @@ class ExperimentConfig(Schema):
 
     def _check_drawings(self, of_videos: bool) -> None:
         drawings = self.trainer.validation
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         if of_videos and drawings.prompts:
             raise ValueError(
                 "trainer.validation.prompts: a video model reads none; give first frames by validation.images"
@@ -194,6 +197,11 @@ class GenerateConfig(Schema):
             raise ValueError(
                 f"model '{self.model.name}' makes pictures larger, and draws none from a prompt; take a text-to-image model, or "
                 "jobs/text_to_video.py, which enlarges what other models draw"
+            )
+        if self.model.makes_videos:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos of pictures, and draws none from a prompt; take a text-to-image model, "
+                "or jobs/text_to_video.py"
             )
         if not self.prompt and self.prompts_file is None:
             raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")

@@ -128,6 +128,11 @@ class ModelConfig(Schema):
         return TEXT_PARTS[self.family]
 
     @property
+    def makes_videos(self) -> bool:
+        """Whether its rows are clips, drawn from pictures."""
+        return self.family == "stable_video_diffusion"
+
+    @property
     def upscales(self) -> bool:
         """Whether the model is given a small picture, and makes a large one of it."""
         return self.family in UPSCALERS

@@ -76,7 +76,7 @@ class ImageEncoder:
 
         if self._model is None:
             # Not before there is work: where everything is cached, no encoder is loaded.
-            self._model = _load(self._config, self.components, self._num_actors)
+            self._model = load_encoder(self._config, self.components, self._num_actors)
         with torch.inference_mode():
             device = next(self._model.parameters()).device
             scaled = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
@@ -117,7 +117,7 @@ class TextEncoder:
     components = frozenset({"text_encoder", "tokenizer"})
 
     def __init__(self, config: ModelConfig, dtype: str, num_actors: int) -> None:
-        self._model = _load(config, self.components, num_actors)
+        self._model = load_encoder(config, self.components, num_actors)
         self._dtype = np.dtype(dtype)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -169,7 +169,7 @@ def limit_threads(num_actors: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
 
 
-def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
+def load_encoder(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
     """The model on this actor's GPU, or with its share of the cores."""
     import torch
 

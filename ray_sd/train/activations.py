@@ -18,7 +18,7 @@ from ray_sd.config.rows import CLASS
 from ray_sd.methods import Method
 from ray_sd.models import DiffusionModel, load_model
 
-HALVED = (functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+HALVED = (functional.linear, functional.conv2d, functional.conv3d, torch.matmul, torch.bmm, torch.baddbmm)
 """What autocast computes in half precision on a GPU, of what diffusers and transformers call."""
 KEPT_WHOLE = (functional.group_norm, functional.layer_norm, functional.softmax, functional.mse_loss)
 """What it computes in fp32."""

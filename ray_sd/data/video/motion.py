@@ -1,5 +1,7 @@
 """How much moves in a clip."""
 
+from itertools import pairwise
+
 import cv2
 import numpy as np
 
@@ -13,10 +15,15 @@ def motion(frames: np.ndarray, fps: float) -> float:
     frames: RGB uint8 [F, H, W, 3]; a single one has no motion. The flow is that of dense inverse search (arXiv:1603.03590).
     """
     cv2.setNumThreads(1)
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [_small_grey(frame) for frame in frames]
-    moved = [np.linalg.norm(search.calc(*pair, None), axis=-1).mean() for pair in zip(grey, grey[1:], strict=False)]
+    moved = [np.linalg.norm(_flow(search, *pair), axis=-1).mean() for pair in pairwise(grey)]
     return float(np.mean(moved)) / SIDE * fps if moved else 0.0
+
+
+def _flow(search: cv2.DISOpticalFlow, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Where each pixel of the first goes, float32 [h, w, 2]."""
+    return search.calc(first, second, None)  # type: ignore[call-overload]  # None begins without a guess
 
 
 def _small_grey(frame: np.ndarray) -> np.ndarray:

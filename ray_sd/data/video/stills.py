@@ -17,8 +17,8 @@ class StillFrames:
         self._pictures = pictures
         self._fps = fps
         self._config = config
-        self.stated_seconds = len(pictures) / fps
-        check_length(self.stated_seconds, config)
+        self.stated_seconds: float | None = len(pictures) / fps
+        check_length(len(pictures) / fps, config)
         for data in pictures[:1]:
             check_size(data, max_pixels=config.max_pixels)
 

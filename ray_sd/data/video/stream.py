@@ -40,9 +40,10 @@ class EncodedVideo:
         end = 0.0
         with self._opened() as (container, track):
             step = float(1 / track.average_rate) if track.average_rate else 0.0
-            if since > 0 and self._origin is not None:
-                container.seek(self._origin + int(since / track.time_base), stream=track)
+            sought = since > 0 and self._origin is not None and self._seek(container, track, since)
             for frame in container.decode(track):
+                if sought and frame.pts is None:
+                    return
                 if frame.is_corrupt:
                     raise RejectedError(f"is damaged: a frame at {end:.2f} s cannot be decoded in full")
                 # Some files do not say when a frame is shown; then it is when the one before ends.
@@ -50,6 +51,14 @@ class EncodedVideo:
                 length = float(frame.duration * track.time_base) if frame.duration else step
                 end = time + length
                 yield DecodedFrame(frame, time, end, track.sample_aspect_ratio, self._background)
+
+    def _seek(self, container: Any, track: Any, since: float) -> bool:
+        """Go to a frame from which decoding can start, before `since`. Without an index that may not be possible."""
+        try:
+            container.seek((self._origin or 0) + int(since / track.time_base), stream=track)
+        except av.FFmpegError:
+            return False
+        return True
 
     def _seconds(self, pts: int, track: Any) -> float:
         if self._origin is None:
@@ -70,6 +79,8 @@ class EncodedVideo:
                 yield container, tracks[0]
         except RejectedError:
             raise
+        except av.ArgumentError as error:
+            raise RejectedError("is no MP4, MOV, WebM, MKV, AVI or GIF") from error
         except Exception as error:  # libav, like the codecs below it, raises anything on damaged files.
             raise RejectedError(
                 f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}"
@@ -83,7 +94,10 @@ class EncodedVideo:
                 "not decoded"
             )
         self.stated_seconds: float | None = None
-        if track.duration:
+        if container.format.name == "avi" and track.frames and track.average_rate:
+            # libav takes the duration from the size of the file.
+            self.stated_seconds = float(track.frames / track.average_rate)
+        elif track.duration:
             self.stated_seconds = float(track.duration * track.time_base)
         elif container.duration and len(container.streams) == 1:
             self.stated_seconds = container.duration / av.time_base

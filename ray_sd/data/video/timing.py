@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,6 @@ from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.cuts import SIDE, CutDetector
 from ray_sd.data.video.footage import Footage, check_length
 
-FORMAT = 1
-"""Raise it when the same settings would take other frames."""
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
 TRUNCATED = 0.9
@@ -36,7 +35,7 @@ class Survey:
 
     def scenes(self) -> Iterator["Scene"]:
         edges = (0, *self.cuts, len(self.times))
-        for first, stop in zip(edges, edges[1:], strict=False):
+        for first, stop in pairwise(edges):
             ends = self.end if stop == len(self.times) else float(self.times[stop])
             yield Scene(first, stop, float(self.times[first]), ends)
 
@@ -90,15 +89,15 @@ def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) 
     """
     scenes = list(video.scenes())
     rooms = [scene.end - scene.start - config.seconds for scene in scenes]
-    if max(rooms) <= -ROUNDING:
+    # The last frame is to be shown yet when its time comes.
+    fitting = [(scene, room) for scene, room in zip(scenes, rooms, strict=True) if room > ROUNDING]
+    if not fitting:
         return _short_window(video, config, max(scenes, key=lambda scene: scene.end - scene.start))
-    # What fits but for rounding has room to begin at its beginning.
-    rooms = [max(room, ROUNDING) if room > -ROUNDING else 0.0 for room in rooms]
-    offset = 0.0 if config.start.name == "first" else _share(seed, index) * sum(rooms)
-    for scene, room in zip(scenes, rooms, strict=True):
-        if room and offset < room:
-            break
-        offset -= room
+    ends = np.cumsum([room for _, room in fitting])
+    offset = 0.0 if config.start.name == "first" else _share(seed, index) * float(ends[-1])
+    chosen = min(int(np.searchsorted(ends, offset, side="right")), len(fitting) - 1)
+    scene, room = fitting[chosen]
+    offset -= ends[chosen] - room
     # From when a frame is shown, so that a video of the very rate gives each of its frames once.
     start = float(video.times[_shown(video, scene, scene.start + offset)])
     times = start + np.arange(config.num_frames) / config.fps
