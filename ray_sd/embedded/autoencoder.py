@@ -24,6 +24,7 @@ LATENT_CHANNELS = 24
 LATENT_GAIN = 3.0
 POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
 PICTURES_AT_ONCE = 128
+PIXELS_AT_ONCE = 128 * 64 * 64
 BLOCKS = (16, 32, 64, 128)
 UPSCALER_CHANNELS = 8
 UPSCALER_BLOCKS = (16, 32, 64)
@@ -181,7 +182,10 @@ def _batches(pictures: Path) -> Iterator[torch.Tensor]:
     for path in sorted(pictures.glob("*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(PICTURES_AT_ONCE, columns=["image"]):
             arrays = [np.asarray(Image.open(BytesIO(data.as_py()))) for data in batch["image"]]
-            yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for shape in dict.fromkeys(array.shape for array in arrays):
+                alike = np.stack([array for array in arrays if array.shape == shape])
+                pixels = torch.from_numpy(alike).permute(0, 3, 1, 2).float() / 127.5 - 1
+                yield from pixels.split(max(1, PIXELS_AT_ONCE // (shape[0] * shape[1])))
 
 
 if __name__ == "__main__":
