@@ -212,7 +212,9 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
 def check_adapter(config: GenerateConfig | StageModel, adapter: Path) -> None:
     """Find what is wrong with an adapter before workers start."""
     if (adapter / MANIFEST).is_file():
-        read_manifest(adapter)
+        family = read_manifest(adapter).family
+        if family != config.model.family:
+            raise ArtifactError(f"{adapter} was made for a model of family {family}, not {config.model.family}")
     else:
         components = ("unet", "text_encoder") if config.model.text_parts else ("unet",)
         read_contents(adapter, load_model(config.model, components, skeleton=True))
