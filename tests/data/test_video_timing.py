@@ -175,6 +175,25 @@ def test_the_whole_clip_is_mirrored():
     assert (flipped == plain[:, :, ::-1]).all()
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"gop_size": 10},
+        {"kind": "webm", "codec": "libvpx-vp9", "gop_size": 10},
+        {"kind": "matroska", "codec": "libx264", "gop_size": 10},
+        {"kind": "avi", "codec": "mpeg4", "gop_size": 10},
+        {"kind": "gif"},
+    ],
+    ids=lambda kind: kind.get("kind", "mp4"),
+)
+def test_late_clips_have_the_right_frames_in_every_container(kind: dict):
+    frames = [numbered(number) for number in range(100)]
+    data = gif(frames) if kind == {"kind": "gif"} else video(frames, **kind)
+    for clip in clips(data, start="random"):
+        assert np.diff(clip).tolist() == [2, 2, 2]
+    assert max(clip[0] for clip in clips(data, start="random")) > 20
+
+
 def test_a_file_whose_index_leads_astray_is_read_from_the_beginning(monkeypatch: pytest.MonkeyPatch):
     from ray_sd.data.video.stream import EncodedVideo
 
