@@ -9,9 +9,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     StableVideoDiffusionPipeline,
     UNet2DConditionModel,
@@ -128,6 +131,23 @@ SCHEDULER_VIDEO = {
     "sigma_max": 700.0,
     "steps_offset": 1,
 }
+UNET_UPSCALE = UNET | {"sample_size": 16, "in_channels": 7, "num_class_embeds": 400, "use_linear_projection": True}
+VAE_UPSCALE = VAE | {
+    "block_out_channels": [8, 8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "scaling_factor": 0.08333,
+}
+SCHEDULER_UPSCALE = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+SCHEDULER_LOW_RES = {"beta_start": 0.0002, "beta_end": 0.03, "beta_schedule": "linear"}
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -201,6 +221,44 @@ def save_tiny_video_model(folder: Path, seed: int = 0, **scheduler: object) -> P
         )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_tiny_upscale_model(folder: Path, seed: int = 0, **index: object) -> Path:
+    """An upscaler's folder in the diffusers layout, with values of its own for the pipeline."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionUpscalePipeline(
+            unet=UNet2DConditionModel(**UNET_UPSCALE),
+            vae=AutoencoderKL(**VAE_UPSCALE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
+            tokenizer=CLIPTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer")),
+            low_res_scheduler=DDPMScheduler(**SCHEDULER_LOW_RES),
+            scheduler=DDIMScheduler(**SCHEDULER_UPSCALE),
+            **index,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_upscale_config(folder: Path, **settings: object) -> ModelConfig:
+    family = {"family": "stable_diffusion_upscale"}
+    return ModelConfig.model_validate({"name": "tiny_upscale", "base": str(folder), **family, **settings})
+
+
+@pytest.fixture(scope="session")
+def tiny_upscale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny upscaler; not to be written to."""
+    return save_tiny_upscale_model(tmp_path_factory.mktemp("models") / "tiny_upscale", max_noise_level=300)
+
+
+def random_upscale_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch that fits the tiny upscaler."""
+    generator = torch.Generator().manual_seed(seed + 2000)
+    return random_batch(rows, text, seed) | {
+        "latent_mean": 12 * torch.randn(rows, 4, 16, 16, generator=generator),
+        "latent_std": torch.rand(rows, 4, 16, 16, generator=generator),
+        "low_res_pixels": torch.randint(256, (rows, 3, 16, 16), generator=generator, dtype=torch.uint8),
+    }
 
 
 def tiny_video_config(folder: Path, **settings: object) -> ModelConfig:

@@ -54,7 +54,7 @@ class ExperimentConfig(Schema):
     @model_validator(mode="after")
     def _check_family(self) -> "ExperimentConfig":
         name, family = self.method.name, self.model.family
-        of_videos = family == "stable_video_diffusion"
+        of_videos = self.model.makes_videos
         if name in CLIP_METHODS:
             if not of_videos:
                 raise ValueError(
@@ -63,7 +63,8 @@ class ExperimentConfig(Schema):
                 )
             if self.dataset.video is None:
                 raise ValueError(
-                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as dataset=video_folder does"
+                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as "
+                    "dataset=video_folder does"
                 )
         elif of_videos and name != "autoencoder":
             raise ValueError(
@@ -77,6 +78,8 @@ class ExperimentConfig(Schema):
         if isinstance(self.method, InterpolationMethod):
             self._check_key_frames(self.method.key_frames)
         self._check_drawings(of_videos)
+        if self.model.upscales:
+            self._check_upscaler()
         return self
 
     def _check_key_frames(self, key_frames: tuple[int, ...]) -> None:
@@ -89,6 +92,8 @@ class ExperimentConfig(Schema):
 
     def _check_drawings(self, of_videos: bool) -> None:
         drawings = self.trainer.validation
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         if of_videos and drawings.prompts:
             raise ValueError(
                 "trainer.validation.prompts: a video model reads none; give first frames by validation.images"
@@ -99,6 +104,18 @@ class ExperimentConfig(Schema):
         if len(drawings.images) % taken:
             raise ValueError(
                 f"trainer.validation.images: {len(drawings.images)} pictures are no whole number of clips of {taken} key frames"
+            )
+
+    def _check_upscaler(self) -> None:
+        if self.trainer.validation.prompts:
+            raise ValueError(
+                f"trainer.validation.prompts: model '{self.model.name}' draws from pictures, not from prompts alone; leave them "
+                "out, and keep rows for a validation loss by dataset.holdout"
+            )
+        if getattr(self.method, "class_prompt", ()):
+            raise ValueError(
+                f"method.class_prompt: model '{self.model.name}' cannot draw class pictures, since it draws from pictures; "
+                "leave it out"
             )
 
     @model_validator(mode="after")
@@ -176,6 +193,16 @@ class GenerateConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":
+        if self.model.upscales:
+            raise ValueError(
+                f"model '{self.model.name}' makes pictures larger, and draws none from a prompt; take a text-to-image model, or "
+                "jobs/text_to_video.py, which enlarges what other models draw"
+            )
+        if self.model.makes_videos:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos of pictures, and draws none from a prompt; take a text-to-image model, "
+                "or jobs/text_to_video.py"
+            )
         if not self.prompt and self.prompts_file is None:
             raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")
         return self

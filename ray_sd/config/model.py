@@ -10,11 +10,15 @@ TEXT_PARTS = {
     "stable_diffusion": {"text_encoder": "tokenizer"},
     "stable_diffusion_xl": {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     "stable_video_diffusion": {},
+    "stable_diffusion_upscale": {"text_encoder": "tokenizer"},
 }
 """Text encoders of each family, with their tokenizers."""
 
 IMAGE_PARTS = {"stable_video_diffusion": ("image_encoder",)}
 """Components that read pictures as conditions."""
+
+UPSCALERS = ("stable_diffusion_upscale",)
+"""Families that are given a small picture, and make a large one of it."""
 
 SchedulerName = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
 
@@ -80,7 +84,9 @@ class ModelConfig(Schema):
 
     name: str
     """Short name, stored in every adapter made from this model."""
-    family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_video_diffusion"] = "stable_diffusion"
+    family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_video_diffusion", "stable_diffusion_upscale"] = (
+        "stable_diffusion"
+    )
     """Model family: how it is conditioned, trained and run."""
     base: str | None = None
     """Hub id, local folder in the diffusers layout, single `.safetensors` file, or `embedded/NAME` for a model that
@@ -121,6 +127,16 @@ class ModelConfig(Schema):
         """The text encoders' components, with their tokenizers'."""
         return TEXT_PARTS[self.family]
 
+    @property
+    def makes_videos(self) -> bool:
+        """Whether its rows are clips, drawn from pictures."""
+        return self.family == "stable_video_diffusion"
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the model is given a small picture, and makes a large one of it."""
+        return self.family in UPSCALERS
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         texts = [part for pair in self.text_parts.items() for part in pair]
@@ -138,6 +154,10 @@ class ModelConfig(Schema):
         if self.family == "stable_video_diffusion" and self.scheduler.sampler != "euler":
             raise ValueError(
                 f"Stable Video Diffusion is sampled by euler, not {self.scheduler.sampler}; set scheduler.sampler=euler"
+            )
+        if self.upscales and (self.base or "").endswith(".safetensors"):
+            raise ValueError(
+                f"an upscaler is read from a folder in the diffusers layout, not from a single file; found base={self.base}"
             )
         noise = self.scheduler.noise
         for setting in ("timestep_type", "use_karras_sigmas", "sigma_min", "sigma_max"):

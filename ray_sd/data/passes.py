@@ -22,7 +22,7 @@ from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.crops import Variant
-from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, text_key, write_shard
+from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
 from ray_sd.data.examine import PICTURE, Examination, examine
 from ray_sd.data.reader import load_tokenizers
 from ray_sd.data.sources import Listing
@@ -87,6 +87,7 @@ def encode_images(
         dataset = _encode(dataset, config, ImageEncoder)
         dtypes = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
         dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
+        dtypes |= {LOW_RES: "uint8"} if config.model.upscales else {}
         tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
 
     heads, rejected, new = [_HEADS.empty_table()], [], [entries.slice(0, 0)]

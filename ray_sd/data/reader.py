@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder
+from ray_sd.data.encode import LOW_RES
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import draw
 
@@ -53,6 +54,8 @@ class RowReader:
                 buckets = [self._video.motion_bucket(self._index.motions[row][i].as_py()) for row, i in choices]
                 batch["motion_bucket_id"] = np.array(buckets, dtype=np.float32)
                 batch["fps"] = np.full(len(choices), self._video.fps, dtype=np.float32)
+            if LOW_RES in images[0]:
+                batch["low_res_pixels"] = np.stack([row[LOW_RES] for row in images])
             if self._mask is not None and "mask" in images[0]:  # class pictures have none
                 mask = np.stack([row["mask"] for row in images]).astype(np.float32)
                 batch["loss_mask"] = self._mask.outside + (1 - self._mask.outside) * mask

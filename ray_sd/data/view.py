@@ -172,6 +172,7 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
         description["image_encoder"] = fingerprint(config.model, "image_encoder") if rows.condition_frames else None
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
+        description |= {"low_res": True} if config.model.upscales else {}
     return description
 
 

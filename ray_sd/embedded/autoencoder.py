@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from PIL import Image
 from torch import nn
 
-Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder
 
 LATENT_CHANNELS = 24
 LATENT_GAIN = 3.0

@@ -18,9 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
-from pydantic import Field
 
-from ray_sd.config.base import Schema
 from ray_sd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -53,26 +51,6 @@ PICTURES = (
 )
 
 
-class SpritesConfig(Schema):
-    """What to prepare, and where."""
-
-    selection: Literal["two_core", "all", "autoencoder", "pictures", "names"] = "two_core"
-    """Parquet of `two_core` (320 sprites), `all` (about 1,000) or `autoencoder` (every sprite but the unseen);
-    `pictures` of one held-out subject as PNG files; or the `names` that the tokenizer knows as a text file."""
-    out: Path = Path("runs/data/emoji")
-    """The folder to write to."""
-    packages: Path = Path("runs/packages")
-    """Where the two npm packages lie as tarballs; what is missing is fetched there by `npm pack`."""
-    subject: str = "owl"
-    """The held-out subject that `pictures` shows."""
-    poses: Literal["varied", "upright"] = "varied"
-    """Whether `pictures` shows it mirrored, turned and smaller, too, or always alike."""
-    shards: int = Field(4, ge=1)
-    """How many Parquet files to write."""
-    seed: int = 0
-    """Orders the rows and draws the autoencoder's random backgrounds."""
-
-
 @dataclass(frozen=True)
 class Sprite:
     """One emoji: its code points (`1f42f`), name, group and the WebP bytes of its RGBA picture."""
@@ -94,22 +72,8 @@ class Catalogue:
     colours: dict[str, Colour]
     held_out: tuple[str, ...]
     two_core_extra: tuple[str, ...]
-
-
-def prepare(config: SpritesConfig) -> int:
-    """Write what the configuration asks for; return the number of pictures."""
-    sprites = read_sprites(config.packages)
-    if config.selection == "pictures":
-        return write_pictures(sprites, config.subject, config.poses, config.out)
-    if config.selection == "names":
-        return write_names([sprite for sprite in sprites if sprite.group in PICTURABLE], config.out / "names.txt")
-    chosen = select(sprites, config.selection)
-    backgrounds = autoencoder_rows if config.selection == "autoencoder" else captioned_rows
-    rows = list(backgrounds(chosen, config.seed))
-    write_parquet(rows, config.out, config.shards, config.seed)
-    write_names(chosen, config.out.with_name(f"{config.out.name}.names.txt"))  # beside the shards, not among them
-    logger.info("wrote %d pictures of %d sprites to %s", len(rows), len(chosen), config.out)
-    return len(rows)
+    spinners: tuple[str, ...]
+    unseen_spinners: tuple[str, ...]
 
 
 @cache
@@ -120,6 +84,8 @@ def catalogue() -> Catalogue:
         colours={name: tuple(rgb) for name, rgb in raw["colours"].items()},
         held_out=tuple(raw["held_out"]),
         two_core_extra=tuple(raw["two_core_extra"]),
+        spinners=tuple(raw["spinners"]),
+        unseen_spinners=tuple(raw["unseen_spinners"]),
     )
 
 
@@ -258,12 +224,12 @@ def png_bytes(picture: Image.Image) -> bytes:
 
 
 def write_parquet(rows: list[dict], out: Path, shards: int, seed: int) -> None:
-    """Rows of `id`, `image` (PNG bytes) and `caption` in a seeded order, as `part-00000.parquet` and so on."""
+    """Rows of texts and bytes, each with the same columns, in a seeded order, as `part-00000.parquet` and so on."""
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.glob("part-*.parquet"):
         stale.unlink()
     random.Random(seed).shuffle(rows)
-    schema = pa.schema([("id", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
+    schema = pa.Table.from_pylist(rows[:1]).schema
     for shard in range(shards):
         pq.write_table(pa.Table.from_pylist(rows[shard::shards], schema), out / f"part-{shard:05d}.parquet")
 

@@ -2,7 +2,15 @@
 
 from ray_sd.generate.pictures import contact_sheet, png_bytes, read_parameters, save_png
 from ray_sd.generate.sampling import Drawing, ImageRequest, advance, decode, generate, start
-from ray_sd.generate.videos import frame_sheet, mp4_bytes, read_frames, read_video_parameters, save_gif, save_mp4
+from ray_sd.generate.videos import (
+    frame_sheet,
+    gif_bytes,
+    mp4_bytes,
+    read_frames,
+    read_video_parameters,
+    save_gif,
+    save_mp4,
+)
 
 __all__ = [
     "Drawing",
@@ -12,6 +20,7 @@ __all__ = [
     "decode",
     "frame_sheet",
     "generate",
+    "gif_bytes",
     "mp4_bytes",
     "png_bytes",
     "read_frames",

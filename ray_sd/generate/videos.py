@@ -1,5 +1,6 @@
 """Clips as files: MP4 and GIF that carry their parameters, and sheets of frames."""
 
+import io
 import json
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,6 +19,10 @@ from ray_sd.generate.pictures import contact_sheet
 
 PARAMETERS = "comment"
 """Name under which a file's metadata hold the parameters as JSON."""
+SHEET_SIDE = 320
+"""Longer side, in pixels, of a frame on a sheet at most."""
+GIF_SIDE = 512
+"""The same of a GIF's, which are large files."""
 CRF = "12"
 """x264's quality: 0 loses nothing, 18 passes for that, 23 is what it takes unless told otherwise."""
 
@@ -55,14 +60,22 @@ def mp4_bytes(frames: Sequence[Image.Image], fps: float, parameters: dict[str, A
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, fps: float, parameters: dict[str, Any]) -> None:
-    """Write a GIF that plays without end, for where no video plays: 256 colours a frame, times in hundredths of a second."""
-    _check(frames, fps)
+    """Write a GIF that plays without end, for where no video plays: 256 colours a frame, times in hundredths of a second,
+    large frames made smaller."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gif_bytes(frames, fps, parameters))
+
+
+def gif_bytes(frames: Sequence[Image.Image], fps: float, parameters: dict[str, Any]) -> bytes:
+    """The content of the file that `save_gif` writes."""
+    _check(frames, fps)
     ends = [round(100 * number / fps) for number in range(1, len(frames) + 1)]
     seconds = np.diff([0, *ends])
-    first, *rest = (image.convert("RGB").quantize(method=Image.Quantize.MEDIANCUT) for image in frames)
+    small = (_at_most(image, GIF_SIDE).convert("RGB") for image in frames)
+    first, *rest = (image.quantize(method=Image.Quantize.MEDIANCUT) for image in small)
+    content = io.BytesIO()
     first.save(
-        path,
+        content,
         "GIF",
         save_all=True,
         append_images=rest,
@@ -70,11 +83,13 @@ def save_gif(frames: Sequence[Image.Image], path: Path, fps: float, parameters: 
         loop=0,
         comment=json.dumps(parameters).encode(),
     )
+    return content.getvalue()
 
 
 def frame_sheet(frames: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All frames in a grid in their order, each with its number, counted from 0."""
-    return contact_sheet(frames, [str(number) for number in range(len(frames))], columns)
+    """All frames in a grid in their order, each with its number, counted from 0; large frames are made smaller."""
+    small = [_at_most(image, SHEET_SIDE) for image in frames]
+    return contact_sheet(small, [str(number) for number in range(len(frames))], columns)
 
 
 def read_video_parameters(path: Path) -> dict[str, Any]:
@@ -110,6 +125,15 @@ def _check(frames: Sequence[Image.Image], fps: float) -> None:
         raise ValueError(f"{fps} frames a second; a clip needs more than none")
     if len({image.size for image in frames}) > 1:
         raise ValueError("the frames of a clip have one size")
+
+
+def _at_most(image: Image.Image, side: int) -> Image.Image:
+    """The picture, no larger than `side` pixels along its longer side."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _even(image: Image.Image) -> np.ndarray:

@@ -6,6 +6,7 @@ from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel, VideoLoss
 from ray_sd.models.fingerprints import fingerprint
 from ray_sd.models.stable_diffusion import StableDiffusion
+from ray_sd.models.stable_diffusion_upscale import StableDiffusionUpscale
 from ray_sd.models.stable_diffusion_xl import StableDiffusionXL
 from ray_sd.models.stable_video_diffusion import StableVideoDiffusion
 
@@ -13,6 +14,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "stable_diffusion": StableDiffusion,
     "stable_diffusion_xl": StableDiffusionXL,
     "stable_video_diffusion": StableVideoDiffusion,
+    "stable_diffusion_upscale": StableDiffusionUpscale,
 }
 
 

@@ -83,7 +83,9 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
 
 
 def _source(config: ModelConfig, component: str) -> ComponentSource:
-    if component == "scheduler":
+    if component == "low_res_scheduler":
+        own = None
+    elif component == "scheduler":
         own = None if config.scheduler.path is None else ComponentSource(path=config.scheduler.path)
     else:
         own = getattr(config, component)
@@ -206,10 +208,13 @@ def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource
         folder = root / component if (root / component).is_dir() else root
     if not _holds(folder, component):
         folders = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
-        override = "model.scheduler.path" if component == "scheduler" else f"model.{component}"
+        remedies = {
+            "scheduler": "give one by model.scheduler.path=PATH",
+            "low_res_scheduler": "is the base an upscaler, all of it?",
+        }
         raise ArtifactError(
             f"model '{config.name}': {folder} holds no {component} (no {config_file(component)} there; folders in {root}: "
-            f"{folders}); give one by {override}=PATH"
+            f"{folders}); {remedies.get(component, f'give one by model.{component}=PATH')}"
         )
     return folder
 

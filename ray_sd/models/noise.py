@@ -13,6 +13,9 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
+LOW_RES = 0x5CA1AB1E
+"""Makes of a row's seed that of its small picture's noise."""
+
 
 @dataclass(frozen=True)
 class RowDraws:
@@ -39,6 +42,24 @@ def draw_rows(row_seed: Tensor, shape: Sequence[int], num_train_timesteps: int) 
     )
     device = row_seed.device
     return RowDraws(**{name: value.to(device) for name, value in vars(draws).items()})
+
+
+@dataclass(frozen=True)
+class LowResDraws:
+    """Everything random about the small pictures that an upscaler is given."""
+
+    levels: Tensor  # int64 [B]
+    noise: Tensor  # [B, 3, h, w]
+
+
+def draw_low_res(row_seed: Tensor, shape: Sequence[int], max_level: int) -> LowResDraws:
+    """Draw the noise level, of 0 to `max_level`, and the noise on each row's small picture (3, h, w), as `draw_rows`.
+
+    From a stream beside that of `draw_rows`, which stays what it is in other models.
+    """
+    generators = row_generators(row_seed ^ LOW_RES)
+    draws = LowResDraws(levels=randint_rows(generators, max_level + 1), noise=randn_rows(generators, shape))
+    return LowResDraws(**{name: value.to(row_seed.device) for name, value in vars(draws).items()})
 
 
 @dataclass(frozen=True)

@@ -53,19 +53,39 @@ STABLE_VIDEO_DIFFUSION = {
 }
 """The same of a video model: what the published one says."""
 
+STABLE_DIFFUSION_UPSCALE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "steps_offset": 1,
+}
+"""The same of an upscaler: what the published one says."""
+
+LOW_RES = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+"""Schedule of the noise on an upscaler's small picture: what the published one says."""
+
+UNSAVED: dict[str, dict[str, Any]] = {
+    "stable_diffusion": STABLE_DIFFUSION,
+    "stable_diffusion_xl": STABLE_DIFFUSION,
+    "stable_diffusion_upscale": STABLE_DIFFUSION_UPSCALE,
+}
+
 DEFAULTS = {"set_alpha_to_one": False, "clip_sample": False}
 """Stable Diffusion's values of what a saved scheduler may leave out; latents are not within [-1, 1]."""
 
 IMPOSED: dict[str, dict[str, Any]] = {
     "stable_diffusion": {"clip_sample": False, "steps_offset": 1},
     "stable_diffusion_xl": {},
+    "stable_diffusion_upscale": {},
 }
 """What diffusers' pipeline of a family sets whatever the saved scheduler says."""
 
 
 def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     """The base's noise schedule with the values of `config.scheduler.noise` in place of its own."""
-    saved = _saved(config, STABLE_DIFFUSION)
+    saved = _saved(config, UNSAVED[config.family])
     saved = {key: value for key, value in saved.items() if key != "skip_prk_steps"}  # of PNDM alone; LCM warns of it
     scheduler = DDPMScheduler.from_config({**DEFAULTS, **saved, **IMPOSED[config.family]}, **_overrides(config))
     prediction_type = scheduler.config.prediction_type
@@ -80,6 +100,11 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
             "set scheduler.noise.prediction_type=v_prediction or scheduler.noise.rescale_betas_zero_snr=false"
         )
     return scheduler
+
+
+def load_low_res_scheduler(config: ModelConfig) -> DDPMScheduler:
+    """What adds noise to the small picture that an upscaler is given."""
+    return DDPMScheduler.from_config(LOW_RES if config.base is None else read_config(config, "low_res_scheduler"))
 
 
 def load_video_scheduler(config: ModelConfig) -> EulerDiscreteScheduler:

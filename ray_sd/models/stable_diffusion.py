@@ -84,12 +84,8 @@ class StableDiffusion(DiffusionModel):
     def _check_fit(self) -> None:
         """Raise ArtifactError where the parts cannot work together."""
         name = self.config.name
-        if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
-            raise ArtifactError(
-                f"model '{name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
-                f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
-            )
-        takes = None if self.unet is None else self.unet.config.in_channels
+        self._check_channels()
+        takes = None if self.unet is None else self.unet.config.out_channels
         makes = None if self.vae is None else self.vae.config.latent_channels
         if takes and makes and takes != makes:
             raise ArtifactError(
@@ -113,6 +109,14 @@ class StableDiffusion(DiffusionModel):
                     raise ArtifactError(
                         f"model '{name}': the {self.config.text_parts[part]} makes {makes} {what}, the {part} takes {takes}"
                     )
+
+    def _check_channels(self) -> None:
+        """Raise ArtifactError for a U-Net that is given more, or less, than noisy latents."""
+        if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
+            raise ArtifactError(
+                f"model '{self.config.name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
+                f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
+            )
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist

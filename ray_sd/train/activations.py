@@ -18,7 +18,7 @@ from ray_sd.config.rows import CLASS
 from ray_sd.methods import Method
 from ray_sd.models import DiffusionModel, load_model
 
-HALVED = (functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+HALVED = (functional.linear, functional.conv2d, functional.conv3d, torch.matmul, torch.bmm, torch.baddbmm)
 """What autocast computes in half precision on a GPU, of what diffusers and transformers call."""
 KEPT_WHOLE = (functional.group_norm, functional.layer_norm, functional.softmax, functional.mse_loss)
 """What it computes in fp32."""
@@ -73,8 +73,10 @@ def fake_batch(config: ExperimentConfig, method: Method, model: DiffusionModel) 
         row |= _fake_clip(model, video.num_frames, len(rows.condition_frames), height, width)
     else:
         factor = model.latent_factor
-        latents = torch.empty(1, model.unet.config.in_channels, height // factor, width // factor, device="meta")
+        latents = torch.empty(1, model.unet.config.out_channels, height // factor, width // factor, device="meta")
         row |= {"latent_mean": latents, "latent_std": latents} | model.size_conditions(height, width)
+        if config.model.upscales:
+            row["low_res_pixels"] = torch.empty(1, 3, *latents.shape[2:], dtype=torch.uint8, device="meta")
     if rows.text == "tokens":
         row |= model.tokenize([""])
     elif rows.text == "embeddings":

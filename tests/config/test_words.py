@@ -18,7 +18,7 @@ from ray_sd.errors import ConfigError
         ("dataset.crop.detector=a/b", "dataset.crop.detector: no such setting; it belongs to dataset.crop=subject"),
         (
             "method.name=lorra",
-            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, loha, lokr",
+            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, inflate",
         ),
         (
             "trainer.schedule.name=zzz",

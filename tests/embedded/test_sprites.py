@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 import ray_sd.embedded
+from ray_sd.embedded.prepare import PrepareConfig, prepare
 from ray_sd.embedded.sprites import (
-    SpritesConfig,
     catalogue,
     compose,
     plain_name,
-    prepare,
     read_sprites,
     select,
     unseen_sprites,
@@ -109,9 +108,10 @@ def test_the_autoencoder_is_measured_on_what_no_data_set_for_it_holds(packages):
 
 
 def test_rows_are_captioned_png_pictures_on_every_background(packages, tmp_path):
-    count = prepare(SpritesConfig(out=tmp_path / "emoji", packages=packages, shards=2))
+    words = prepare(PrepareConfig(out=tmp_path / "emoji", packages=packages, shards=2))
     rows = {row["id"]: row for row in read_rows(tmp_path / "emoji")}
-    assert count == len(rows) == 3 * 8
+    assert len(rows) == 3 * 8
+    assert words == "24 pictures"
     assert len(list((tmp_path / "emoji").iterdir())) == 2
     peach = rows["1f351-blue"]
     assert peach["caption"] == "a peach on a blue background"
@@ -125,15 +125,15 @@ def test_rows_are_captioned_png_pictures_on_every_background(packages, tmp_path)
 
 
 def test_preparing_again_writes_the_same_rows_and_leaves_no_stale_shard(packages, tmp_path):
-    prepare(SpritesConfig(out=tmp_path, packages=packages, shards=3))
+    prepare(PrepareConfig(out=tmp_path, packages=packages, shards=3))
     first = read_rows(tmp_path)
-    prepare(SpritesConfig(out=tmp_path, packages=packages, shards=2))
+    prepare(PrepareConfig(out=tmp_path, packages=packages, shards=2))
     assert len(list(tmp_path.glob("*.parquet"))) == 2
     assert sorted(map(str, read_rows(tmp_path))) == sorted(map(str, first))
 
 
 def test_the_autoencoder_also_sees_backgrounds_of_any_colour(packages, tmp_path):
-    prepare(SpritesConfig(selection="autoencoder", out=tmp_path, packages=packages))
+    prepare(PrepareConfig(selection="autoencoder", out=tmp_path, packages=packages))
     backgrounds = [row["id"].rpartition("-")[2] for row in read_rows(tmp_path) if row["id"].startswith("1f351-")]
     named = set(backgrounds) & set(catalogue().colours)
     assert len(named) == 4
@@ -154,7 +154,7 @@ def test_named_colours_are_far_apart():
 
 
 def test_pictures_of_a_held_out_subject_vary_and_carry_their_captions(packages, tmp_path):
-    prepare(SpritesConfig(selection="pictures", subject="owl", out=tmp_path, packages=packages))
+    prepare(PrepareConfig(selection="pictures", subject="owl", out=tmp_path, packages=packages))
     pictures = sorted(tmp_path.glob("*.png"))
     assert 6 <= len(pictures) <= 8
     assert len({path.read_bytes() for path in pictures}) == len(pictures)
@@ -164,7 +164,7 @@ def test_pictures_of_a_held_out_subject_vary_and_carry_their_captions(packages, 
 def test_upright_pictures_differ_in_their_backgrounds_only(packages, tmp_path):
     heights = {"upright": [], "varied": []}
     for poses, found in heights.items():
-        prepare(SpritesConfig(selection="pictures", poses=poses, out=tmp_path / poses, packages=packages))
+        prepare(PrepareConfig(selection="pictures", poses=poses, out=tmp_path / poses, packages=packages))
         for path in sorted((tmp_path / poses).glob("*.png")):
             from_red = np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - (255, 0, 0)).sum(axis=-1)
             found.append(np.ptp(np.nonzero(from_red < 60)[0]))
@@ -175,7 +175,7 @@ def test_upright_pictures_differ_in_their_backgrounds_only(packages, tmp_path):
 
 def test_a_subject_that_is_trained_on_is_refused_with_the_ones_that_are_not(packages, tmp_path):
     with pytest.raises(DataError, match="no held-out sprite is named 'peach'; they are: owl, "):
-        prepare(SpritesConfig(selection="pictures", subject="peach", out=tmp_path, packages=packages))
+        prepare(PrepareConfig(selection="pictures", subject="peach", out=tmp_path, packages=packages))
 
 
 def test_missing_npm_is_said_with_the_remedy(tmp_path, monkeypatch):

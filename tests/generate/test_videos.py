@@ -109,6 +109,15 @@ def test_a_sheet_shows_the_frames_with_their_numbers():
     assert sheet.tobytes() == contact_sheet(frames, ["0", "1", "2", "3", "4"], columns=3).tobytes()
 
 
+def test_large_frames_are_smaller_on_sheets_and_in_gifs_and_whole_in_an_mp4(tmp_path: Path):
+    frames = clip(width=1200, height=600, count=2)
+    assert frame_sheet(frames, columns=2).width == 2 * 320 + 3 * 8
+    save_gif(frames, tmp_path / "clip.gif", 7, PARAMETERS)
+    save_mp4(frames, tmp_path / "clip.mp4", 7, PARAMETERS)
+    assert read_frames(tmp_path / "clip.gif")[0].size == (512, 256)
+    assert read_frames(tmp_path / "clip.mp4")[0].size == (1200, 600)
+
+
 def test_what_makes_no_clip_is_told(tmp_path: Path):
     path = tmp_path / "clip.mp4"
     with pytest.raises(ValueError, match="at least one frame"):
