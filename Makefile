@@ -60,4 +60,10 @@ embedded: $(STAMP)
 	python jobs/release_emoji.py runs/owl/adapter
 	python jobs/train.py experiment=textual_inversion name=owl-word
 	python jobs/release_emoji.py runs/owl-word/adapter
+	python jobs/prepare_emoji.py selection=large out=runs/data/emoji_large
+	python -m ray_sd.embedded.autoencoder runs/emoji_upscaler_vae_start upscaler
+	python jobs/train.py experiment=train_upscaler_vae_emoji
+	python jobs/release_emoji.py runs/train_upscaler_vae_emoji/adapter
+	python jobs/train.py experiment=train_upscaler_emoji
+	python jobs/release_emoji.py runs/train_upscaler_emoji/adapter
 	python benchmarks/embedded_quality.py

@@ -2,8 +2,9 @@
 
 An autoencoder becomes `ray_sd/embedded/emoji/vae`. Its latents are rescaled so that every channel has a mean square of
 one over the training pictures: the scaling factor is then 1, and no channel drowns in noise before the others do.
-A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline. An adapter of theirs becomes
-`ray_sd/embedded/adapters/NAME`, by the name of its run or a second argument.
+A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline. What belongs to the upscaler
+becomes `ray_sd/embedded/emoji_upscaler`; its latents have the mean square that its pipeline's scaling factor asks for.
+An adapter of the image model becomes `ray_sd/embedded/adapters/NAME`, by the name of its run or a second argument.
 """
 
 import json
@@ -18,8 +19,10 @@ from ray_sd.config.load import run_job, validate
 from ray_sd.errors import ConfigError
 
 FOLDER = Path("ray_sd/embedded/emoji")
+UPSCALER = Path("ray_sd/embedded/emoji_upscaler")
 ADAPTERS = Path("ray_sd/embedded/adapters")
 PICTURES = Path("runs/data/emoji")
+LARGE_PICTURES = Path("runs/data/emoji_large")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,21 +43,31 @@ def main(argv: Sequence[str]) -> None:
 def release_autoencoder(adapter: Path, config: ExperimentConfig) -> None:
     from diffusers import AutoencoderKL
 
-    from ray_sd.embedded.autoencoder import mean_square, rescale_latents
+    from ray_sd.embedded.autoencoder import UPSCALER_SCALE, mean_square, rescale_latents
     from ray_sd.methods.weights import save_component
 
     autoencoder = AutoencoderKL.from_pretrained(adapter / "vae").eval()
-    rescale_latents(autoencoder, mean_square(autoencoder, PICTURES).sqrt())
-    save_component(autoencoder.half(), FOLDER / "vae")
+    if config.model.upscales:
+        pictures, folder, scaling_factor = LARGE_PICTURES, UPSCALER, UPSCALER_SCALE
+    else:
+        pictures, folder, scaling_factor = PICTURES, FOLDER, 1.0
+    rescale_latents(autoencoder, mean_square(autoencoder, pictures).sqrt() * scaling_factor, scaling_factor)
+    save_component(autoencoder.half(), folder / "vae")
 
 
 def release_pipeline(adapter: Path, config: ExperimentConfig) -> None:
+    import torch
+
+    from ray_sd.export.whole_model import save_folder
     from ray_sd.methods import load_adapter
     from ray_sd.methods.weights import save_component
     from ray_sd.models import load_model
 
     model = load_model(config.model)
     load_adapter(model, adapter)
+    if config.model.upscales:
+        save_folder(model, UPSCALER, torch.float16)
+        return
     for name in ("unet", "text_encoder"):
         save_component(getattr(model, name).half(), FOLDER / name)
     pipeline = model.pipeline()

@@ -1,5 +1,5 @@
 """What the embedded autoencoders' training starts from: `python -m ray_sd.embedded.autoencoder runs/emoji_vae_start`, and
-with a further argument `video` that of the video model's.
+with a further argument `video` or `upscaler` that of the video model's or the upscaler's.
 
 With diffusers' own random weights the latents hold little of the picture at first, and many steps go into opening a way
 through. Here every residual branch starts at zero, and what is left keeps as much as its channels can hold.
@@ -25,6 +25,10 @@ LATENT_GAIN = 3.0
 POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
 PICTURES_AT_ONCE = 128
 BLOCKS = (16, 32, 64, 128)
+UPSCALER_CHANNELS = 8
+UPSCALER_BLOCKS = (16, 32, 64)
+UPSCALER_SCALE = 0.08333
+"""The only scaling factor that diffusers' upscale pipeline takes."""
 VIDEO_BLOCKS = (64, 96, 128, 128)
 """Two channels a group at least, since diffusers fixes 32 groups and one alone would lose its mean."""
 
@@ -44,6 +48,26 @@ def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> Autoen
             use_post_quant_conv=False,  # Stable Video Diffusion's decoder has none
         )
         prepare(autoencoder)
+    return autoencoder
+
+
+def build_upscaler_start(latent_channels: int = UPSCALER_CHANNELS, seed: int = 0) -> AutoencoderKL:
+    """The same of factor 4, for windows of 128x128 pixels, with the layer before the decoder that its pipeline asks for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(UPSCALER_BLOCKS),
+            up_block_types=("UpDecoderBlock2D",) * len(UPSCALER_BLOCKS),
+            block_out_channels=UPSCALER_BLOCKS,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            sample_size=128,
+            scaling_factor=UPSCALER_SCALE,
+        )
+        prepare(autoencoder)
+        nn.init.dirac_(autoencoder.post_quant_conv.weight)
+        nn.init.zeros_(autoencoder.post_quant_conv.bias)
     return autoencoder
 
 
@@ -137,18 +161,20 @@ def mean_square(autoencoder: Autoencoder, pictures: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rescale_latents(autoencoder: Autoencoder, scale: torch.Tensor) -> None:
+def rescale_latents(autoencoder: Autoencoder, scale: torch.Tensor, scaling_factor: float = 1.0) -> None:
     """Divide the latents' channels by `scale` [C] in the encoder's last layer, and multiply in the decoder's first.
 
     Reconstructions stay the same, for both layers are linear and the decoder's first pads with zeros.
     """
     channels = len(scale)
-    encoder, decoder = autoencoder.quant_conv, autoencoder.decoder.conv_in
+    encoder, decoder = autoencoder.quant_conv, getattr(autoencoder, "post_quant_conv", None)
+    if decoder is None:
+        decoder = autoencoder.decoder.conv_in
     encoder.weight[:channels] /= scale.view(-1, 1, 1, 1)
     encoder.bias[:channels] /= scale
     encoder.bias[channels:] -= 2 * scale.log()
     decoder.weight *= scale.view(1, -1, 1, 1)
-    autoencoder.register_to_config(scaling_factor=1.0)
+    autoencoder.register_to_config(scaling_factor=scaling_factor)
 
 
 def _batches(pictures: Path) -> Iterator[torch.Tensor]:
@@ -159,5 +185,6 @@ def _batches(pictures: Path) -> Iterator[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    build = build_video_start if sys.argv[2:] == ["video"] else build_start
+    starts = {"video": build_video_start, "upscaler": build_upscaler_start}
+    build = starts[sys.argv[2]] if sys.argv[2:] else build_start
     build().save_pretrained(Path(sys.argv[1]))

@@ -96,7 +96,7 @@ def clip_row(clip: Clip) -> dict:
 def render(clip: Clip, size: int = SIZE, fps: float = FPS, frames: int = FRAMES) -> np.ndarray:
     """Frames [F, H, W, 3] of 8-bit RGB."""
     background = clip.background.paint(size)
-    pictures = [(_picture(actor.sprite, actor.mirrored), actor.motion) for actor in clip.actors]
+    pictures = [(sprite_square(actor.sprite, actor.mirrored), actor.motion) for actor in clip.actors]
     rendered = []
     for frame in range(frames):
         canvas = background.copy()
@@ -142,7 +142,7 @@ def encode(frames: np.ndarray, fps: int = FPS, quality: str = QUALITY) -> bytes:
 
 
 @lru_cache(64)
-def _picture(sprite: Sprite, mirrored: bool) -> Image.Image:
+def sprite_square(sprite: Sprite, mirrored: bool) -> Image.Image:
     """The sprite in a square twice as wide, so that it can be turned."""
     rgba = sprite.rgba()
     width = max(rgba.size)

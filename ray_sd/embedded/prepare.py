@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from rich.progress import track
 
 from ray_sd.config.base import Schema
 from ray_sd.embedded.clips import clip_rows, moving_sprites
+from ray_sd.embedded.large import WINDOWS, large_rows
 from ray_sd.embedded.spins import write_spins
 from ray_sd.embedded.sprites import (
     PICTURABLE,
@@ -26,10 +28,10 @@ logger = logging.getLogger(__name__)
 class PrepareConfig(Schema):
     """What to prepare, and where."""
 
-    selection: Literal["two_core", "all", "autoencoder", "clips", "spin", "pictures", "names"] = "two_core"
+    selection: Literal["two_core", "all", "autoencoder", "large", "clips", "spin", "pictures", "names"] = "two_core"
     """Parquet of pictures of `two_core` (320 sprites), `all` (about 1,000) or `autoencoder` (every sprite but the
-    unseen), or of `clips` of moving ones; `spin` clips of sixteen as MP4 files; `pictures` of one held-out subject as PNG
-    files; or the `names` that the tokenizer knows as a text file."""
+    unseen), of `large` pictures and windows of such, or of `clips` of moving ones; `spin` clips of sixteen as MP4 files;
+    `pictures` of one held-out subject as PNG files; or the `names` that the tokenizer knows as a text file."""
     out: Path = Path("runs/data/emoji")
     """The folder to write to."""
     packages: Path = Path("runs/packages")
@@ -61,6 +63,9 @@ def prepare(config: PrepareConfig) -> str:
     if config.selection == "clips":
         chosen = moving_sprites(sprites)
         rows = clip_rows(chosen, config.clips, config.seed, config.processes)
+    elif config.selection == "large":
+        chosen = moving_sprites(sprites)
+        rows = list(track(large_rows(chosen, config.seed), description="pictures", total=len(chosen) * (1 + WINDOWS)))
     else:
         chosen = select(sprites, config.selection)
         backgrounds = autoencoder_rows if config.selection == "autoencoder" else captioned_rows

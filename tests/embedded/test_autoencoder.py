@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ray_sd.embedded.autoencoder import build_start
+from ray_sd.embedded.autoencoder import build_start, build_upscaler_start
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,16 @@ def test_latents_hold_more_of_the_picture_than_those_of_diffusers_own_start(star
 def test_a_saved_start_loads(start, tmp_path):
     start.save_pretrained(tmp_path)
     assert AutoencoderKL.from_pretrained(tmp_path).config.use_post_quant_conv is False
+
+
+@torch.no_grad()
+def test_the_upscalers_start_halves_twice_and_is_what_its_pipeline_takes():
+    start = build_upscaler_start()
+    assert all(torch.equal(*pair) for pair in zip(start.parameters(), build_upscaler_start().parameters(), strict=True))
+    assert start.config.scaling_factor == 0.08333
+    posterior = start.encode(torch.cat([pixels(seed) for seed in range(4)])).latent_dist
+    assert posterior.mean.shape == (16, 8, 16, 16)
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1353), atol=1e-4, rtol=0)
+    assert posterior.mean.std() > 4 * 0.1353
+    latents = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(start.post_quant_conv(latents), latents)
