@@ -8,17 +8,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ray_sd.config import ExperimentConfig, GenerateConfig
+from ray_sd.config import ExperimentConfig, GenerateConfig, TextToVideoConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import load_config, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCHEMAS = {"train.py": ExperimentConfig, "encode.py": ExperimentConfig, "generate.py": GenerateConfig}
+SCHEMAS["text_to_video.py"] = TextToVideoConfig
 SCHEMAS |= {f"export.py {verb}": schema for verb, schema in EXPORTS.items()}
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
 TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
-COMMAND = r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|export\.py \w+) ([^\n`#]+)"
+COMMAND = r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|text_to_video\.py|export\.py \w+) ([^\n`#]+)"
 """The cache's verbs compose nothing."""
 SHOWN_ERROR = re.compile(rf"\$ {COMMAND}\n\s*error: ([^\n]*)")
 

@@ -8,14 +8,28 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
     UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from ray_sd.adapter import AdapterManifest, write_manifest
 from ray_sd.config import ExperimentConfig, ModelConfig, TrainerConfig
@@ -74,6 +88,66 @@ TEXT_ENCODER_2 = TEXT_ENCODER | {
     "eos_token_id": 2,  # as in the published model, whose tokenizer has another
     "hidden_act": "gelu",
 }
+UNET_VIDEO = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"],
+    "num_attention_heads": [2, 4],
+    "cross_attention_dim": 32,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24,
+    "num_frames": 4,
+}
+VAE_VIDEO = {
+    "sample_size": 64,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 32, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "scaling_factor": 0.5,
+}
+IMAGE_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 224,
+    "patch_size": 56,
+    "projection_dim": 32,
+}
+SCHEDULER_VIDEO = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": True,
+    "sigma_min": 0.002,
+    "sigma_max": 700.0,
+    "steps_offset": 1,
+}
+UNET_UPSCALE = UNET | {"sample_size": 16, "in_channels": 7, "num_class_embeds": 400, "use_linear_projection": True}
+VAE_UPSCALE = VAE | {
+    "block_out_channels": [8, 8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "scaling_factor": 0.08333,
+}
+SCHEDULER_UPSCALE = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+SCHEDULER_LOW_RES = {"beta_start": 0.0002, "beta_end": 0.03, "beta_schedule": "linear"}
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -129,6 +203,92 @@ def save_tiny_xl_model(folder: Path, seed: int = 0, **index: object) -> Path:
         )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_tiny_video_model(folder: Path, seed: int = 0, **scheduler: object) -> Path:
+    """A Stable Video Diffusion folder in the diffusers layout, with values of its own for the scheduler.
+
+    Mixing factors and temporal layers differ from what they start as.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableVideoDiffusionPipeline(
+            unet=UNetSpatioTemporalConditionModel(**UNET_VIDEO),
+            vae=AutoencoderKLTemporalDecoder(**VAE_VIDEO),
+            image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**IMAGE_ENCODER)),
+            feature_extractor=CLIPImageProcessor(),
+            scheduler=EulerDiscreteScheduler(**SCHEDULER_VIDEO | scheduler),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_upscale_model(folder: Path, seed: int = 0, **index: object) -> Path:
+    """An upscaler's folder in the diffusers layout, with values of its own for the pipeline."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionUpscalePipeline(
+            unet=UNet2DConditionModel(**UNET_UPSCALE),
+            vae=AutoencoderKL(**VAE_UPSCALE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
+            tokenizer=CLIPTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer")),
+            low_res_scheduler=DDPMScheduler(**SCHEDULER_LOW_RES),
+            scheduler=DDIMScheduler(**SCHEDULER_UPSCALE),
+            **index,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_upscale_config(folder: Path, **settings: object) -> ModelConfig:
+    family = {"family": "stable_diffusion_upscale"}
+    return ModelConfig.model_validate({"name": "tiny_upscale", "base": str(folder), **family, **settings})
+
+
+@pytest.fixture(scope="session")
+def tiny_upscale(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny upscaler; not to be written to."""
+    return save_tiny_upscale_model(tmp_path_factory.mktemp("models") / "tiny_upscale", max_noise_level=300)
+
+
+def random_upscale_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch that fits the tiny upscaler."""
+    generator = torch.Generator().manual_seed(seed + 2000)
+    return random_batch(rows, text, seed) | {
+        "latent_mean": 12 * torch.randn(rows, 4, 16, 16, generator=generator),
+        "latent_std": torch.rand(rows, 4, 16, 16, generator=generator),
+        "low_res_pixels": torch.randint(256, (rows, 3, 16, 16), generator=generator, dtype=torch.uint8),
+    }
+
+
+def tiny_video_config(folder: Path, **settings: object) -> ModelConfig:
+    family = {"family": "stable_video_diffusion", "scheduler": {"sampler": "euler"}}
+    return ModelConfig.model_validate({"name": "tiny_video", "base": str(folder), **family, **settings})
+
+
+@pytest.fixture(scope="session")
+def tiny_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole tiny Stable Video Diffusion; not to be written to."""
+    return save_tiny_video_model(tmp_path_factory.mktemp("models") / "tiny_video")
+
+
+def random_clips(
+    rows: int = 3, num_frames: int = 4, condition_frames: int = 1, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A batch that fits the tiny Stable Video Diffusion."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = (rows, num_frames, 4, 8, 8)
+    return {
+        "latent_mean": torch.randn(latents, generator=generator),
+        "latent_std": torch.rand(latents, generator=generator),
+        "condition_pixels": torch.randint(
+            256, (rows, condition_frames, 3, 64, 64), generator=generator, dtype=torch.uint8
+        ),
+        "image_embeds": torch.randn(rows, 1, 32, generator=generator),
+        "fps": torch.randint(5, 30, (rows,), generator=generator).float(),
+        "motion_bucket_id": torch.randint(1, 255, (rows,), generator=generator).float(),
+        "row_seed": torch.randint(2**63 - 1, (rows,), generator=generator),
+    }
 
 
 def tiny_xl_config(folder: Path, **settings: object) -> ModelConfig:

@@ -19,12 +19,16 @@ PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 
 def preset_groups(root: str, folders: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """The groups that `root` is made of, and the names of their presets, in the package and in `folders`."""
+    """The groups that `root` is made of, and the names of their presets, in the package and in `folders`.
+
+    A group that a root places elsewhere is named by its place: `video.model`, with `video.model/vae` below it.
+    """
     found: dict[str, set[str]] = {}
     for folder in (PRESETS, *folders):
-        for top in _defaults(root):
-            for file in (folder / top).rglob("*.yaml"):
-                found.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
+        for place, group in _places(root).items():
+            for file in (folder / group).rglob("*.yaml"):
+                parts = (place, *file.parent.relative_to(folder / group).parts)
+                found.setdefault("/".join(parts), set()).add(file.stem)
     return {group: sorted(found[group]) for group in sorted(found)}
 
 
@@ -34,6 +38,7 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
     A preset in `folders` replaces the package's of the same name. Raises ConfigError for a preset that does not exist.
     """
     groups, defaults = preset_groups(root, folders), _defaults(root)
+    empty = ", ".join(group for group, text in choices.items() if text == "null")
     overrides = {}
     for group, text in choices.items():
         several = isinstance(defaults.get(group), list)
@@ -45,7 +50,7 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
         for name in names:
             if name not in groups[group] and name != "null":
                 raise ConfigError(f"{group}: {no_such('preset', name, groups[group])}")
-        overrides[group] = f"[{','.join(names)}]" if several else text
+        overrides[_hydra_name(root, group)] = f"[{','.join(names)}]" if several else text
 
     container: Any = None
     # Hydra reads the root before its search path, so the root gets a folder of its own and the user's folders come next.
@@ -56,7 +61,6 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
             try:
                 container = _compose(root, overrides, [f"hydra.searchpath=[{search}]"])
             except (TypeError, ValueError) as error:
-                empty = ", ".join(group for group, text in overrides.items() if text == "null")
                 if not empty:
                     raise
                 raise ConfigError(f"{empty}: null is no choice here; leave it out, or name a preset") from error
@@ -74,8 +78,22 @@ def _compose(root: str, overrides: dict[str, str], searchpath: list[str]) -> Any
     return OmegaConf.to_container(compose(root, searchpath + choices), resolve=True, throw_on_missing=True)
 
 
+def _places(root: str) -> dict[str, str]:
+    """Where a root places its groups, and which they are: `model` at `model`, or at `video.model`."""
+    entries = (entry.partition("@") for entry in _defaults(root))
+    return {place or group: group for group, _, place in entries}
+
+
+def _hydra_name(root: str, name: str) -> str:
+    """`video.model/vae` as Hydra has it: `model/vae@video.model.vae`."""
+    place, *below = name.split("/")
+    group = _places(root)[place]
+    path = "/".join((group, *below))
+    return path if place == group else f"{path}@{'.'.join((place, *below))}"
+
+
 def _defaults(root: str) -> dict[str, Any]:
-    """The groups in the defaults list of a root, each with the preset that is chosen unless told otherwise."""
+    """The entries in the defaults list of a root, each with the preset that is chosen unless told otherwise."""
     entries = yaml.safe_load((PRESETS / f"{root}.yaml").read_text())["defaults"]
     return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.video import VideoConfig
 from ray_sd.config.words import no_such
 
 
@@ -18,8 +19,30 @@ class ImageFolderSource(Schema):
     `.txt` file beside each picture, or from `metadata.jsonl` (`file_name`, and the caption column)."""
 
 
+class VideoFolderSource(Schema):
+    """A folder of videos, searched recursively."""
+
+    name: Literal["video_folder"] = "video_folder"
+    """Kind of source."""
+    path: str
+    """Local folder or URI of the videos (MP4, MOV, M4V, WebM, MKV, AVI, GIF). Captions, where a method wants them, come
+    from a `.txt` file beside each, or from `metadata.jsonl`."""
+
+
+class FrameFolderSource(Schema):
+    """Folders of pictures, each of which is one video: its frames in the natural order of their names."""
+
+    name: Literal["frame_folder"] = "frame_folder"
+    """Kind of source."""
+    path: str
+    """Local folder or URI; every folder in it that holds pictures is a video. The caption, where a method wants one, is
+    in `cat.txt` beside the folder `cat`."""
+    fps: float = Field(gt=0)
+    """Frames a second that the pictures were taken at."""
+
+
 class ParquetSource(Schema):
-    """Parquet files with one encoded picture a row."""
+    """Parquet files with one encoded picture, or video, a row."""
 
     name: Literal["parquet"] = "parquet"
     """Kind of source."""
@@ -27,12 +50,14 @@ class ParquetSource(Schema):
     """File, folder or URI of the Parquet files."""
     image_column: str = "image"
     """Column with the encoded bytes (or the `{bytes, path}` struct of Hugging Face files)."""
+    video_column: str | None = None
+    """Column with encoded videos, or such structs of them, where rows are clips."""
     id_column: str | None = None
     """Column that names a row; without it the name is the hash of the picture's bytes."""
 
 
 class WebDatasetSource(Schema):
-    """WebDataset tar shards: `key.jpg` with `key.txt` or `key.json` beside it."""
+    """WebDataset tar shards: `key.jpg` (or `key.mp4`) with `key.txt` or `key.json` beside it."""
 
     name: Literal["webdataset"] = "webdataset"
     """Kind of source."""
@@ -56,9 +81,13 @@ class HuggingFaceSource(Schema):
 
 
 Source = Annotated[
-    ImageFolderSource | ParquetSource | WebDatasetSource | HuggingFaceSource,
+    ImageFolderSource | VideoFolderSource | FrameFolderSource | ParquetSource | WebDatasetSource | HuggingFaceSource,
     Field(discriminator="name"),
 ]
+
+
+CLIPS_ONLY = ("video_folder", "frame_folder")
+"""Sources that give nothing but clips."""
 
 
 class CenterCrop(Schema):
@@ -218,7 +247,7 @@ class EncodeConfig(Schema):
     """How the frozen encoders run, in a pool of Ray Data actors."""
 
     batch_size: int = Field(16, ge=1)
-    """Pictures encoded at once by an actor."""
+    """Pictures, or frames of clips, encoded at once by an actor."""
     num_actors: int = Field(1, ge=1)
     """Largest number of encoder actors."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -228,14 +257,16 @@ class EncodeConfig(Schema):
 
 
 class DatasetConfig(Schema):
-    """Pictures and captions, and how they are prepared."""
+    """Pictures or clips with their captions, and how they are prepared."""
 
     source: Source
-    """Where the pictures are."""
+    """Where the pictures or videos are."""
     caption: CaptionConfig = CaptionConfig()
     """Where the captions are."""
     resolution: int | tuple[int, int] = 512
     """Size in pixels that training sees: one number for a square, or `[height, width]`. A multiple of 8."""
+    video: VideoConfig | None = None
+    """Rows are clips, taken from videos like this; `{}` takes the defaults, null reads pictures."""
     buckets: BucketConfig | None = None
     """Train pictures in sizes near their own shapes instead of one; `{}` takes the defaults."""
     crop: Crop = CenterCrop()
@@ -278,6 +309,7 @@ class DatasetConfig(Schema):
             self._check_buckets(self.buckets)
         if isinstance(self.mask, MaskFiles):
             self._check_mask_files()
+        self._check_clips()
         digits = self.background.removeprefix("#")
         if len(digits) != 6 or any(c not in "0123456789abcdefABCDEF" for c in digits):
             raise ValueError(f"background '{self.background}' is no colour; write it as '#rrggbb'")
@@ -294,6 +326,28 @@ class DatasetConfig(Schema):
                 f"mask files are found by their rows' names, and those of the source '{self.source.name}' have none; "
                 + remedy
             )
+
+    def _check_clips(self) -> None:
+        kind, column = self.source.name, getattr(self.source, "video_column", None)
+        if self.video is None:
+            if kind in CLIPS_ONLY or column is not None:
+                found = f"source.video_column={column}" if column is not None else f"the source '{kind}'"
+                raise ValueError(
+                    f"{found} gives clips; say what they are like by dataset.video, '{{}}' for the defaults"
+                )
+            return
+        if kind == "parquet" and column is None:
+            raise ValueError("video: the source 'parquet' needs source.video_column=NAME, the column with the videos")
+        if kind not in (*CLIPS_ONLY, "parquet", "webdataset"):
+            raise ValueError(
+                f"video: the source '{kind}' gives pictures; clips come from {', '.join(CLIPS_ONLY)}, parquet and webdataset"
+            )
+        if self.mask is not None:
+            raise ValueError("mask is for pictures, not for clips; leave out mask or video")
+        if self.buckets is not None:
+            raise ValueError("buckets are for pictures; all clips are of one size, so leave out buckets or video")
+        if isinstance(self.crop, SubjectCrop):
+            raise ValueError("crop 'subject' looks at pictures only; with clips take crop=center or crop=random")
 
     def _check_buckets(self, buckets: BucketConfig) -> None:
         if self.height != self.width:

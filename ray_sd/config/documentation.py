@@ -11,7 +11,9 @@ from ray_sd.config.compose import PRESETS, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import ROOTS
+from ray_sd.config.model import ModelConfig
 from ray_sd.config.settings import describe, options, schemas, variants
+from ray_sd.config.text_to_video import TextToVideoConfig
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -45,6 +47,7 @@ def document() -> str:
     blocks = [_INTRODUCTION, _presets()]
     blocks.append(f"## Settings of `jobs/train.py` and `jobs/encode.py`\n\n{_root(ExperimentConfig)}")
     blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
+    blocks.append(f"## Settings of `jobs/text_to_video.py`\n\n{_root(TextToVideoConfig)}")
     for verb, schema in EXPORTS.items():
         blocks.append(f"## Settings of `jobs/export.py {verb}`\n\n{_root(schema, elsewhere={'model'})}")
     return "\n".join(blocks)
@@ -116,6 +119,8 @@ def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
             yield f"| `{here}` | {' · '.join(f'`{kind}`' for kind in kinds)} | {shown} | {_text(field.description)} |"
             for kind, kind_schema in kinds.items():
                 yield _kind(here, kind, kind_schema)
+        elif nested == [ModelConfig]:
+            yield f"| `{here}` | group | **required** | As in [the settings above](#model). |"
         elif nested:
             if nested[0] in seen:
                 yield f"| `{here}` | as `{seen[nested[0]]}` | {_default(field)} | {_text(field.description)} |"

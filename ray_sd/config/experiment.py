@@ -7,7 +7,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from ray_sd.config.base import Schema
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
-from ray_sd.config.method import AutoencoderMethod, Method, PlaceholderTokens
+from ray_sd.config.method import (
+    CLIP_METHODS,
+    AutoencoderMethod,
+    InterpolationMethod,
+    Method,
+    PlaceholderTokens,
+    TemporalDecoderMethod,
+)
 from ray_sd.config.model import ModelConfig
 from ray_sd.config.tracker import TrackerConfig
 from ray_sd.config.trainer import TrainerConfig
@@ -45,13 +52,80 @@ class ExperimentConfig(Schema):
     """Group `tracker`."""
 
     @model_validator(mode="after")
+    def _check_family(self) -> "ExperimentConfig":
+        name, family = self.method.name, self.model.family
+        of_videos = self.model.makes_videos
+        if name in CLIP_METHODS:
+            if not of_videos:
+                raise ValueError(
+                    f"method '{name}' trains video models, and model '{self.model.name}' is of family {family}; "
+                    "take model=svd or another of family stable_video_diffusion"
+                )
+            if self.dataset.video is None:
+                raise ValueError(
+                    f"method '{name}' learns from clips; set dataset.video={{}} and a source of videos, as "
+                    "dataset=video_folder does"
+                )
+        elif of_videos and name != "autoencoder":
+            raise ValueError(
+                f"method '{name}' trains image models, and model '{self.model.name}' makes videos; its methods are: "
+                f"{', '.join(CLIP_METHODS)}, autoencoder"
+            )
+        elif self.dataset.video is not None:
+            raise ValueError(
+                f"method '{name}' learns from pictures, and dataset.video makes rows clips; set dataset.video=null"
+            )
+        if isinstance(self.method, InterpolationMethod):
+            self._check_key_frames(self.method.key_frames)
+        self._check_drawings(of_videos)
+        if self.model.upscales:
+            self._check_upscaler()
+        return self
+
+    def _check_key_frames(self, key_frames: tuple[int, ...]) -> None:
+        count = self.dataset.video.num_frames if self.dataset.video is not None else 0
+        outside = [place for place in key_frames if not -count <= place < count]
+        if outside:
+            raise ValueError(f"method.key_frames: clips of {count} frames have no frame {outside[0]}")
+        if len({place % count for place in key_frames}) < len(key_frames):
+            raise ValueError(f"method.key_frames: {list(key_frames)} names a frame of the {count} twice")
+
+    def _check_drawings(self, of_videos: bool) -> None:
+        drawings = self.trainer.validation
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
+        if of_videos and drawings.prompts:
+            raise ValueError(
+                "trainer.validation.prompts: a video model reads none; give first frames by validation.images"
+            )
+        if not of_videos and drawings.images:
+            raise ValueError("trainer.validation.images are of video models; an image model draws validation.prompts")
+        taken = len(self.method.key_frames) if isinstance(self.method, InterpolationMethod) else 1
+        if len(drawings.images) % taken:
+            raise ValueError(
+                f"trainer.validation.images: {len(drawings.images)} pictures are no whole number of clips of {taken} key frames"
+            )
+
+    def _check_upscaler(self) -> None:
+        if self.trainer.validation.prompts:
+            raise ValueError(
+                f"trainer.validation.prompts: model '{self.model.name}' draws from pictures, not from prompts alone; leave them "
+                "out, and keep rows for a validation loss by dataset.holdout"
+            )
+        if getattr(self.method, "class_prompt", ()):
+            raise ValueError(
+                f"method.class_prompt: model '{self.model.name}' cannot draw class pictures, since it draws from pictures; "
+                "leave it out"
+            )
+
+    @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
         adapter = getattr(self.method, "adapter", self.method)
         if self.trainer.text_encoder_learning_rate is not None and not getattr(adapter, "text_encoder", False):
             setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
             raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
         if self.trainer.quantize_base is not None:
-            if adapter.name in ("full", "autoencoder"):
+            if adapter.name in ("full", "autoencoder", *CLIP_METHODS):
                 raise ValueError(
                     f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"
                 )
@@ -64,11 +138,11 @@ class ExperimentConfig(Schema):
         tokens = getattr(self.method, "tokens", None) or self.method
         if self.trainer.token_learning_rate is not None and not isinstance(tokens, PlaceholderTokens):
             raise ValueError("trainer.token_learning_rate needs a method that learns tokens, such as textual_inversion")
+        if isinstance(self.method, AutoencoderMethod | TemporalDecoderMethod) and self.trainer.compile:
+            raise ValueError(f"trainer.compile compiles the U-Net, which method '{self.method.name}' does not run")
         if isinstance(self.method, AutoencoderMethod):
             if self.dataset.mask is not None:
                 raise ValueError("dataset.mask is for the denoiser's loss; method 'autoencoder' has none")
-            if self.trainer.compile:
-                raise ValueError("trainer.compile compiles the U-Net, which method 'autoencoder' does not run")
             crop = self.method.crop_size
             smallest = min(side for size in bucket_sizes(self.dataset) for side in size)
             if crop is not None and (crop % 8 or crop > smallest):
@@ -119,6 +193,16 @@ class GenerateConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":
+        if self.model.upscales:
+            raise ValueError(
+                f"model '{self.model.name}' makes pictures larger, and draws none from a prompt; take a text-to-image model, or "
+                "jobs/text_to_video.py, which enlarges what other models draw"
+            )
+        if self.model.makes_videos:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos of pictures, and draws none from a prompt; take a text-to-image model, "
+                "or jobs/text_to_video.py"
+            )
         if not self.prompt and self.prompts_file is None:
             raise ValueError("nothing to draw; give prompt='…' or prompts_file=PATH")
         return self

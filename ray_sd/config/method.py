@@ -258,7 +258,97 @@ class AutoencoderMethod(Schema):
     """Weight of the KL term, a mean over latent elements, beside the mean L1 and squared errors over pixels."""
     crop_size: int | None = Field(None, ge=8)
     """Train on seeded windows of this many pixels; null takes whole pictures."""
+    teacher: str | None = None
+    """Model whose autoencoder's latents this one is to share: hub id, local folder or `embedded/NAME`. The encoder learns
+    the teacher's posterior instead of the KL term, and the decoder reads the teacher's latents."""
 
+
+class ClipDiffusion(Schema):
+    """What all methods share that train the denoiser of clips; the defaults are Stable Video Diffusion's."""
+
+    sigma_mean: float = 0.7
+    """Mean of ln σ, the noise level of training (arXiv:2311.15127)."""
+    sigma_std: float = Field(1.6, gt=0)
+    """Standard deviation of ln σ."""
+    augmentation_mean: float = -3.0
+    """Mean of ln σ of the noise on condition frames, drawn anew at every step."""
+    augmentation_std: float = Field(0.5, ge=0)
+    """Standard deviation of that."""
+    conditioning_dropout: float = Field(0.1, ge=0, le=1 / 3)
+    """Probability of training without the image embedding, the same without the condition latents, and the same without
+    both, for classifier-free guidance."""
+
+
+class TemporalLora(Schema):
+    """Low-rank adapters on the linear layers of the temporal transformers (arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale is alpha / rank; null takes the rank."""
+
+
+class TemporalLayers(ClipDiffusion):
+    """Which layers of a video U-Net train."""
+
+    layers: Literal["temporal", "all"] = "temporal"
+    """`temporal` trains the layers over time and the factors that mix them in, with spatial layers frozen
+    (arXiv:2304.08818); `all` trains the whole U-Net."""
+    lora: TemporalLora | None = None
+    """Train low-rank updates of the temporal layers instead of the layers; `{}` takes the defaults. Exported fused."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.lora is not None and self.layers == "all":
+            raise ValueError("lora adapts temporal layers only; set layers=temporal, or leave out lora")
+        return self
+
+
+class TemporalMethod(TemporalLayers):
+    """Motion: a video U-Net's temporal layers, on clips that begin with the condition frame."""
+
+    name: Literal["temporal"] = "temporal"
+    """Method."""
+
+
+class InterpolationMethod(TemporalLayers):
+    """Frames between key frames: temporal layers, conditioned on frames at their places instead of the repeated first one
+    (section 3.2 of arXiv:2304.08818)."""
+
+    name: Literal["interpolation"] = "interpolation"
+    """Method."""
+    key_frames: tuple[int, ...] = (0, -1)
+    """Places in the clip that are given, counted from 0, or from the end below it; the first is what CLIP sees."""
+
+    @model_validator(mode="after")
+    def _check_key_frames(self) -> Self:
+        if not self.key_frames:
+            raise ValueError("key_frames names none; give the first and the last by key_frames=[0,-1]")
+        return self
+
+
+class InflateMethod(ClipDiffusion):
+    """An image model made into a video model: its U-Net's weights copied, layers over time new, everything trained."""
+
+    name: Literal["inflate"] = "inflate"
+    """Method."""
+    image_model: str
+    """Image model whose U-Net is copied: hub id, local folder or `embedded/NAME`; its layers must fit the video U-Net's."""
+
+
+class TemporalDecoderMethod(Schema):
+    """The temporal layers of a video autoencoder's decoder, so that decoded frames do not flicker."""
+
+    name: Literal["temporal_decoder"] = "temporal_decoder"
+    """Method."""
+    perceptual_weight: float = Field(0.1, ge=0)
+    """Weight of the distance of the image encoder's features beside the mean L1 error over pixels."""
+    chunk_size: int | None = Field(None, ge=1)
+    """Frames decoded together, as at generation (`decode_chunk_size`); null decodes whole clips."""
+
+
+CLIP_METHODS = ("temporal", "interpolation", "inflate", "temporal_decoder")
+"""Methods that train video models on clips."""
 
 Method = Annotated[
     LoraMethod
@@ -268,6 +358,10 @@ Method = Annotated[
     | TextualInversionMethod
     | DreamBoothMethod
     | FullMethod
-    | AutoencoderMethod,
+    | AutoencoderMethod
+    | TemporalMethod
+    | InterpolationMethod
+    | InflateMethod
+    | TemporalDecoderMethod,
     Field(discriminator="name"),
 ]

@@ -9,8 +9,16 @@ from ray_sd.config.base import Schema
 TEXT_PARTS = {
     "stable_diffusion": {"text_encoder": "tokenizer"},
     "stable_diffusion_xl": {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    "stable_video_diffusion": {},
+    "stable_diffusion_upscale": {"text_encoder": "tokenizer"},
 }
 """Text encoders of each family, with their tokenizers."""
+
+IMAGE_PARTS = {"stable_video_diffusion": ("image_encoder",)}
+"""Components that read pictures as conditions."""
+
+UPSCALERS = ("stable_diffusion_upscale",)
+"""Families that are given a small picture, and make a large one of it."""
 
 SchedulerName = Literal["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm"]
 
@@ -50,6 +58,14 @@ class NoiseSchedule(Schema):
     """Rescale to zero terminal SNR (arXiv:2305.08891); needs v-prediction."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     """How inference steps are spread over the training steps."""
+    timestep_type: Literal["discrete", "continuous"] | None = None
+    """Of Stable Video Diffusion: whether its U-Net is told the training step or a quarter of ln σ."""
+    use_karras_sigmas: bool | None = None
+    """Of Stable Video Diffusion: spread inference steps as arXiv:2206.00364 does."""
+    sigma_min: float | None = Field(None, gt=0)
+    """Of Stable Video Diffusion: last σ of Karras' steps."""
+    sigma_max: float | None = Field(None, gt=0)
+    """Of Stable Video Diffusion: first σ of Karras' steps."""
 
 
 class SchedulerConfig(Schema):
@@ -68,7 +84,9 @@ class ModelConfig(Schema):
 
     name: str
     """Short name, stored in every adapter made from this model."""
-    family: Literal["stable_diffusion", "stable_diffusion_xl"] = "stable_diffusion"
+    family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_video_diffusion", "stable_diffusion_upscale"] = (
+        "stable_diffusion"
+    )
     """Model family: how it is conditioned, trained and run."""
     base: str | None = None
     """Hub id, local folder in the diffusers layout, single `.safetensors` file, or `embedded/NAME` for a model that
@@ -91,6 +109,8 @@ class ModelConfig(Schema):
     """Second text encoder instead of the base's; Stable Diffusion XL has one."""
     tokenizer_2: ComponentSource | None = None
     """Its tokenizer instead of the base's."""
+    image_encoder: ComponentSource | None = None
+    """CLIP image tower instead of the base's; Stable Video Diffusion has one."""
     prompt_chunks: int = Field(1, ge=1)
     """How often a prompt fills the text encoder, 75 tokens each time; what is longer is cut. Training and generation
     with the same adapter want the same number."""
@@ -107,20 +127,42 @@ class ModelConfig(Schema):
         """The text encoders' components, with their tokenizers'."""
         return TEXT_PARTS[self.family]
 
+    @property
+    def makes_videos(self) -> bool:
+        """Whether its rows are clips, drawn from pictures."""
+        return self.family == "stable_video_diffusion"
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the model is given a small picture, and makes a large one of it."""
+        return self.family in UPSCALERS
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         texts = [part for pair in self.text_parts.items() for part in pair]
+        conditions = [*texts, *IMAGE_PARTS.get(self.family, ())]
         if self.base is None:
-            missing = [part for part in ("unet", "vae", *texts) if getattr(self, part) is None]
+            missing = [part for part in ("unet", "vae", *conditions) if getattr(self, part) is None]
             if missing:
                 raise ValueError(f"without 'base' the model also needs {', '.join(missing)}")
-        for part in ("text_encoder_2", "tokenizer_2"):
-            if part not in texts and getattr(self, part) is not None:
+        for part in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_encoder"):
+            if part not in conditions and getattr(self, part) is not None:
                 raise ValueError(f"the family {self.family} has no {part}")
         for tokenizer in (self.tokenizer, self.tokenizer_2):
             if tokenizer is not None and tokenizer.path is None:
                 raise ValueError("the tokenizer needs a 'path'; it has no random weights")
+        if self.family == "stable_video_diffusion" and self.scheduler.sampler != "euler":
+            raise ValueError(
+                f"Stable Video Diffusion is sampled by euler, not {self.scheduler.sampler}; set scheduler.sampler=euler"
+            )
+        if self.upscales and (self.base or "").endswith(".safetensors"):
+            raise ValueError(
+                f"an upscaler is read from a folder in the diffusers layout, not from a single file; found base={self.base}"
+            )
         noise = self.scheduler.noise
+        for setting in ("timestep_type", "use_karras_sigmas", "sigma_min", "sigma_max"):
+            if getattr(noise, setting) is not None and self.family != "stable_video_diffusion":
+                raise ValueError(f"scheduler.noise.{setting} is of Stable Video Diffusion; {self.family} has none")
         if noise.rescale_betas_zero_snr and noise.prediction_type == "epsilon":
             raise ValueError(
                 "zero terminal SNR with epsilon prediction divides 0 by 0; "

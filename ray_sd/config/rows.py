@@ -28,7 +28,8 @@ class RowSpec:
     """What rows are trained with instead of their own captions, drawn anew each epoch."""
     placeholders: tuple[tuple[str, int], ...] = ()
     """Tokens that the method adds to the tokenizers, and how many vectors each has."""
-
+    condition_frames: tuple[int, ...] = ()
+    """Frames of a clip whose pixels go with its latents, counted from the first; negative ones from the last."""
     prior: PriorRows | None = None
     """Pictures of the subject's class, one with each row."""
 

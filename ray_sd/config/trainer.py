@@ -83,8 +83,11 @@ class ValidationConfig(Schema):
     """Prompts drawn at every checkpoint and at the end; none draws nothing."""
     negative_prompt: str = ""
     """What the pictures should not show."""
+    images: tuple[str, ...] = ()
+    """First frames of clips that a video model draws at every checkpoint and at the end: paths, or `embedded/…`. For
+    interpolation the key frames of each clip, one after another."""
     seed: int = 0
-    """Seed of the first prompt's picture; the next prompts count on."""
+    """Seed of the first prompt's picture, or first image's clip; the next count on."""
     num_inference_steps: int = Field(20, ge=1)
     """Denoising steps a picture."""
     guidance_scale: float = Field(5.0, ge=0)

@@ -103,7 +103,7 @@ def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]
 
 
 def _required(path: str, owner: type[Schema] | None, groups: dict[str, list[str]]) -> str:
-    group = path.replace(".", "/")
+    group = path if path in groups else path.replace(".", "/")
     if group in groups:
         return f"required; choose one with {group}=PRESET: {', '.join(groups[group])}"
     field = owner.model_fields.get(path.rpartition(".")[2]) if owner is not None else None

@@ -1,7 +1,7 @@
 """The cache of encoded rows: folders of Parquet shards in which a row is found by the hash of what it was made from.
 
-    {cache_path}/latents/{fingerprint}/   a picture's variants as posterior mean and standard deviation
-    {cache_path}/pixels/{fingerprint}/    a picture's variants as transformed uint8 pictures
+    {cache_path}/latents/{fingerprint}/   a picture's or video's variants as posterior mean and standard deviation
+    {cache_path}/pixels/{fingerprint}/    a picture's or video's variants as transformed uint8 pictures
     {cache_path}/text/{fingerprint}/      captions as embeddings
     {cache_path}/views/{fingerprint}/     which of those rows make up one data set, and in which order
     {cache_path}/class/{fingerprint}/     pictures of a subject's class, drawn for prior preservation
@@ -122,7 +122,7 @@ class CacheFolder:
                 sink,
                 row_group_size=max(1, ROW_GROUP_BYTES // sum(field.nbytes for field in fields)),
                 # Latents are noise to a compressor; pictures are not.
-                compression="zstd" if any(field.dtype == "uint8" for field in fields) else "none",
+                compression={field.name: "zstd" if field.dtype == "uint8" else "none" for field in fields},
                 use_dictionary=False,
                 write_statistics=False,
             )

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from ray_sd.config.dataset import Crop, DatasetConfig, RandomCrop, SubjectCrop
+from ray_sd.config.dataset import Crop, DatasetConfig, FrameFolderSource, RandomCrop, SubjectCrop
+from ray_sd.config.video import RandomStart
 
 FORMAT = 1
 """Raise it when the same settings would find another subject, or place another window around it."""
+CLIP_FORMAT = 1
+"""Raise it when the same settings would take other frames of a video."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a window, in pixels of the upright picture."""
@@ -19,13 +22,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the ways in which every picture is encoded."""
+    """One of the ways in which every picture, or video, is encoded."""
 
     crop: str
     index: int
     flip: bool
     settings: str = ""
-    """What else decides where windows lie."""
+    """What else decides where windows lie, and which frames a clip takes."""
 
     def __str__(self) -> str:
         parts = [self.crop, str(self.index), self.settings, "flip" if self.flip else ""]
@@ -52,15 +55,15 @@ def check_crop(config: DatasetConfig) -> None:
 
 
 def variants(config: DatasetConfig) -> list[Variant]:
-    """The variants that each picture is encoded in; the first is the one that validation uses.
+    """The variants that each picture or video is encoded in; the first is the one that validation uses.
 
     Raises ArtifactError where a detector is to find the subject, and cannot be read.
     """
-    settings = _subject_settings(config.crop) if isinstance(config.crop, SubjectCrop) else ""
+    settings = _subject_settings(config.crop) if isinstance(config.crop, SubjectCrop) else _clip_settings(config)
     return [
         Variant(config.crop.name, index, flip, settings)
         for flip in ((False, True) if config.flip else (False,))
-        for index in range(_num_windows(config.crop))
+        for index in range(max(_num_windows(config.crop), _num_starts(config)))
     ]
 
 
@@ -142,8 +145,24 @@ def _subject_settings(crop: SubjectCrop) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def _clip_settings(config: DatasetConfig) -> str:
+    """Digest of what decides which frames of a video make a clip; nothing for pictures."""
+    if config.video is None:
+        return ""
+    settings = config.video.model_dump(mode="json", include={"num_frames", "fps", "short", "cut_threshold"})
+    settings |= {"format": CLIP_FORMAT, "start": config.video.start.name}
+    if isinstance(config.source, FrameFolderSource):
+        settings["source_fps"] = config.source.fps
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def _num_windows(crop: Crop) -> int:
     return crop.num_variants if isinstance(crop, RandomCrop) else 1
+
+
+def _num_starts(config: DatasetConfig) -> int:
+    start = None if config.video is None else config.video.start
+    return start.num_variants if isinstance(start, RandomStart) else 1
 
 
 def _place(picture: Image.Image, height: int, width: int, horizontal: float, vertical: float) -> Box:

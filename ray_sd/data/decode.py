@@ -42,7 +42,7 @@ def decode_layers(data: bytes, *, background: str, max_pixels: int) -> Layers:
     """As `decode`, with the picture's transparency."""
     with _opened(data, max_pixels) as picture:
         picture.load()
-        return _flatten(_eight_bits(ImageOps.exif_transpose(picture)), background)
+        return flatten(_eight_bits(ImageOps.exif_transpose(picture)), background)
 
 
 def check_size(data: bytes, *, max_pixels: int) -> None:
@@ -82,7 +82,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
-def _flatten(picture: Image.Image, background: str) -> Layers:
+def flatten(picture: Image.Image, background: str) -> Layers:
+    """A picture in RGB, transparency on `background`."""
     if not picture.has_transparency_data and picture.mode not in ("La", "RGBa"):
         return Layers(picture.convert("RGB"), None)
     layer = picture.convert("RGBA")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from ray_sd.config import ModelConfig
 from ray_sd.data.cache import KEY, CacheFolder, Field, located, row_key
@@ -17,6 +18,8 @@ from ray_sd.data.examine import OF_THE_ROW, SHAPES
 
 LATENTS = ("mean", "std", "add_time_ids", "mask")
 """Arrays of an encoded picture: the autoencoder's posterior, how the picture was cut, and where it counts, if it is masked."""
+LOW_RES = "low_res"
+"""One more, for upscalers: the picture at the size of its latents."""
 TEXT = pa.schema([("key", KEY), ("caption", pa.string())])
 
 
@@ -38,14 +41,15 @@ class ImageEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.combine_chunks()
-        columns: dict[str, list] = {name: [None] * len(table) for name in (*LATENTS, "shapes", "key")}
+        names = (*LATENTS, LOW_RES) if self._config.upscales else LATENTS
+        columns: dict[str, list] = {name: [None] * len(table) for name in (*names, "shapes", "key")}
         for present in of_one_shape(table):
             [shape] = table["shapes"][int(present[0])].as_py()
             pixels = np.stack(
                 [np.frombuffer(table["pixels"][int(i)].as_buffer(), np.uint8).reshape(shape) for i in present]
             )
             mean, std = self._encode(pixels)
-            for i, row_mean, row_std in zip(present, mean, std, strict=True):
+            for i, row_pixels, row_mean, row_std in zip(present, pixels, mean, std, strict=True):
                 # Without a key the row is rejected for want of an entry.
                 if np.isfinite(row_mean).all() and np.isfinite(row_std).all():
                     columns["key"][i] = table["key"][int(i)].as_py()
@@ -55,11 +59,13 @@ class ImageEncoder:
                     if record["mask"] is not None:
                         mask = latent_mask(record["mask"], shape[1:], row_mean.shape[1:])
                         arrays["mask"] = mask.astype(self._dtype)
+                    if self._config.upscales:
+                        arrays[LOW_RES] = low_res(row_pixels, row_mean.shape[1:])
                     for name, array in arrays.items():
                         columns[name][i] = array.tobytes()
                     columns["shapes"][i] = [array.shape for array in arrays.values()]
         table = table.drop_columns(["pixels", "shapes", "key", "mask"])
-        types = dict.fromkeys(LATENTS, pa.binary()) | {"shapes": SHAPES, "key": KEY}
+        types = dict.fromkeys(names, pa.binary()) | {"shapes": SHAPES, "key": KEY}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, types[name]))
         return table
@@ -70,7 +76,7 @@ class ImageEncoder:
 
         if self._model is None:
             # Not before there is work: where everything is cached, no encoder is loaded.
-            self._model = _load(self._config, self.components, self._num_actors)
+            self._model = load_encoder(self._config, self.components, self._num_actors)
         with torch.inference_mode():
             device = next(self._model.parameters()).device
             scaled = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
@@ -83,6 +89,13 @@ def latent_mask(mask: bytes, pixels: Sequence[int], latents: Sequence[int]) -> n
     (height, width), (h, w) = pixels, latents
     places = np.frombuffer(mask, np.uint8).reshape(h, height // h, w, width // w)
     return (places.mean(axis=(1, 3), dtype=np.float32) / 255)[None]
+
+
+def low_res(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """uint8 [3, H, W] -> [3, h, w] of `size` (h, w), each pixel out of all that it stands for."""
+    height, width = size
+    picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture).transpose(2, 0, 1)
 
 
 def add_time_ids(record: dict[str, Any], *, height: int, width: int) -> np.ndarray:
@@ -104,7 +117,7 @@ class TextEncoder:
     components = frozenset({"text_encoder", "tokenizer"})
 
     def __init__(self, config: ModelConfig, dtype: str, num_actors: int) -> None:
-        self._model = _load(config, self.components, num_actors)
+        self._model = load_encoder(config, self.components, num_actors)
         self._dtype = np.dtype(dtype)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -156,7 +169,7 @@ def limit_threads(num_actors: int) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (num_actors + 1)))
 
 
-def _load(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
+def load_encoder(config: ModelConfig, components: Collection[str], num_actors: int) -> Any:
     """The model on this actor's GPU, or with its share of the cores."""
     import torch
 

@@ -62,7 +62,12 @@ Missing = tuple[Variant, bytes]
 
 
 def image_hash(row: SourceRow) -> str:
-    """Hash of the encoded bytes of a picture and its mask."""
+    """Hash of the encoded bytes of a picture and its mask, or of a video."""
+    if row.frames:
+        digest = hashlib.blake2b(digest_size=16)
+        for frame in row.frames:
+            digest.update(hashlib.blake2b(frame, digest_size=16).digest())
+        return digest.hexdigest()
     return hashlib.blake2b(row.image + (row.mask or b""), digest_size=16).hexdigest()
 
 
@@ -137,7 +142,7 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
     try:
         if row.reason is not None:
             raise RejectedError(row.reason)
-        record = {**name, "captions": _captions(row, config, examination.needs_captions), "image": image}
+        record = {**name, "captions": row_captions(row, config, examination.needs_captions), "image": image}
         missing = missing_variants(image, examination.kinds, known)
         if not missing:
             # The cache may know the picture from a run that allowed more.
@@ -234,7 +239,8 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
             yield SourceRow(path, path, b"", [], reason)
 
 
-def _captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> list[str]:
+def row_captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> list[str]:
+    """What a row may be trained with. Raises RejectedError where it has no caption and needs one."""
     captions = row.captions
     if not captions and config.caption.template is not None:
         captions = [config.caption.template]

@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from rich.progress import Progress, TaskID
 
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, read_manifest
-from ray_sd.config import GenerateConfig
+from ray_sd.config import GenerateConfig, TextToVideoConfig
+from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import connect, has_gpus
 from ray_sd.data.locations import Location, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
@@ -54,7 +55,7 @@ def draw(config: GenerateConfig) -> GenerationResult:
     """
     requests = list(_requests(config))
     output = writable_folder(config.output, "output")
-    number = _next_number(output)
+    number = next_number(output, ".png")
     names, thumbnails = [], []
     for position, png in _pictures(config, requests):
         name = f"{number + position:05d}.png"
@@ -102,9 +103,12 @@ class Painter:
         return {"position": batch["position"], "png": pngs, "error": [""] * count}
 
 
-def load_for_generation(config: GenerateConfig) -> DiffusionModel:
-    """The model with its adapter, in half precision on a GPU if this process has one, in fp32 on the CPU otherwise."""
-    model = load_model(config.model)
+def load_for_generation(
+    config: GenerateConfig | StageModel, components: Collection[str] | None = None
+) -> DiffusionModel:
+    """The model, or the named components, with its adapter: in half precision on a GPU if this process has one, in fp32 on
+    the CPU otherwise."""
+    model = load_model(config.model, components)
     if config.adapter is not None:
         with local_copy(config.adapter, "adapter") as adapter:
             load_adapter(model, adapter, config.adapter_scale, config.allow_other_base)
@@ -136,12 +140,13 @@ def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
         width=config.width,
         prompt_weighting=config.prompt_weighting,
     )
-    for prompt in _prompts(config):
+    for prompt in read_prompts(config):
         for seed in range(config.seed, config.seed + config.num_images):
             yield replace(settings, prompt=prompt, seed=seed)
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def read_prompts(config: GenerateConfig | TextToVideoConfig) -> list[str]:
+    """The prompt, or the lines of the file of prompts. Raises ConfigError for a file that has none."""
     if config.prompts_file is None:
         return [config.prompt]
     try:
@@ -154,10 +159,10 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _next_number(output: Location) -> int:
-    numbers = [
-        int(match[1]) for info in output.files((".png",)) if (match := re.fullmatch(r"(\d{5,})\.png", info.base_name))
-    ]
+def next_number(output: Location, suffix: str) -> int:
+    """What the next file is numbered, in a folder of files such as `00000.png`."""
+    names = [info.base_name.removesuffix(suffix) for info in output.files((suffix,))]
+    numbers = [int(name) for name in names if re.fullmatch(r"\d{5,}", name)]
     return max(numbers, default=-1) + 1
 
 
@@ -185,7 +190,7 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
     """Position and PNG of each request, drawn by `config.num_workers` workers of Ray Data."""
     if config.adapter is not None:
         with local_copy(config.adapter, "adapter") as adapter:
-            _check_adapter(config, adapter)
+            check_adapter(config, adapter)
         if "://" not in config.adapter:
             config = config.model_copy(update={"adapter": str(adapter)})
     connect()
@@ -204,12 +209,15 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
         yield row["position"], row["png"]
 
 
-def _check_adapter(config: GenerateConfig, adapter: Path) -> None:
+def check_adapter(config: GenerateConfig | StageModel, adapter: Path) -> None:
     """Find what is wrong with an adapter before workers start."""
     if (adapter / MANIFEST).is_file():
-        read_manifest(adapter)
+        family = read_manifest(adapter).family
+        if family != config.model.family:
+            raise ArtifactError(f"{adapter} was made for a model of family {family}, not {config.model.family}")
     else:
-        read_contents(adapter, load_model(config.model, ("unet", "text_encoder"), skeleton=True))
+        components = ("unet", "text_encoder") if config.model.text_parts else ("unet",)
+        read_contents(adapter, load_model(config.model, components, skeleton=True))
 
 
 def _label(config: GenerateConfig, request: ImageRequest) -> str:

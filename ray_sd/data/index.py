@@ -88,6 +88,11 @@ class LoadedIndex:
     def texts(self) -> Places:
         return self._places("text")
 
+    @cached_property
+    def motions(self) -> pa.Array:
+        """For each row of clips a list of its variants' motion."""
+        return self._table["motion"].combine_chunks()
+
     @property
     def empty_text(self) -> tuple[str, int]:
         """Shard and row of the empty caption's embedding."""

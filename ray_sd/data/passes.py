@@ -1,9 +1,10 @@
-"""The two passes over a data set: its pictures, then its captions. Only ids, keys and captions reach the driver."""
+"""The two passes over a data set: its pictures or videos, then its captions. Only ids, keys and captions reach the driver."""
 
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +17,12 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.rows import RowSpec
+from ray_sd.config.video import VideoConfig
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.cluster import has_gpus
 from ray_sd.data.crops import Variant
-from ray_sd.data.encode import TEXT, ImageEncoder, TextEncoder, text_key, write_shard
+from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
 from ray_sd.data.examine import PICTURE, Examination, examine
 from ray_sd.data.reader import load_tokenizers
 from ray_sd.data.sources import Listing
@@ -33,6 +35,7 @@ BATCHES_UNDER_WAY = 4
 """What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
 _HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")])
+_MOTION = pa.field("motion", pa.float32())
 TEXTS_PER_BLOCK = 256
 TEXT_BYTES = 1 << 18
 """About what the embeddings of a prompt weigh."""
@@ -52,7 +55,8 @@ class ImagePass:
     rejected: list[tuple[str, str]]
     """Path and reason."""
     entries: pa.Table
-    """All entries of the cache folder: `key`, `bucket`, `shard`, `row`, and of a subject crop what became of it."""
+    """All entries of the cache folder: `key`, `bucket`, `shard`, `row`, of a subject crop what became of it, and of clips
+    `motion`."""
     new_keys: pa.Array
     """Keys that were encoded now."""
 
@@ -63,19 +67,28 @@ def encode_images(
     """Read every unit of the source and bring all variants of its pictures into the cache folder."""
     settings = config.dataset.encode
     subject = SUBJECT_ENTRY if isinstance(config.dataset.crop, SubjectCrop) else ()
-    entries = folder.entries(*(PICTURE.field(name) for name in ("bucket", *subject)))
+    of_clips = () if config.dataset.video is None else (_MOTION,)
+    entries = folder.entries(*(PICTURE.field(name) for name in ("bucket", *subject)), *of_clips)
     # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
     known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
     examination = Examination(listing.read, config.dataset, kinds, rows.needs_captions, known)
     dataset = _examine(_dataset(listing.units, config), config, examination)
-    pixels = _largest(config.dataset)
-    if rows.images == "latents":
-        dataset = _encode(dataset, config, ImageEncoder)
-        dtypes: dict[str, str] = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
-        dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
-        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
-    else:
+    pixels = _row_pixels(config.dataset)
+    dtypes: dict[str, str]
+    if rows.images == "pixels":
         tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
+    elif config.dataset.video is not None:
+        dataset = _encode_clips(dataset, config, config.dataset.video, rows)
+        dtypes = {"mean": settings.dtype, "std": settings.dtype}
+        dtypes |= {"condition_pixels": "uint8", "image_embeds": settings.dtype} if rows.condition_frames else {}
+        kept = 3 * _largest(config.dataset) * len(rows.condition_frames)
+        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2 + kept)
+    else:
+        dataset = _encode(dataset, config, ImageEncoder)
+        dtypes = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
+        dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
+        dtypes |= {LOW_RES: "uint8"} if config.model.upscales else {}
+        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
 
     heads, rejected, new = [_HEADS.empty_table()], [], [entries.slice(0, 0)]
     for table in tables:
@@ -134,8 +147,10 @@ def _dataset(blocks: list[pa.Table], config: ExperimentConfig) -> ray.data.Datas
 
 
 def _batch_bytes(dataset: DatasetConfig) -> int:
-    """The largest batch of pictures that waits for a model."""
+    """The largest batch of pictures or clips that waits for a model."""
     encoded = 3 * _largest(dataset) * dataset.encode.batch_size
+    if dataset.video is not None:
+        return max(encoded, 3 * _row_pixels(dataset))
     detector = _detector(dataset)
     if detector is None:
         return encoded
@@ -145,9 +160,14 @@ def _batch_bytes(dataset: DatasetConfig) -> int:
 
 
 def _examine(dataset: ray.data.Dataset, config: ExperimentConfig, examination: Examination) -> ray.data.Dataset:
-    """From units of the source to tables of PICTURE."""
+    """From units of the source to tables of PICTURE, or of CLIP."""
     detector = _detector(config.dataset)
     task = {"batch_size": None, "batch_format": "pyarrow", "fn_kwargs": {"examination": examination}}
+    if config.dataset.video is not None:
+        # It loads PyAV and OpenCV, which pictures do without.
+        from ray_sd.data.video.clips import examine_clips
+
+        return dataset.map_batches(examine_clips, num_cpus=DECODE_CPUS, **task)
     if detector is None:
         return dataset.map_batches(examine, num_cpus=DECODE_CPUS, **task)
     # It loads OpenCV and what goes with it, which the other crops do without.
@@ -184,9 +204,29 @@ def _largest(dataset: DatasetConfig) -> int:
     return max(height * width for height, width in bucket_sizes(dataset))
 
 
-def _encode(
-    dataset: ray.data.Dataset, config: ExperimentConfig, encoder: type[ImageEncoder | TextEncoder]
+def _row_pixels(dataset: DatasetConfig) -> int:
+    """Pixels of the largest picture, or of all frames of a clip."""
+    return _largest(dataset) * (1 if dataset.video is None else dataset.video.num_frames)
+
+
+def _encode_clips(
+    dataset: ray.data.Dataset, config: ExperimentConfig, video: VideoConfig, rows: RowSpec
 ) -> ray.data.Dataset:
+    from ray_sd.data.video.encode import ClipEncoder
+
+    frames_at_once = config.dataset.encode.batch_size
+    clips_at_once = max(1, frames_at_once // video.num_frames)
+    return _encode(dataset, config, ClipEncoder, (frames_at_once, rows.condition_frames), batch_size=clips_at_once)
+
+
+def _encode(
+    dataset: ray.data.Dataset,
+    config: ExperimentConfig,
+    encoder: Any,
+    arguments: tuple[Any, ...] = (),
+    batch_size: int | None = None,
+) -> ray.data.Dataset:
+    """arguments: what the encoder takes after model, precision and number of actors."""
     from ray_sd.models import load_model
 
     # What is wrong with it is told in words here; Ray would wrap an actor's error in a traceback.
@@ -194,9 +234,9 @@ def _encode(
     settings = config.dataset.encode
     return dataset.map_batches(
         encoder,
-        batch_size=settings.batch_size,
+        batch_size=batch_size or settings.batch_size,
         batch_format="pyarrow",
-        fn_constructor_args=(config.model, settings.dtype, settings.num_actors),
+        fn_constructor_args=(config.model, settings.dtype, settings.num_actors, *arguments),
         compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=ENCODE_CPUS,
         num_gpus=_gpus(config),

@@ -25,10 +25,15 @@ from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, enc
 from ray_sd.data.prior import class_data
 from ray_sd.data.sources import UNREADABLE, Listing, check_caption_column, list_source
 from ray_sd.data.subjects import write_subjects
+from ray_sd.data.video.motions import write_motions
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+UNFIT = "the autoencoder makes no finite latents of it"
+STILL = "moves too little"
+"""Begins the reason of videos that dataset.video.min_motion leaves out, which were never wanted."""
 
 
 def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = None) -> PreparedData:
@@ -80,7 +85,12 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     """Find every row's parts in the cache, encoding captions on the way, and write the indices."""
     dataset = config.dataset
     usable = _has_all(images.rows, view.kinds, images.entries["key"])
-    reasons = _write_rejected(view, images, usable)
+    rejected = [(name, UNFIT) for name in images.rows["id"].filter(pa.array(~usable)).to_pylist()]
+    if dataset.video is not None:
+        still = _still(images, view.kinds[:1], dataset.video.min_motion)
+        rejected += [reason for reason, fits in zip(still, usable, strict=True) if fits and reason is not None]
+        usable &= np.array([reason is None for reason in still], dtype=bool)
+    reasons = _write_rejected(view, [*images.rejected, *rejected])
     table = _in_order(images.rows.filter(pa.array(usable)))
     table = _by_bucket(table, view.kinds, images.entries)
     if rows.templates:
@@ -94,6 +104,10 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     metadata: dict[str, Any] = {}
     places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
     columns |= {f"image_{name}": column for name, column in places.items()}
+    motion = None
+    if dataset.video is not None:
+        columns["motion"] = motions = _motions(table, view.kinds, images.entries)
+        motion = write_motions(view.folder.location, table, motions, dataset.video)
 
     captions = table["captions"].combine_chunks()
     unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
@@ -126,6 +140,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         rejected_file=view.rejected.path,
         not_found=not_found,
         contact_sheet=sheet,
+        motion=motion,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
     return PreparedData(train, validation, _fingerprint(table, view), summary)
@@ -152,16 +167,33 @@ def _image_keys(table: pa.Table, kinds: list[Variant]) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32) * len(kinds), pa.array(keys, KEY))
 
 
+def _motions(table: pa.Table, kinds: list[Variant], entries: pa.Table) -> pa.ListArray:
+    """For each row of clips the motion of these variants, null where the cache does not have one."""
+    keys = _image_keys(table, kinds)
+    motions = entries["motion"].take(pc.index_in(keys.values, value_set=entries["key"])).combine_chunks()
+    return pa.ListArray.from_arrays(keys.offsets, motions)
+
+
 def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
     """For each row the keys of its captions, all of which are in `unique`."""
     keys = pa.array([text_key(caption) for caption in unique.to_pylist()], KEY)
     return pa.ListArray.from_arrays(captions.offsets, keys.take(pc.index_in(captions.values, value_set=unique)))
 
 
-def _write_rejected(view: View, images: ImagePass, usable: np.ndarray) -> Counter[str]:
-    """Write `rejected.jsonl`, and return how many rows were rejected for what."""
-    unfit = images.rows["id"].filter(pa.array(~usable)).to_pylist()
-    rejected = sorted([*images.rejected, *((name, "the autoencoder makes no finite latents of it") for name in unfit)])
+def _still(images: ImagePass, first: list[Variant], min_motion: float) -> list[tuple[str, str] | None]:
+    """For each row of clips its name and a reason where its first clip moves too little."""
+    motions = _motions(images.rows, first, images.entries).flatten().to_pylist()
+    return [
+        (name, f"{STILL}: {motion:.4f}, dataset.video.min_motion is {min_motion:g}")
+        if motion is not None and motion < min_motion
+        else None
+        for name, motion in zip(images.rows["id"].to_pylist(), motions, strict=True)
+    ]
+
+
+def _write_rejected(view: View, rejected: list[tuple[str, str]]) -> Counter[str]:
+    """Write `rejected.jsonl`, and return how many rows were rejected for what. rejected: paths and reasons."""
+    rejected = sorted(rejected)
     with view.rejected.open_for_writing() as stream:
         for path, reason in rejected:
             stream.write(json.dumps({"path": path, "reason": reason}, ensure_ascii=False).encode() + b"\n")
@@ -171,7 +203,8 @@ def _write_rejected(view: View, images: ImagePass, usable: np.ndarray) -> Counte
 def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], file: str) -> None:
     rejected = sum(reasons.values())
     limit = dataset.max_rejected_fraction
-    if rows and rejected <= limit * (rows + rejected):
+    unwanted = reasons.get(STILL, 0)
+    if rows and rejected - unwanted <= limit * (rows + rejected):
         return
     reason, count = max(reasons.items(), key=lambda item: item[1], default=("nothing was read", 0))
     allowed = f"more than dataset.max_rejected_fraction={limit} allows" if rows else "so nothing is left"

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder
+from ray_sd.data.encode import LOW_RES
 from ray_sd.data.index import RowIndex
 from ray_sd.data.order import draw
 
@@ -24,6 +25,7 @@ class RowReader:
         self._index = index.load()
         self._rows = rows
         self._mask = config.dataset.mask
+        self._video = config.dataset.video
         memory = config.dataset.reader_memory << 20
         self._tokenizer = load_tokenizers(config.model, rows) if rows.text == "tokens" else None
         with_text = rows.text == "embeddings"
@@ -39,12 +41,21 @@ class RowReader:
         Variant, caption and caption dropout are drawn from the row's seed; without `vary` the first variant and the
         first caption are taken and none is dropped.
         """
-        images = [self._image(int(p), s if vary else None) for p, s in zip(positions, row_seeds, strict=True)]
+        choices = [self._choose_variant(int(p), s if vary else None) for p, s in zip(positions, row_seeds, strict=True)]
+        images = [self._images.row(*self._index.images.of(*choice)) for choice in choices]
         if self._rows.images == "pixels":
             batch = {"pixels": np.stack([row["pixels"] for row in images])}
         else:
             batch = {f"latent_{part}": np.stack([row[part] for row in images]) for part in ("mean", "std")}
-            batch["add_time_ids"] = np.stack([row["add_time_ids"] for row in images])
+            # Of pictures the size, of clips the frames and the embedding that they are conditioned on.
+            others = [name for name in ("add_time_ids", "condition_pixels", "image_embeds") if name in images[0]]
+            batch |= {name: np.stack([row[name] for row in images]) for name in others}
+            if self._video is not None:
+                buckets = [self._video.motion_bucket(self._index.motions[row][i].as_py()) for row, i in choices]
+                batch["motion_bucket_id"] = np.array(buckets, dtype=np.float32)
+                batch["fps"] = np.full(len(choices), self._video.fps, dtype=np.float32)
+            if LOW_RES in images[0]:
+                batch["low_res_pixels"] = np.stack([row[LOW_RES] for row in images])
             if self._mask is not None and "mask" in images[0]:  # class pictures have none
                 mask = np.stack([row["mask"] for row in images]).astype(np.float32)
                 batch["loss_mask"] = self._mask.outside + (1 - self._mask.outside) * mask
@@ -60,10 +71,10 @@ class RowReader:
         batch["row_seed"] = np.array(row_seeds, dtype=np.int64)
         return batch
 
-    def _image(self, position: int, row_seed: int | None) -> dict[str, np.ndarray]:
-        variants = self._index.images
-        choice = 0 if row_seed is None else int(draw(row_seed, "variant") * variants.count(position))
-        return self._images.row(*variants.of(position, choice))
+    def _choose_variant(self, position: int, row_seed: int | None) -> tuple[int, int]:
+        """Row and number of its variant."""
+        count = self._index.images.count(position)
+        return position, 0 if row_seed is None else int(draw(row_seed, "variant") * count)
 
     def _choose_caption(self, position: int, row_seed: int | None) -> tuple[int, int] | None:
         """Row and number of its caption, or None for a dropped one."""

@@ -1,4 +1,4 @@
-"""Held-out rows at fixed timesteps and noise, so that the losses of two checkpoints compare."""
+"""Held-out rows at fixed levels of noise, so that the losses of two checkpoints compare."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,18 +19,21 @@ if TYPE_CHECKING:
 def validation_batches(
     index: RowIndex, config: ExperimentConfig, rows: RowSpec, rank: int, world_size: int
 ) -> "Iterator[dict[str, Tensor]]":
-    """This rank's part of every held-out row at every timestep of the grid, with `weight` float32 [B].
+    """This rank's part of every held-out row at every level of noise, with `weight` float32 [B].
 
+    The level is `timesteps` int64 [B] of pictures, the middles of equal parts of the schedule; of clips, which have none,
+    `quantile` float32 [B], the middles of equal parts of (0, 1).
     A batch holds rows of one bucket. Every rank gets the same number of batches of the same size; what fills them up
     has weight 0, so the weighted mean over all ranks does not depend on how many there are.
     """
     reader = RowReader(index, rows, config)
-    timesteps = _timesteps(config, rows)
+    levels = _levels(config, rows)
+    level = "timesteps" if config.dataset.video is None else "quantile"
     size = config.trainer.rows_per_micro_batch
     parts = []
     for bucket, count in enumerate(index.buckets):
         rows_of_bucket = range(sum(index.buckets[:bucket]), sum(index.buckets[:bucket]) + count)
-        items = [(row, number) for row in rows_of_bucket for number in range(len(timesteps))]
+        items = [(row, number) for row in rows_of_bucket for number in range(len(levels))]
         parts += [items[first : first + size] for first in range(0, len(items), size)]
     parts += [[]] * (-len(parts) % world_size)
     for part in parts[rank::world_size]:
@@ -39,16 +42,19 @@ def validation_batches(
         seeds = [row_seed(config.seed, VALIDATION, f"{reader.id(row)} {number}") for row, number in part]
         batch = reader.read([row for row, _ in part], seeds, vary=False) | {"weight": weight}
         if rows.images == "latents":
-            batch["timesteps"] = timesteps[[number for _, number in part]]
+            batch[level] = levels[[number for _, number in part]]
         yield to_tensors(batch)
 
 
-def _timesteps(config: ExperimentConfig, rows: RowSpec) -> np.ndarray:
-    """int64: the middles of equal parts of the schedule; for an autoencoder, which has none, a single 0."""
+def _levels(config: ExperimentConfig, rows: RowSpec) -> np.ndarray:
+    """The levels of noise; for an autoencoder, which has none, a single 0."""
     if rows.images == "pixels":
         return np.zeros(1, dtype=np.int64)
+    count = config.trainer.validation.num_timesteps
+    quantiles = (np.arange(count) + 0.5) / count
+    if config.dataset.video is not None:
+        return quantiles.astype(np.float32)
     from ray_sd.models import load_model
 
     total = load_model(config.model, {"scheduler"}).noise_scheduler.config.num_train_timesteps
-    count = config.trainer.validation.num_timesteps
-    return ((np.arange(count) + 0.5) / count * total).astype(np.int64)
+    return (quantiles * total).astype(np.int64)

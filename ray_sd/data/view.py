@@ -44,6 +44,8 @@ class EncodeSummary:
     """Rows in which a subject crop found nothing, so that they are cut from the middle."""
     contact_sheet: str | None = None
     """File that shows what a subject crop found; None where no picture could be shown."""
+    motion: str | None = None
+    """How much clips move, in words."""
 
     @property
     def reused(self) -> int:
@@ -62,6 +64,8 @@ class EncodeSummary:
             otherwise = f", the other {self.not_found} are cut from the middle" if self.not_found else ""
             see = f" (see {self.contact_sheet})" if self.contact_sheet is not None else ""
             parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
+        if self.motion is not None:
+            parts.append(self.motion)
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
@@ -96,7 +100,7 @@ class View:
             "image": image,
             "text": text,
             "listing": listing.fingerprint,
-            **config.dataset.model_dump(mode="json", include={"source", "caption", "max_pixels", "holdout"}),
+            **config.dataset.model_dump(mode="json", include={"source", "caption", "video", "max_pixels", "holdout"}),
             "templates": rows.templates,
             "placeholders": [token for token, _ in rows.placeholders],
             "variants": [str(variant) for variant in self.kinds],
@@ -153,7 +157,7 @@ class View:
 
 
 def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
-    """What all pictures in a cache folder share."""
+    """What all pictures or clips in a cache folder share."""
     from ray_sd.models import fingerprint
 
     dataset = config.dataset
@@ -163,8 +167,12 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
         "background": dataset.background.lower().removeprefix("#"),
         "mask": None if dataset.mask is None else dataset.mask.name,
     }
+    if rows.images == "latents" and dataset.video is not None:
+        description["condition_frames"] = rows.condition_frames
+        description["image_encoder"] = fingerprint(config.model, "image_encoder") if rows.condition_frames else None
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
+        description |= {"low_res": True} if config.model.upscales else {}
     return description
 
 

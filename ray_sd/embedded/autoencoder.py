@@ -1,4 +1,5 @@
-"""What the embedded autoencoder's training starts from: `python -m ray_sd.embedded.autoencoder runs/emoji_vae_start`.
+"""What the embedded autoencoders' training starts from: `python -m ray_sd.embedded.autoencoder runs/emoji_vae_start`, and
+with a further argument `video` that of the video model's.
 
 With diffusers' own random weights the latents hold little of the picture at first, and many steps go into opening a way
 through. Here every residual branch starts at zero, and what is left keeps as much as its channels can hold.
@@ -8,19 +9,24 @@ import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from PIL import Image
 from torch import nn
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder
 
 LATENT_CHANNELS = 24
 LATENT_GAIN = 3.0
 POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
 PICTURES_AT_ONCE = 128
 BLOCKS = (16, 32, 64, 128)
+VIDEO_BLOCKS = (64, 96, 128, 128)
+"""Two channels a group at least, since diffusers fixes 32 groups and one alone would lose its mean."""
 
 
 def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> AutoencoderKL:
@@ -37,14 +43,38 @@ def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> Autoen
             sample_size=64,
             use_post_quant_conv=False,  # Stable Video Diffusion's decoder has none
         )
-        with torch.no_grad():
-            silence_branches(autoencoder)
-            open_main_path(autoencoder)
-            set_posterior(autoencoder.quant_conv, latent_channels)
+        prepare(autoencoder)
     return autoencoder
 
 
-def silence_branches(autoencoder: AutoencoderKL) -> None:
+def build_video_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> AutoencoderKLTemporalDecoder:
+    """The same in the video model's architecture; its temporal layers add nothing yet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKLTemporalDecoder(
+            down_block_types=("DownEncoderBlock2D",) * len(VIDEO_BLOCKS),
+            block_out_channels=VIDEO_BLOCKS,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            sample_size=64,
+            scaling_factor=1.0,
+            force_upcast=False,
+        )
+        prepare(autoencoder)
+        last = autoencoder.decoder.time_conv_out
+        nn.init.dirac_(last.weight)
+        nn.init.zeros_(last.bias)
+    return autoencoder
+
+
+@torch.no_grad()
+def prepare(autoencoder: Autoencoder) -> None:
+    silence_branches(autoencoder)
+    open_main_path(autoencoder)
+    set_posterior(autoencoder.quant_conv, autoencoder.config.latent_channels)
+
+
+def silence_branches(autoencoder: Autoencoder) -> None:
     """Residual and attention branches add nothing yet (arXiv:1901.09321, arXiv:1706.02677)."""
     for name, module in autoencoder.named_modules():
         if name.endswith((".conv2", ".to_out.0")):
@@ -52,7 +82,7 @@ def silence_branches(autoencoder: AutoencoderKL) -> None:
             nn.init.zeros_(module.bias)
 
 
-def open_main_path(autoencoder: AutoencoderKL) -> None:
+def open_main_path(autoencoder: Autoencoder) -> None:
     """What is left between pixels and latents keeps variance: each step is as near to an isometry as its shape allows."""
     for name, module in autoencoder.named_modules():
         if name.endswith(".downsamplers.0.conv"):
@@ -96,7 +126,7 @@ def set_posterior(quant_conv: nn.Conv2d, latent_channels: int) -> None:
 
 
 @torch.no_grad()
-def mean_square(autoencoder: AutoencoderKL, pictures: Path) -> torch.Tensor:
+def mean_square(autoencoder: Autoencoder, pictures: Path) -> torch.Tensor:
     """Mean square of each latent channel, [C]."""
     total, count = torch.zeros(autoencoder.config.latent_channels), 0
     for pixels in _batches(pictures):
@@ -107,7 +137,7 @@ def mean_square(autoencoder: AutoencoderKL, pictures: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rescale_latents(autoencoder: AutoencoderKL, scale: torch.Tensor) -> None:
+def rescale_latents(autoencoder: Autoencoder, scale: torch.Tensor) -> None:
     """Divide the latents' channels by `scale` [C] in the encoder's last layer, and multiply in the decoder's first.
 
     Reconstructions stay the same, for both layers are linear and the decoder's first pads with zeros.
@@ -129,4 +159,5 @@ def _batches(pictures: Path) -> Iterator[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    build_start().save_pretrained(Path(sys.argv[1]))
+    build = build_video_start if sys.argv[2:] == ["video"] else build_start
+    build().save_pretrained(Path(sys.argv[1]))

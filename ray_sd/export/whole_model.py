@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from safetensors.torch import save_file as save_tensors
 from transformers import PreTrainedModel
 
@@ -54,7 +54,9 @@ def save_folder(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None
     save_component(model.unet, folder / "unet", dtype=dtype)
     save_component(model.vae, folder / "vae", dtype=dtype)
     pipeline = model.pipeline()
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for name, part in pipeline.components.items():
+        if isinstance(part, SchedulerMixin):  # upscalers have two
+            part.save_pretrained(folder / name)
     pipeline.save_config(folder)
 
 

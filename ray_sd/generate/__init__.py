@@ -1,7 +1,16 @@
-"""Sampling: from prompts to pictures."""
+"""Sampling: from prompts to pictures, and pictures and clips as files."""
 
 from ray_sd.generate.pictures import contact_sheet, png_bytes, read_parameters, save_png
 from ray_sd.generate.sampling import Drawing, ImageRequest, advance, decode, generate, start
+from ray_sd.generate.videos import (
+    frame_sheet,
+    gif_bytes,
+    mp4_bytes,
+    read_frames,
+    read_video_parameters,
+    save_gif,
+    save_mp4,
+)
 
 __all__ = [
     "Drawing",
@@ -9,9 +18,16 @@ __all__ = [
     "advance",
     "contact_sheet",
     "decode",
+    "frame_sheet",
     "generate",
+    "gif_bytes",
+    "mp4_bytes",
     "png_bytes",
+    "read_frames",
     "read_parameters",
+    "read_video_parameters",
+    "save_gif",
+    "save_mp4",
     "save_png",
     "start",
 ]

@@ -29,16 +29,14 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageRequest:
-    """One picture to draw. Height and width in pixels are multiples of the model's latent factor; None takes its own."""
+class TextRequest:
+    """What every picture that text guides is drawn by."""
 
     prompt: str
     negative_prompt: str = ""
     seed: int = 0
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
-    height: int | None = None
-    width: int | None = None
     prompt_weighting: bool = False
     """Read weights such as `(red)1.5` in both prompts, instead of taking them as words."""
 
@@ -54,11 +52,19 @@ class ImageRequest:
         return [Prompt(text, self.prompt_weighting) for text in texts]
 
 
+@dataclass(frozen=True)
+class ImageRequest(TextRequest):
+    """One picture to draw. Height and width in pixels are multiples of the model's latent factor; None takes its own."""
+
+    height: int | None = None
+    width: int | None = None
+
+
 @dataclass
 class Drawing:
     """A picture on its way."""
 
-    request: ImageRequest
+    request: TextRequest
     conditions: dict[str, Tensor]  # [2, …] (negative prompt, prompt) with guidance, else [1, …]
     latents: Tensor  # [1, C, h, w]
     scheduler: SchedulerMixin
@@ -123,9 +129,17 @@ def picture_size(model: DiffusionModel, request: ImageRequest) -> tuple[int, int
 @torch.no_grad()
 def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawing]:
     """Encode the prompts and draw the first noise of each picture."""
-    prompts = list(dict.fromkeys(prompt for request in requests for prompt in request.prompts))
-    encoded = _encode(model, prompts)
-    return [_start_one(model, request, [encoded[prompt] for prompt in request.prompts]) for request in requests]
+    return [
+        _start_one(model, request, conditions)
+        for request, conditions in zip(requests, encode_prompts(model, requests), strict=True)
+    ]
+
+
+def encode_prompts(model: DiffusionModel, requests: Sequence[TextRequest]) -> list[dict[str, Tensor]]:
+    """Text conditions of each request: [2, …] (negative prompt, prompt) with guidance, else [1, …]."""
+    encoded = _encode(model, list(dict.fromkeys(prompt for request in requests for prompt in request.prompts)))
+    of_requests = [[encoded[prompt] for prompt in request.prompts] for request in requests]
+    return [{name: torch.cat([rows[name] for rows in of_one]) for name in of_one[0]} for of_one in of_requests]
 
 
 def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[str, Tensor]]:
@@ -145,22 +159,32 @@ def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[s
     return encoded
 
 
-def _start_one(model: DiffusionModel, request: ImageRequest, encoded: list[dict[str, Tensor]]) -> Drawing:
-    """encoded: text conditions of the request's prompts."""
-    device, dtype = model.unet.device, model.unet.dtype
+def _start_one(model: DiffusionModel, request: ImageRequest, conditions: dict[str, Tensor]) -> Drawing:
+    """conditions: of text."""
     height, width = picture_size(model, request)
+    sizes = model.size_conditions(height, width)
+    rows = len(request.prompts)
+    conditions = conditions | {name: tensor.to(model.unet.device).expand(rows, -1) for name, tensor in sizes.items()}
+    shape = (height // model.latent_factor, width // model.latent_factor)
+    return begin(model, request, conditions, torch.Generator().manual_seed(request.seed), shape)
+
+
+def begin(
+    model: DiffusionModel,
+    request: TextRequest,
+    conditions: dict[str, Tensor],
+    generator: torch.Generator,
+    shape: tuple[int, int],
+) -> Drawing:
+    """A drawing with its first noise, latents of `shape` (h, w). Raises ConfigError for steps that the sampler cannot take."""
+    device, dtype = model.unet.device, model.unet.dtype
     scheduler = model.sampler()
     try:
         scheduler.set_timesteps(request.num_inference_steps, device=device)
     except ValueError as error:
         raise ConfigError(f"the sampler cannot take {request.num_inference_steps} steps: {error}") from error
-    generator = torch.Generator().manual_seed(request.seed)
-    shape = (1, model.unet.config.in_channels, height // model.latent_factor, width // model.latent_factor)
-    latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype) * scheduler.init_noise_sigma
-    conditions = {name: torch.cat([of_prompt[name] for of_prompt in encoded]) for name in encoded[0]}
-    sizes = model.size_conditions(height, width)
-    conditions |= {name: tensor.to(device).expand(len(encoded), -1) for name, tensor in sizes.items()}
-    return Drawing(request, conditions, latents, scheduler, generator)
+    noise = randn_tensor((1, model.unet.config.out_channels, *shape), generator=generator, device=device, dtype=dtype)
+    return Drawing(request, conditions, noise * scheduler.init_noise_sigma, scheduler, generator)
 
 
 @torch.no_grad()
@@ -196,8 +220,7 @@ def _step(drawing: Drawing, prediction: Tensor) -> None:
 def decode(model: DiffusionModel, drawings: Sequence[Drawing]) -> list[Image.Image]:
     """The pictures as they stand now; all have one size."""
     latents = torch.cat([drawing.latents for drawing in drawings]) / model.latent_scale
-    pixels = model.vae.decode(latents.to(model.vae.dtype)).sample
-    return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+    return VaeImageProcessor().postprocess(model.decode_images(latents), output_type="pil")
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from ray_sd.methods.base import Method
 from ray_sd.methods.contents import attach_contents, read_contents
 from ray_sd.methods.dreambooth import DreamBooth
 from ray_sd.methods.full import Full
+from ray_sd.methods.inflate import Inflate
 from ray_sd.methods.layer_adapter import LayerAdapter
 from ray_sd.methods.lora import Lora
+from ray_sd.methods.temporal import Interpolation, Temporal
+from ray_sd.methods.temporal_decoder import TemporalDecoder
 from ray_sd.methods.textual_inversion import TextualInversion
 from ray_sd.models import DiffusionModel, fingerprint
 
@@ -29,6 +32,10 @@ METHODS: dict[str, type[Method]] = {
     "dreambooth": DreamBooth,
     "full": Full,
     "autoencoder": Autoencoder,
+    "temporal": Temporal,
+    "interpolation": Interpolation,
+    "inflate": Inflate,
+    "temporal_decoder": TemporalDecoder,
 }
 
 

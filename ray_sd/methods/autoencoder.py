@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_sd.config import TrainerConfig
+from ray_sd.config import ModelConfig, TrainerConfig
 from ray_sd.config.method import AutoencoderMethod
 from ray_sd.config.rows import RowSpec
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import weights
 from ray_sd.methods.base import Method, enable_gradient_checkpointing
-from ray_sd.models import DiffusionModel
+from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.noise import randn_rows, row_generators
 
 
@@ -29,6 +29,10 @@ class Autoencoder(Method):
         model.requires_grad_(False)
         model.train()
         model.vae.requires_grad_(True)
+        if self.config.teacher is not None:
+            skeleton = next(model.vae.parameters()).is_meta
+            teacher = load_model(ModelConfig(name="teacher", base=self.config.teacher), {"vae"}, skeleton=skeleton)
+            model.teacher = teacher.requires_grad_(False)
         if trainer.gradient_checkpointing:
             enable_gradient_checkpointing(model)
 
@@ -37,7 +41,10 @@ class Autoencoder(Method):
 
     def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute plus mean squared error over pixels in [-1, 1], plus `kl_weight` times the mean KL divergence
-        from the standard normal over latent elements (equation 25 of arXiv:2112.10752's appendix in mean form)."""
+        from the standard normal over latent elements (equation 25 of arXiv:2112.10752's appendix in mean form).
+
+        With a teacher, the decoder is given the teacher's latents, and in place of the divergence stands the mean squared
+        Wasserstein distance of the posterior from the teacher's."""
         generators = row_generators(batch["row_seed"])
         pixels = batch["pixels"]
         if self.config.crop_size is not None:
@@ -47,12 +54,18 @@ class Autoencoder(Method):
         posterior = model.vae.encode(pixels.to(model.vae.dtype)).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         eps = randn_rows(generators, mean.shape[1:]).to(mean.device)
-        latents = mean + (0.5 * logvar).exp() * eps
-        error = model.vae.decode(latents.to(model.vae.dtype)).sample.float() - pixels
-
-        reconstruction = (error.abs() + error.square()).mean(dim=(1, 2, 3))
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
-        return reconstruction + self.config.kl_weight * divergence
+        if self.config.teacher is None:
+            latents = mean + (0.5 * logvar).exp() * eps
+            divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
+            penalty = self.config.kl_weight * divergence
+        else:
+            with torch.no_grad():
+                teacher_mean, teacher_std = model.teacher.encode_images(pixels)
+            latents = teacher_mean + teacher_std * eps
+            errors = (mean - teacher_mean).square() + ((0.5 * logvar).exp() - teacher_std).square()
+            penalty = errors.mean(dim=(1, 2, 3))
+        error = model.decode_images(latents) - pixels
+        return (error.abs() + error.square()).mean(dim=(1, 2, 3)) + penalty
 
     def relies_on(self) -> tuple[str, ...]:
         return ()

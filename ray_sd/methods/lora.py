@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionUpscalePipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -21,6 +21,7 @@ from ray_sd.models import DiffusionModel
 LOADERS: dict[str, type[LoraBaseMixin]] = {
     "stable_diffusion": StableDiffusionPipeline,
     "stable_diffusion_xl": StableDiffusionXLPipeline,
+    "stable_diffusion_upscale": StableDiffusionUpscalePipeline,
 }
 """Whose class methods add a LoRA to a family's parts."""
 LORA_FILE = LORA_WEIGHT_NAME_SAFE

@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPImageProcessor, CLIPTokenizer, PreTrainedModel
 
 import ray_sd.embedded
 from ray_sd.config import ModelConfig
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+IMAGE_PROCESSOR = "feature_extractor"
 CLIP_LENGTH = 77
 NO_LENGTH = 1_000_000
 """transformers gives a tokenizer without a length a larger one than this."""
@@ -82,7 +83,9 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
 
 
 def _source(config: ModelConfig, component: str) -> ComponentSource:
-    if component == "scheduler":
+    if component == "low_res_scheduler":
+        own = None
+    elif component == "scheduler":
         own = None if config.scheduler.path is None else ComponentSource(path=config.scheduler.path)
     else:
         own = getattr(config, component)
@@ -107,9 +110,12 @@ def load_skeleton(config: ModelConfig, component: str, cls: type[nn.Module]) -> 
     """A U-Net, autoencoder or text encoder as `load_weights` gives it, but on the meta device, without its weights."""
     architecture = read_config(config, component)
     if issubclass(cls, PreTrainedModel):
-        architecture = architecture.get("text_config", architecture)
+        # A whole CLIP's configuration holds its towers'.
+        tower = architecture.get("text_config" if component in TOKENIZERS else "vision_config", {})
+        architecture = {**architecture, **tower}
     with torch.device("meta"):
-        return _build(config, component, cls, architecture).eval()
+        module = _build(config, component, cls, architecture).eval()
+    return module.to("meta")  # tensors made of numbers do not heed the device
 
 
 def load_tokenizer(config: ModelConfig, component: str = "tokenizer") -> CLIPTokenizer:
@@ -125,6 +131,17 @@ def load_tokenizer(config: ModelConfig, component: str = "tokenizer") -> CLIPTok
     if tokenizer.model_max_length > NO_LENGTH:
         tokenizer.model_max_length = CLIP_LENGTH
     return tokenizer
+
+
+def load_image_processor(config: ModelConfig) -> CLIPImageProcessor:
+    """How pictures are normalised for the image encoder: as the base says, else as CLIP does."""
+    folder = None if config.base is None else _find_root(config, IMAGE_PROCESSOR, config.base) / IMAGE_PROCESSOR
+    if folder is None or not folder.is_dir():
+        return CLIPImageProcessor()
+    try:
+        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read the {IMAGE_PROCESSOR} in {folder}: {first_line(error)}") from error
 
 
 def read_config(config: ModelConfig, component: str) -> dict[str, Any]:
@@ -191,10 +208,13 @@ def _find_subfolder(config: ModelConfig, component: str, source: ComponentSource
         folder = root / component if (root / component).is_dir() else root
     if not _holds(folder, component):
         folders = ", ".join(sorted(child.name for child in root.iterdir() if child.is_dir())) or "none"
-        override = "model.scheduler.path" if component == "scheduler" else f"model.{component}"
+        remedies = {
+            "scheduler": "give one by model.scheduler.path=PATH",
+            "low_res_scheduler": "is the base an upscaler, all of it?",
+        }
         raise ArtifactError(
             f"model '{config.name}': {folder} holds no {component} (no {config_file(component)} there; folders in {root}: "
-            f"{folders}); give one by {override}=PATH"
+            f"{folders}); {remedies.get(component, f'give one by model.{component}=PATH')}"
         )
     return folder
 
@@ -259,7 +279,8 @@ def _own_randomness(location: Location) -> Iterator[None]:
 def _build(config: ModelConfig, component: str, cls: type[nn.Module], architecture: dict[str, Any]) -> nn.Module:
     try:
         if issubclass(cls, PreTrainedModel):
-            vocabulary = _vocabulary(load_tokenizer(config, TOKENIZERS[component]))
+            tokenizer = TOKENIZERS.get(component)
+            vocabulary = {} if tokenizer is None else _vocabulary(load_tokenizer(config, tokenizer))
             return cls(cls.config_class(**{**vocabulary, **architecture}))
         return cls.from_config(architecture)
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """Diffusion arithmetic on tensors: draws of a row, noising, targets, loss weights.
 
-Symbols: x0 clean latents, ε (eps) noise, ᾱ (alpha_bar) the cumulative product of alphas at a row's timestep, [B, 1, 1, 1].
+Symbols: x0 clean latents, ε (eps) noise, ᾱ (alpha_bar) the cumulative product of alphas at a row's timestep, [B, 1, 1, 1];
+of EDM (arXiv:2206.00364) σ (sigma) the noise level, shaped to broadcast over latents.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction"]
+
+LOW_RES = 0x5CA1AB1E
+"""Makes of a row's seed that of its small picture's noise."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,51 @@ def draw_rows(row_seed: Tensor, shape: Sequence[int], num_train_timesteps: int) 
     )
     device = row_seed.device
     return RowDraws(**{name: value.to(device) for name, value in vars(draws).items()})
+
+
+@dataclass(frozen=True)
+class LowResDraws:
+    """Everything random about the small pictures that an upscaler is given."""
+
+    levels: Tensor  # int64 [B]
+    noise: Tensor  # [B, 3, h, w]
+
+
+def draw_low_res(row_seed: Tensor, shape: Sequence[int], max_level: int) -> LowResDraws:
+    """Draw the noise level, of 0 to `max_level`, and the noise on each row's small picture (3, h, w), as `draw_rows`.
+
+    From a stream beside that of `draw_rows`, which stays what it is in other models.
+    """
+    generators = row_generators(row_seed ^ LOW_RES)
+    draws = LowResDraws(levels=randint_rows(generators, max_level + 1), noise=randn_rows(generators, shape))
+    return LowResDraws(**{name: value.to(row_seed.device) for name, value in vars(draws).items()})
+
+
+@dataclass(frozen=True)
+class ClipDraws:
+    """Everything random about the clips of a batch; normal draws are standard."""
+
+    sigma: Tensor  # [B]
+    augmentation: Tensor  # [B]
+    dropout: Tensor  # uniform [B]
+    posterior: Tensor  # [B, F, C, h, w]
+    noise: Tensor  # [B, F, C, h, w]
+    condition_noise: Tensor  # [B, K, 3, H, W]
+
+
+def draw_clips(row_seed: Tensor, latents: Sequence[int], condition: Sequence[int]) -> ClipDraws:
+    """As `draw_rows`. latents: shape (F, C, h, w) of a clip's; condition: (K, 3, H, W) of its condition frames."""
+    generators = row_generators(row_seed)
+    draws = ClipDraws(
+        sigma=randn_rows(generators, ()),
+        augmentation=randn_rows(generators, ()),
+        dropout=torch.stack([torch.rand((), generator=generator) for generator in generators]),
+        posterior=randn_rows(generators, latents),
+        noise=randn_rows(generators, latents),
+        condition_noise=randn_rows(generators, condition),
+    )
+    device = row_seed.device
+    return ClipDraws(**{name: value.to(device) for name, value in vars(draws).items()})
 
 
 def row_generators(row_seed: Tensor) -> list[torch.Generator]:
@@ -72,10 +121,29 @@ def target(prediction_type: PredictionType, x0: Tensor, eps: Tensor, alpha_bar: 
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
 
+def edm_noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """c_in·(x0 + σε), what the network is given (equation 7 of arXiv:2206.00364, c_in = 1/√(σ²+1))."""
+    return (x0 + sigma * eps) / (sigma.square() + 1).sqrt()
+
+
+def edm_target(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """What the network should output: (ε − σ·x0)/√(σ²+1).
+
+    The denoiser is D = c_skip·x + c_out·F with c_skip = 1/(σ²+1) and c_out = −σ/√(σ²+1) (section D.1 of
+    arXiv:2311.15127). Its loss is weighed by λ = (σ²+1)/σ² and λ·c_out² = 1, so λ·(D − x0)² = (F − target)².
+    """
+    return (eps - sigma * x0) / (sigma.square() + 1).sqrt()
+
+
+def edm_denoised(output: Tensor, noised: Tensor, sigma: Tensor) -> Tensor:
+    """x0 as the network's output says. noised: what the network was given."""
+    return (noised - sigma * output) / (sigma.square() + 1).sqrt()
+
+
 def row_means(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of each row, [B] of [B, C, h, w]; with `weights` [B, 1, h, w] the weighted mean, 0 for a row of no weight."""
+    """Mean of each row, [B] of [B, …]; with `weights` [B, 1, h, w] of [B, C, h, w] the weighted one, 0 for a row of no weight."""
     if weights is None:
-        return values.mean(dim=(1, 2, 3))
+        return values.flatten(1).mean(dim=1)
     total = weights.expand_as(values).sum(dim=(1, 2, 3))
     return (values * weights).sum(dim=(1, 2, 3)) / total.clamp(min=torch.finfo(total.dtype).tiny)
 

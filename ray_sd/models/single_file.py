@@ -19,6 +19,7 @@ CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
+    "low_res_scheduler": "scheduler_config.json",
 }
 """Names of configuration files that are not called `config.json`."""
 PREFIXES = {

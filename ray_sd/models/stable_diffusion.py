@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from ray_sd.config import ModelConfig
@@ -84,12 +84,8 @@ class StableDiffusion(DiffusionModel):
     def _check_fit(self) -> None:
         """Raise ArtifactError where the parts cannot work together."""
         name = self.config.name
-        if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
-            raise ArtifactError(
-                f"model '{name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
-                f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
-            )
-        takes = None if self.unet is None else self.unet.config.in_channels
+        self._check_channels()
+        takes = None if self.unet is None else self.unet.config.out_channels
         makes = None if self.vae is None else self.vae.config.latent_channels
         if takes and makes and takes != makes:
             raise ArtifactError(
@@ -114,9 +110,20 @@ class StableDiffusion(DiffusionModel):
                         f"model '{name}': the {self.config.text_parts[part]} makes {makes} {what}, the {part} takes {takes}"
                     )
 
+    def _check_channels(self) -> None:
+        """Raise ArtifactError for a U-Net that is given more, or less, than noisy latents."""
+        if self.unet is not None and self.unet.config.in_channels != self.unet.config.out_channels:
+            raise ArtifactError(
+                f"model '{self.config.name}': the U-Net takes {self.unet.config.in_channels} channels and gives "
+                f"{self.unet.config.out_channels}; inpainting and depth models are not text-to-image models"
+            )
+
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
+
+    def decode_images(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     def tokenize(self, captions: Sequence[str], warn: bool = True) -> dict[str, Tensor]:
         expanded = [expand(caption, self.placeholders) for caption in captions]
@@ -151,9 +158,6 @@ class StableDiffusion(DiffusionModel):
         """[B, n * L] -> [B * n, L]"""
         return input_ids.reshape(len(input_ids) * self.config.prompt_chunks, -1)
 
-    def size_conditions(self, height: int, width: int) -> dict[str, Tensor]:
-        return {}
-
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         dtype = self.unet.dtype
         return self.unet(latents.to(dtype), timesteps, encoder_hidden_states=conditions["text_embeds"].to(dtype)).sample
@@ -180,11 +184,8 @@ class StableDiffusion(DiffusionModel):
             loss = loss * weights.flatten()
         return loss
 
-    def to_half(self) -> Self:
-        self.to(torch.float16)
-        if self.vae is not None and self.config.vae_float32:
-            self.vae.to(torch.float32)
-        return self
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        return (self.vae,) if self.vae is not None and self.config.vae_float32 else ()
 
     def sampler(self, name: SchedulerName | None = None) -> SchedulerMixin:
         return build_sampler(name or self.config.scheduler.sampler, self.noise_scheduler)

@@ -1,11 +1,11 @@
 """Stable Diffusion XL (arXiv:2307.01952): two text encoders, a pooled embedding, and conditions on size and crop."""
 
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from ray_sd.errors import ArtifactError
@@ -86,11 +86,9 @@ class StableDiffusionXL(StableDiffusion):
             added_cond_kwargs=added,
         ).sample
 
-    def to_half(self) -> Self:
-        super().to_half()
-        if self.vae is not None and self.config.vae_float32 is None and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)
-        return self
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        asked = self.vae is not None and self.config.vae_float32 is None and self.vae.config.force_upcast
+        return (self.vae,) if asked else super().float32_parts()
 
     def pipeline(self) -> StableDiffusionXLPipeline:
         return StableDiffusionXLPipeline(

@@ -18,7 +18,7 @@ from ray_sd.config.rows import CLASS
 from ray_sd.methods import Method
 from ray_sd.models import DiffusionModel, load_model
 
-HALVED = (functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+HALVED = (functional.linear, functional.conv2d, functional.conv3d, torch.matmul, torch.bmm, torch.baddbmm)
 """What autocast computes in half precision on a GPU, of what diffusers and transformers call."""
 KEPT_WHOLE = (functional.group_norm, functional.layer_norm, functional.softmax, functional.mse_loss)
 """What it computes in fp32."""
@@ -65,12 +65,18 @@ def fake_batch(config: ExperimentConfig, method: Method, model: DiffusionModel) 
     rows = method.rows()
     height, width = max(bucket_sizes(config.dataset), key=lambda size: size[0] * size[1])
     row: dict[str, Tensor] = {"row_seed": torch.zeros(1, dtype=torch.int64)}
+    video = config.dataset.video
     if rows.images == "pixels":
-        row["pixels"] = torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")
+        frames = () if video is None else (video.num_frames,)
+        row["pixels"] = torch.empty(1, *frames, 3, height, width, dtype=torch.uint8, device="meta")
+    elif video is not None:
+        row |= _fake_clip(model, video.num_frames, len(rows.condition_frames), height, width)
     else:
         factor = model.latent_factor
-        latents = torch.empty(1, model.unet.config.in_channels, height // factor, width // factor, device="meta")
+        latents = torch.empty(1, model.unet.config.out_channels, height // factor, width // factor, device="meta")
         row |= {"latent_mean": latents, "latent_std": latents} | model.size_conditions(height, width)
+        if config.model.upscales:
+            row["low_res_pixels"] = torch.empty(1, 3, *latents.shape[2:], dtype=torch.uint8, device="meta")
     if rows.text == "tokens":
         row |= model.tokenize([""])
     elif rows.text == "embeddings":
@@ -82,6 +88,21 @@ def fake_batch(config: ExperimentConfig, method: Method, model: DiffusionModel) 
         row |= {f"{CLASS}{name}": value for name, value in row.items()}
     count = config.trainer.rows_per_micro_batch
     return {name: torch.empty(count, *value.shape[1:], dtype=value.dtype, device="meta") for name, value in row.items()}
+
+
+def _fake_clip(
+    model: DiffusionModel, num_frames: int, condition_frames: int, height: int, width: int
+) -> dict[str, Tensor]:
+    unet, factor = model.unet.config, model.latent_factor
+    latents = torch.empty(1, num_frames, unet.out_channels, height // factor, width // factor, device="meta")
+    return {
+        "latent_mean": latents,
+        "latent_std": latents,
+        "condition_pixels": torch.empty(1, condition_frames, 3, height, width, dtype=torch.uint8, device="meta"),
+        "image_embeds": torch.empty(1, 1, unet.cross_attention_dim, device="meta"),
+        "fps": torch.empty(1, device="meta"),
+        "motion_bucket_id": torch.empty(1, device="meta"),
+    }
 
 
 class _Storages(TorchDispatchMode):

@@ -28,6 +28,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from ray_sd.config import TrainerConfig
+from ray_sd.models import DiffusionModel
 from ray_sd.train.optimizers import AdamW, State, build_rule
 
 PARAMETER = "parameter"
@@ -274,9 +275,11 @@ def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what does not train in the precision that layers compute in."""
+    """Keep what does not train in the precision that layers compute in, but for a model's parts that need more."""
+    models = [part for part in module.modules() if isinstance(part, DiffusionModel)]
+    whole = {id(weight) for model in models for part in model.float32_parts() for weight in part.parameters()}
     for parameter in module.parameters():
-        if not parameter.requires_grad and not isinstance(parameter, _quantised()):
+        if not (parameter.requires_grad or id(parameter) in whole or isinstance(parameter, _quantised())):
             parameter.data = parameter.data.to(dtype)
 
 

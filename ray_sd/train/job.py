@@ -32,6 +32,6 @@ def train_loop(job: TrainingJob) -> None:
 
 def draw(checkpoint: ray.train.Checkpoint, *, config: dict) -> dict[str, str]:
     """Ray Train's validation task. config: an ExperimentConfig as plain data."""
-    from ray_sd.train.validation import draw_samples
+    from ray_sd.train.samples import draw_samples
 
     return draw_samples(checkpoint, ExperimentConfig.model_validate(config))

@@ -19,6 +19,7 @@ from ray_sd.train.engine import Engine, compute_dtype
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
 from ray_sd.train.quantize import quantize_frozen
+from ray_sd.train.samples import draws
 from ray_sd.train.schedule import learning_rate_factor
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import validation_loss
@@ -113,7 +114,7 @@ def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: in
                 monitor.latest | {"step": step},
                 checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
                 checkpoint_dir_name=f"checkpoint-{step:08d}",
-                validation=bool(config.trainer.validation.prompts),
+                validation=draws(config),
             )
     monitor.after_checkpoint()
 

@@ -27,6 +27,7 @@ class Monitor:
     def __init__(self, engine: Engine, config: ExperimentConfig, run: RunFolder, *, start: int, rank: int) -> None:
         self._engine = engine
         self._trainer = config.trainer
+        self._unit = "image" if config.dataset.video is None else "clip"
         self._run = run
         self._sum = torch.zeros((), device=engine.device)
         self._count = 0
@@ -42,7 +43,7 @@ class Monitor:
             self._seen = set(self._pictures())
             # Counts what this start has to do: images done before would make the rate and the time left wrong.
             images = (self._trainer.max_steps - start) * self._trainer.batch_size
-            self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit="image")
+            self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit=self._unit)
 
     def record(self, loss: Tensor) -> None:
         """Add one micro-batch's loss."""
@@ -99,7 +100,7 @@ class Monitor:
         metrics = {
             "loss": float(mean[0] / mean[1]),
             "learning_rate": self._engine.learning_rate,
-            "images_per_second": self._steps * self._trainer.batch_size / (now - self._since),
+            f"{self._unit}s_per_second": self._steps * self._trainer.batch_size / (now - self._since),
         }
         norm = self._engine.gradient_norm()
         if norm is not None:

@@ -40,6 +40,7 @@ from ray_sd.train.job import TrainingJob, draw, train_loop
 from ray_sd.train.optimizers import build_rule, check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
+from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
@@ -57,6 +58,7 @@ WHAT_A_RUN_IS = (
         f"dataset.{name}"
         for name in (
             "resolution",
+            "video",
             "buckets",
             "crop",
             "flip",
@@ -86,18 +88,14 @@ class TrainingResult:
     """Last value of every metric."""
     run: str
     """Folder of the run."""
-    model: str
-    """Name of the model preset."""
+    usage: str
+    """The command that uses the adapter."""
 
     def summary(self) -> str:
         """What was made and the command that uses it."""
         loss = self.metrics.get("validation_loss", self.metrics.get("loss"))
         measured = "" if loss is None else f", loss {loss:.4f}"
-        return (
-            f"trained {self.step} steps{measured}\n"
-            f"adapter:  {self.adapter}\n"
-            f"use it:   python jobs/generate.py model={self.model} adapter={self.adapter} prompt='…'"
-        )
+        return f"trained {self.step} steps{measured}\nadapter:  {self.adapter}\nuse it:   {self.usage}"
 
 
 def fit(config: ExperimentConfig) -> TrainingResult:
@@ -119,6 +117,7 @@ def fit(config: ExperimentConfig) -> TrainingResult:
     method = build_method(config.method)
     check_class_folder(method.rows())
     check_crop(config.dataset)
+    check_images(config)
     check_masks(config.dataset)
     listing = list_rows(config.dataset, method.rows())
     connect()
@@ -312,8 +311,8 @@ def _drawing(config: ExperimentConfig) -> dict:
     """Resources of a drawing task: a GPU where training leaves one."""
     gpus = ray.cluster_resources().get("GPU", 0)
     spare = gpus > config.trainer.num_workers
-    if config.trainer.validation.prompts:
-        logger.info("validation pictures are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
+    if draws(config):
+        logger.info("validation samples are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
     return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0}
 
 
@@ -345,7 +344,17 @@ def _export(
             metrics=metrics,
         )
         adapter = run.upload(folder, ADAPTER)
-    return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, config.model.name)
+    return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, usage(config, adapter))
+
+
+def usage(config: ExperimentConfig, adapter: str) -> str:
+    """The command that draws with an adapter."""
+    model, method = config.model, config.method.name
+    if not (model.makes_videos or model.upscales):
+        return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
+    stage = "upscale" if model.upscales else "interpolation" if method == "interpolation" else "video"
+    learnt = "decode" if method == "temporal_decoder" else stage
+    return f"python jobs/text_to_video.py {stage}.model={model.name} {learnt}.adapter={adapter} prompt='…'"
 
 
 def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:

@@ -18,7 +18,7 @@ from ray_sd.errors import ConfigError
         ("dataset.crop.detector=a/b", "dataset.crop.detector: no such setting; it belongs to dataset.crop=subject"),
         (
             "method.name=lorra",
-            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, loha, lokr",
+            "method.name: no method 'lorra'; did you mean 'lora'? the methods are: autoencoder, dreambooth, full, inflate",
         ),
         (
             "trainer.schedule.name=zzz",
@@ -46,7 +46,7 @@ from ray_sd.errors import ConfigError
         ("model.unet.weights=x", "model.unet.weights: no such setting; "),
         ("name=my run", "name: 'my run' does not match "),
         ("dataset.source={name: parquet}", "dataset.source.path: required: File, folder or URI of the Parquet files."),
-        ("dataset.source={path: x}", "dataset.source.name: required; the sources are: huggingface, image_folder, "),
+        ("dataset.source={path: x}", "dataset.source.name: required; the sources are: frame_folder, huggingface, "),
         ("trainer.batch_size=3", "trainer: batch_size 3 is not divisible by num_workers 2; try 2 or 4"),
     ],
 )

@@ -60,6 +60,14 @@ KINDS = {
         "trainer.token_learning_rate=0.5",
     ],
 }
+OF_CLIPS = ["model=tiny_random_video", "dataset=spin", f"trainer.learning_rate={RATE}"]
+KINDS |= {
+    "temporal": [*OF_CLIPS, "method=temporal", "trainer.gradient_checkpointing=true"],
+    "temporal_lora": [*OF_CLIPS, "method=temporal_lora", "method.lora.rank=4", "trainer.learning_rate=0.02"],
+    "interpolation": [*OF_CLIPS, "method=interpolation", "method.layers=all"],
+    "temporal_decoder": [*OF_CLIPS, "method=temporal_decoder"],
+}
+CLIPS = ("temporal", "temporal_lora", "interpolation", "temporal_decoder")
 XL = ("lora", "textual_inversion", "dreambooth", "pivotal")
 KINDS |= {f"{kind}_xl": [*KINDS[kind], "model=tiny_random_xl"] for kind in XL}
 METHODS = [kind for kind in KINDS if kind not in ("full", "lora")]
@@ -469,6 +477,8 @@ def _held_out(rows: range, kind: str) -> dict[str, torch.Tensor]:
 
 def _rows(seeds: list[int], kind: str) -> dict[str, torch.Tensor]:
     """Rows that each depend on nothing but their seed."""
+    if kind in CLIPS:
+        return _clips(seeds, condition_frames=2 if kind == "interpolation" else 1)
     xl = kind.endswith("_xl")
     rows = []
     for seed in seeds:
@@ -485,6 +495,26 @@ def _rows(seeds: list[int], kind: str) -> dict[str, torch.Tensor]:
             row["input_ids_2"] = row["input_ids"].clone()
         elif xl:
             row["pooled_text_embeds"] = torch.randn(48, generator=generator)
+        rows.append(row)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"row_seed": torch.tensor(seeds)}
+
+
+def _clips(seeds: list[int], condition_frames: int) -> dict[str, torch.Tensor]:
+    """Of three frames each; with their pixels, for methods of either."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        frames = torch.randint(256, (3, 3, 64, 64), generator=generator, dtype=torch.uint8)
+        row = {
+            "pixels": frames[..., :32, :32],
+            "condition_pixels": frames[:condition_frames],
+            "latent_mean": torch.randn(3, 4, 8, 8, generator=generator),
+            "latent_std": torch.full((3, 4, 8, 8), 0.1),
+            "image_embeds": torch.randn(1, 32, generator=generator),
+            "fps": torch.tensor(7.0),
+            "motion_bucket_id": torch.tensor(float(1 + seed % 200)),
+        }
         rows.append(row)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {"row_seed": torch.tensor(seeds)}

@@ -54,6 +54,7 @@ def parts(config: ExperimentConfig) -> Parts:
         ["model=emoji", "method=autoencoder"],
         ["model=tiny_random", "method=dreambooth", "method.class_prompt=a cat"],
         ["model=tiny_random_xl", "method=pivotal", "method.tokens.placeholder_token=<x>"],
+        ["model=tiny_random_upscale", "method=full"],
     ],
     ids=lambda settings: "-".join(setting.partition("=")[2] for setting in settings[:2]),
 )

@@ -1,7 +1,7 @@
 """What every kind of source gives: units that a task reads, and rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from ray_sd.data.locations import Location
 from ray_sd.errors import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")
 SETTING = "dataset.source.path"
 UNREADABLE = "cannot be read"
 """Begins the reasons that may be gone at the next run, such as a storage that does not answer."""
@@ -26,10 +27,13 @@ class SourceRow(NamedTuple):
     path: str
     """Where it is, for messages."""
     image: bytes
+    """The encoded picture or video."""
     captions: list[str]
     reason: str | None = None
     mask: bytes | None = None
     """An encoded picture, white where the row's own counts."""
+    frames: Sequence[bytes] = ()
+    """The encoded pictures of a video that is a folder of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def _caption_text(value: Any) -> str:
     except UnicodeError as error:
         raise RejectedError("the caption is not UTF-8") from error
     raise RejectedError(f"the caption is a {type(value).__name__}, not text")
+
+
+def too_large(size: int, limit: int) -> str:
+    """Why a video of so many bytes is rejected."""
+    return f"is {size / 2**20:.1f} MB large, more than dataset.video.max_megabytes={limit >> 20}; not decoded"
 
 
 def list_files(root: Location, path: str, suffixes: tuple[str, ...]) -> list[fs.FileInfo]:

@@ -6,29 +6,30 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_sd.config.dataset import HuggingFaceSource
+from ray_sd.config.dataset import DatasetConfig, HuggingFaceSource
 from ray_sd.data.locations import expand
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow
-from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
+from ray_sd.data.sources.tables import ROWS_PER_READ, Columns, check_columns, table_rows
 from ray_sd.errors import DataError
 
 ROWS_PER_UNIT = 256
 
 
-def list_huggingface(source: HuggingFaceSource, caption_column: str) -> Listing:
+def list_huggingface(source: HuggingFaceSource, config: DatasetConfig) -> Listing:
     dataset = _load_huggingface(source)
-    check_columns(dataset.column_names, source.image_column, None, f"{source.path} ({source.split})")
+    wanted = Columns(source.image_column, None, config.caption.column)
+    check_columns(dataset.column_names, wanted, f"{source.path} ({source.split})")
     if not len(dataset):
         raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")
     columns = dataset.column_names
-    dataset = dataset.select_columns([name for name in columns if name in (source.image_column, caption_column)])
+    dataset = dataset.select_columns([name for name in columns if name in wanted])
     starts = range(0, len(dataset), ROWS_PER_UNIT)
     path = f"{source.path}:{source.split}#"
     units = [
         pa.table({"path": [path], "start": [start], "rows": [min(ROWS_PER_UNIT, len(dataset) - start)]})
         for start in starts
     ]
-    reader = HuggingFaceReader(dataset, source.image_column, caption_column)
+    reader = HuggingFaceReader(dataset, wanted)
     return Listing(units, reader, dataset._fingerprint, columns=columns)
 
 
@@ -37,8 +38,7 @@ class HuggingFaceReader:
     """Every machine needs the data set's local files, so a cluster needs HF_HOME or the folder on storage it shares."""
 
     dataset: Any
-    image_column: str
-    caption_column: str
+    columns: Columns
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         (part,) = unit.to_pylist()
@@ -46,7 +46,7 @@ class HuggingFaceReader:
         stop = part["start"] + part["rows"]
         for start in range(part["start"], stop, ROWS_PER_READ):
             table = arrow[start : min(start + ROWS_PER_READ, stop)]
-            yield from table_rows(table, part["path"], start, self.image_column, None, self.caption_column)
+            yield from table_rows(table, part["path"], start, self.columns)
 
 
 def _load_huggingface(source: HuggingFaceSource) -> Any:

@@ -1,4 +1,4 @@
-"""Folders of pictures, with captions in files beside them."""
+"""Folders of pictures, or of videos, with captions in files beside them."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from ray_sd.config.dataset import ImageFolderSource
+from ray_sd.config.dataset import DatasetConfig, ImageFolderSource
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import (
@@ -20,37 +20,49 @@ from ray_sd.data.sources.base import (
     list_files,
     printable,
     relative_path,
+    too_large,
 )
 from ray_sd.errors import DataError
 
 FILES_PER_UNIT = 256
 
 
-def list_image_folder(source: ImageFolderSource, caption_column: str) -> Listing:
-    root = locate(source.path, SETTING)
-    files = list_files(root, source.path, (*IMAGES, ".txt", "metadata.jsonl"))
-    pictures = [info for info in files if info.base_name.lower().endswith(IMAGES)]
-    if not pictures:
-        raise DataError(f"{SETTING}: no pictures in {source.path}; they end in {', '.join(IMAGES)}")
+def list_image_folder(source: ImageFolderSource, dataset: DatasetConfig) -> Listing:
+    return list_folder(source.path, IMAGES, "picture", dataset, files_per_unit=FILES_PER_UNIT)
+
+
+def list_folder(
+    path: str, suffixes: tuple[str, ...], noun: str, dataset: DatasetConfig, files_per_unit: int
+) -> Listing:
+    """List files that end in one of `suffixes`, each a row."""
+    root = locate(path, SETTING)
+    files = list_files(root, path, (*suffixes, ".txt", "metadata.jsonl"))
+    contents = [info for info in files if info.base_name.lower().endswith(suffixes)]
+    if not contents:
+        raise DataError(f"{SETTING}: no {noun}s in {path}; they end in {', '.join(suffixes)}")
     texts = {_stem(info.path): info.path for info in files if info.extension.lower() == "txt"}
     rejected: list[tuple[str, str]] = []
     captions: dict[str, list[str] | None] = {}
     for info in files:
         if info.base_name == "metadata.jsonl":
-            captions |= _read_metadata(Location(root.filesystem, info.path), caption_column, rejected)
-    missing = captions.keys() - {info.path for info in pictures}
-    rejected += [(printable(path), "metadata.jsonl names this picture, but it is not there") for path in missing]
-    pictures = [info for info in pictures if captions.get(info.path, []) is not None]
-    if not pictures:
-        raise DataError(f"{SETTING}: no picture in {source.path} can be used; {': '.join(rejected[0])}")
+            captions |= _read_metadata(Location(root.filesystem, info.path), dataset.caption.column, rejected)
+    missing = captions.keys() - {info.path for info in contents}
+    rejected += [(printable(path), f"metadata.jsonl names this {noun}, but it is not there") for path in missing]
+    contents = [info for info in contents if captions.get(info.path, []) is not None]
+    if dataset.video is not None:
+        limit = dataset.video.max_bytes
+        rejected += [(info.path, too_large(info.size, limit)) for info in contents if info.size > limit]
+        contents = [info for info in contents if info.size <= limit]
+    if not contents:
+        raise DataError(f"{SETTING}: no {noun} in {path} can be used; {': '.join(rejected[0])}")
 
     columns = {
-        "path": [info.path for info in pictures],
-        "text_path": [texts.get(_stem(info.path)) for info in pictures],
-        "captions": [captions.get(info.path, []) for info in pictures],
+        "path": [info.path for info in contents],
+        "text_path": [texts.get(_stem(info.path)) for info in contents],
+        "captions": [captions.get(info.path, []) for info in contents],
     }
     table = pa.table(columns, schema=_FOLDER_UNIT)
-    units = [table.slice(start, FILES_PER_UNIT) for start in range(0, len(table), FILES_PER_UNIT)]
+    units = [table.slice(start, files_per_unit) for start in range(0, len(table), files_per_unit)]
     return Listing(units, FolderReader(root), fingerprint(files), rejected)
 
 

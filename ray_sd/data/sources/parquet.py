@@ -1,4 +1,4 @@
-"""Parquet files with one encoded picture a row."""
+"""Parquet files with one encoded picture, or video, a row."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,20 +8,22 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_sd.config.dataset import ParquetSource
+from ray_sd.config.dataset import DatasetConfig, ParquetSource
 from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow, fingerprint, list_files
-from ray_sd.data.sources.tables import ROWS_PER_READ, check_columns, table_rows
+from ray_sd.data.sources.tables import ROWS_PER_READ, Columns, check_columns, table_rows
 from ray_sd.errors import DataError
 
 
-def list_parquet(source: ParquetSource, caption_column: str) -> Listing:
+def list_parquet(source: ParquetSource, dataset: DatasetConfig) -> Listing:
+    is_video = source.video_column is not None
+    wanted = Columns(source.video_column or source.image_column, source.id_column, dataset.caption.column, is_video)
     root = locate(source.path, SETTING)
     files = list_files(root, source.path, (".parquet",))
     if not files:
         raise DataError(f"{SETTING}: no .parquet files in {source.path}")
     with ThreadPoolExecutor(16) as pool:
-        groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), source), files))
+        groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), wanted), files))
     units = [
         pa.table({"path": [info.path], "row_group": [group], "start": [start], "rows": [size]})
         for info, (_, sizes) in zip(files, groups, strict=True)
@@ -30,17 +32,14 @@ def list_parquet(source: ParquetSource, caption_column: str) -> Listing:
     ]
     if not units:
         raise DataError(f"{SETTING}: the .parquet files in {source.path} hold no rows")
-    reader = ParquetReader(root, source.image_column, source.id_column, caption_column)
     columns = list(dict.fromkeys(name for names, _ in groups for name in names))
-    return Listing(units, reader, fingerprint(files), columns=columns)
+    return Listing(units, ParquetReader(root, wanted), fingerprint(files), columns=columns)
 
 
 @dataclass(frozen=True)
 class ParquetReader:
     root: Location
-    image_column: str
-    id_column: str | None
-    caption_column: str
+    columns: Columns
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         (part,) = unit.to_pylist()
@@ -48,14 +47,14 @@ class ParquetReader:
         with self.root.filesystem.open_input_file(path) as stream:
             # A buffered reader without prefetching takes a column page by page, however large the row group.
             file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-            wanted = (self.image_column, self.id_column, self.caption_column)
-            columns = [name for name in wanted if name in file.schema_arrow.names]
-            for batch in file.iter_batches(ROWS_PER_READ, row_groups=[part["row_group"]], columns=columns):
-                yield from table_rows(batch, f"{path}#", row, self.image_column, self.id_column, self.caption_column)
+            columns = [name for name in file.schema_arrow.names if name in self.columns]
+            rows = 1 if self.columns.is_video else ROWS_PER_READ
+            for batch in file.iter_batches(rows, row_groups=[part["row_group"]], columns=columns):
+                yield from table_rows(batch, f"{path}#", row, self.columns)
                 row += len(batch)
 
 
-def _row_groups(file: Location, source: ParquetSource) -> tuple[list[str], list[int]]:
+def _row_groups(file: Location, wanted: Columns) -> tuple[list[str], list[int]]:
     """Names of the columns, and number of rows of every row group. Raises DataError for a file or columns that cannot be used."""
     try:
         with file.filesystem.open_input_file(file.path) as stream:
@@ -64,5 +63,5 @@ def _row_groups(file: Location, source: ParquetSource) -> tuple[list[str], list[
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{SETTING}: {file.path} cannot be read as Parquet: {error}") from error
-    check_columns(names, source.image_column, source.id_column, file.path)
+    check_columns(names, wanted, file.path)
     return names, sizes

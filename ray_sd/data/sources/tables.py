@@ -1,8 +1,8 @@
-"""Rows of tables whose pictures are a column."""
+"""Rows of tables whose pictures, or videos, are a column."""
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -18,8 +18,23 @@ ROWS_PER_READ = 16
 """Few, since each may be a picture of many megabytes."""
 
 
-def check_columns(names: list[str], image: str, row_id: str | None, where: str) -> None:
-    for setting, column in (("image_column", image), ("id_column", row_id)):
+class Columns(NamedTuple):
+    """Which columns hold what."""
+
+    content: str
+    id: str | None
+    caption: str
+    is_video: bool = False
+    """Whether the content is videos."""
+
+    @property
+    def noun(self) -> str:
+        return "video" if self.is_video else "picture"
+
+
+def check_columns(names: list[str], wanted: Columns, where: str) -> None:
+    content = "video_column" if wanted.is_video else "image_column"
+    for setting, column in ((content, wanted.content), ("id_column", wanted.id)):
         if column is not None and column not in names:
             raise DataError(
                 f"dataset.source.{setting}: no column '{column}' in {where}; its columns are: {', '.join(names)}"
@@ -40,20 +55,18 @@ def check_caption_column(listing: Listing, dataset: DatasetConfig) -> None:
     logger.warning("%s; all rows take dataset.caption.template", absent)
 
 
-def table_rows(
-    batch: pa.RecordBatch | pa.Table, path: str, start: int, image: str, row_id: str | None, caption: str
-) -> Iterator[SourceRow]:
-    """Rows of a table whose pictures are bytes or `{bytes, path}`."""
-    images = batch.column(image)
+def table_rows(batch: pa.RecordBatch | pa.Table, path: str, start: int, columns: Columns) -> Iterator[SourceRow]:
+    """Rows of a table whose content is bytes or `{bytes, path}`."""
+    contents = batch.column(columns.content)
     # As bytes, since text that is not UTF-8 would fail the whole batch.
-    ids = _as_bytes(batch.column(row_id)) if row_id is not None else None
-    texts = _as_bytes(batch.column(caption)) if caption in batch.schema.names else None
+    ids = _as_bytes(batch.column(columns.id)) if columns.id is not None else None
+    texts = _as_bytes(batch.column(columns.caption)) if columns.caption in batch.schema.names else None
     for i in range(batch.num_rows):
         name = _name(ids[i].as_py()) if ids is not None else None
         where = f"{path}{start + i}"
         try:
             captions = caption_texts(texts[i].as_py()) if texts is not None else []
-            yield SourceRow(name, where, _image_bytes(images[i].as_py()), captions)
+            yield SourceRow(name, where, _content(contents[i].as_py(), columns.noun), captions)
         except RejectedError as error:
             yield SourceRow(name or where, where, b"", [], str(error))
 
@@ -74,18 +87,18 @@ def _name(value: Any) -> str | None:
     return printable(value) if isinstance(value, bytes) else str(value)
 
 
-def _image_bytes(value: Any) -> bytes:
+def _content(value: Any, noun: str) -> bytes:
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return value["bytes"]
         if not value.get("path"):
-            raise RejectedError("has no picture")
+            raise RejectedError(f"has no {noun}")
         try:
             return locate(value["path"], "its path").read()
         except Exception as error:
             raise RejectedError(f"{UNREADABLE}: {error}") from error
     if value is None:
-        raise RejectedError("has no picture")
+        raise RejectedError(f"has no {noun}")
     if not isinstance(value, bytes):
-        raise RejectedError(f"the picture is a {type(value).__name__}, not encoded bytes")
+        raise RejectedError(f"the {noun} is a {type(value).__name__}, not encoded bytes")
     return value

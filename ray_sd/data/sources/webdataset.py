@@ -5,15 +5,17 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from ray_sd.config.dataset import WebDatasetSource
+from ray_sd.config.dataset import DatasetConfig, WebDatasetSource
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
+    VIDEOS,
     Listing,
     SourceRow,
     caption_texts,
@@ -21,23 +23,39 @@ from ray_sd.data.sources.base import (
     list_files,
     printable,
     relative_path,
+    too_large,
 )
 from ray_sd.errors import DataError
 
 
-def list_webdataset(source: WebDatasetSource, caption_column: str) -> Listing:
+def list_webdataset(source: WebDatasetSource, dataset: DatasetConfig) -> Listing:
     root = locate(source.path, SETTING)
     files = list_files(root, source.path, (".tar", ".tar.gz", ".tgz"))
     if not files:
         raise DataError(f"{SETTING}: no .tar files in {source.path}")
     units = [pa.table({"path": [info.path]}) for info in files]
-    return Listing(units, TarReader(root, caption_column), fingerprint(files))
+    max_bytes = None if dataset.video is None else dataset.video.max_bytes
+    return Listing(units, TarReader(root, dataset.caption.column, max_bytes), fingerprint(files))
+
+
+class Member(NamedTuple):
+    """A file of a sample."""
+
+    size: int
+    content: bytes | None
+    """None where it is too large to be read."""
+
+
+Members = dict[str, Member]
+"""By suffix."""
 
 
 @dataclass(frozen=True)
 class TarReader:
     root: Location
     caption_column: str
+    max_bytes: int | None
+    """Of a video, where rows are clips."""
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         path = unit["path"][0].as_py()
@@ -46,31 +64,35 @@ class TarReader:
             self.root.filesystem.open_input_stream(path, compression=None) as stream,
             tarfile.open(fileobj=stream, mode="r|*") as tar,
         ):
-            for key, members in _samples(tar):
+            for key, members in _samples(tar, self.max_bytes):
                 yield self._row(f"{shard}/{key}", f"{path}:{key}", members)
 
-    def _row(self, name: str, where: str, members: dict[str, bytes]) -> SourceRow:
+    def _row(self, name: str, where: str, members: Members) -> SourceRow:
+        noun, kinds = ("picture", IMAGES) if self.max_bytes is None else ("video", VIDEOS)
         # `.jpg` goes before `.depth.png`.
         suffixes = sorted(
-            (suffix for suffix in members if suffix.endswith(IMAGES)), key=lambda suffix: suffix.count(".")
+            (suffix for suffix in members if suffix.endswith(kinds)), key=lambda suffix: suffix.count(".")
         )
         try:
             if not suffixes:
-                raise RejectedError(f"has no picture, only {', '.join(members)}")
-            captions = caption_texts(members.get(".txt"))
+                raise RejectedError(f"has no {noun}, only {', '.join(members)}")
+            size, content = members[suffixes[0]]
+            if content is None:
+                raise RejectedError(too_large(size, self.max_bytes or 0))
+            captions = caption_texts(members[".txt"].content if ".txt" in members else None)
             if not captions and ".json" in members:
                 try:
-                    captions = caption_texts(json.loads(members[".json"]).get(self.caption_column))
+                    captions = caption_texts(json.loads(members[".json"].content or b"").get(self.caption_column))
                 except (ValueError, AttributeError) as error:
                     raise RejectedError("its .json holds no JSON object") from error
-            return SourceRow(name, where, members[suffixes[0]], captions)
+            return SourceRow(name, where, content, captions)
         except RejectedError as error:
             return SourceRow(name, where, b"", [], str(error))
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(tar: tarfile.TarFile, max_bytes: int | None) -> Iterator[tuple[str, Members]]:
     """Neighbouring members with the same key, by suffix; the key is the path up to the first dot of the file's name."""
-    current, members = "", dict[str, bytes]()
+    current, members = "", Members()
     for member in tar:
         path = PurePosixPath(printable(member.name))
         stem, dot, suffix = path.name.partition(".")
@@ -81,7 +103,8 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
             yield current, members
             members = {}
         current = key
-        members[f".{suffix.lower()}"] = _content(tar, member)
+        fits = max_bytes is None or member.size <= max_bytes
+        members[f".{suffix.lower()}"] = Member(member.size, _content(tar, member) if fits else None)
     if members:
         yield current, members
 

@@ -1,0 +1,80 @@
+"""Folders of pictures each of which is one video, with a caption in a file beside the folder."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ray_sd.config.dataset import DatasetConfig, FrameFolderSource
+from ray_sd.data.decode import RejectedError
+from ray_sd.data.locations import Location, locate
+from ray_sd.data.sources.base import (
+    IMAGES,
+    SETTING,
+    UNREADABLE,
+    Listing,
+    SourceRow,
+    caption_texts,
+    fingerprint,
+    list_files,
+    relative_path,
+    too_large,
+)
+from ray_sd.errors import DataError
+
+FOLDERS_PER_UNIT = 8
+_UNIT = pa.schema([("path", pa.string()), ("frames", pa.list_(pa.string())), ("text_path", pa.string())])
+
+
+def list_frame_folder(source: FrameFolderSource, dataset: DatasetConfig) -> Listing:
+    root = locate(source.path, SETTING)
+    files = list_files(root, source.path, (*IMAGES, ".txt"))
+    folders: dict[str, list[fs.FileInfo]] = defaultdict(list)
+    for info in files:
+        if info.base_name.lower().endswith(IMAGES):
+            folders[info.path.rpartition("/")[0]].append(info)
+    if not folders:
+        raise DataError(f"{SETTING}: no folders with pictures in {source.path}; they end in {', '.join(IMAGES)}")
+    texts = {info.path.rpartition(".")[0]: info.path for info in files if info.extension.lower() == "txt"}
+    rejected, rows = [], []
+    for path, frames in folders.items():
+        size, limit = sum(info.size for info in frames), dataset.video.max_bytes if dataset.video is not None else 0
+        if size > limit:
+            rejected.append((path, too_large(size, limit)))
+            continue
+        names = sorted((info.path for info in frames), key=_natural)
+        rows.append({"path": path, "frames": names, "text_path": texts.get(path)})
+    if not rows:
+        raise DataError(f"{SETTING}: no folder in {source.path} can be used; {': '.join(rejected[0])}")
+    table = pa.Table.from_pylist(rows, _UNIT)
+    units = [table.slice(start, FOLDERS_PER_UNIT) for start in range(0, len(table), FOLDERS_PER_UNIT)]
+    return Listing(units, FrameFolderReader(root), fingerprint(files), rejected)
+
+
+@dataclass(frozen=True)
+class FrameFolderReader:
+    root: Location
+
+    def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
+        for folder in unit.to_pylist():
+            path, name = folder["path"], relative_path(folder["path"], self.root)
+            try:
+                frames = [self._read(frame) for frame in folder["frames"]]
+                captions = [] if folder["text_path"] is None else caption_texts(self._read(folder["text_path"]))
+            except RejectedError as error:
+                yield SourceRow(name, path, b"", [], str(error))
+            except Exception as error:  # noqa: BLE001 - remote filesystems raise their own, and the next may be well
+                yield SourceRow(name, path, b"", [], f"{UNREADABLE}: {error}")
+            else:
+                yield SourceRow(name, path, b"", captions, frames=frames)
+
+    def _read(self, path: str) -> bytes:
+        return Location(self.root.filesystem, path).read()
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts `frame2.png` before `frame10.png`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", path)]

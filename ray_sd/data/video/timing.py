@@ -1,0 +1,137 @@
+"""Which frames make a clip: a first look at the whole video, then the times at which its frames are taken."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from ray_sd.config import DatasetConfig
+from ray_sd.config.video import VideoConfig
+from ray_sd.data.decode import RejectedError
+from ray_sd.data.video.cuts import SIDE, CutDetector
+from ray_sd.data.video.footage import Footage, check_length
+
+ROUNDING = 1e-3
+"""Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
+TRUNCATED = 0.9
+"""A file with less than this share of what it says to last has lost its end."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at all frames of a video tells."""
+
+    times: np.ndarray
+    """float64 [N]: when each frame is shown, in seconds from the first."""
+    end: float
+    """When the last frame is no longer shown."""
+    cuts: tuple[int, ...]
+    """Frames that begin another scene."""
+    size: tuple[int, int]
+    """Width and height of the upright frames."""
+
+    def scenes(self) -> Iterator["Scene"]:
+        edges = (0, *self.cuts, len(self.times))
+        for first, stop in pairwise(edges):
+            ends = self.end if stop == len(self.times) else float(self.times[stop])
+            yield Scene(first, stop, float(self.times[first]), ends)
+
+
+class Scene(NamedTuple):
+    """Frames from `first` to before `stop`, and when they are shown."""
+
+    first: int
+    stop: int
+    start: float
+    end: float
+
+
+class Window(NamedTuple):
+    """The frames that a clip takes."""
+
+    frames: tuple[int, ...]
+    """Their numbers in the video."""
+    fresh: int
+    """How many of them come before a short scene begins again or is held."""
+
+
+def survey(footage: Footage, config: DatasetConfig) -> Survey:
+    """Decode every frame once, keeping none. Raises RejectedError for a video that is broken or too long."""
+    threshold = config.video.cut_threshold if config.video is not None else None
+    detector = CutDetector(threshold) if threshold is not None else None
+    times: list[float] = []
+    cuts: list[int] = []
+    end, size = 0.0, (0, 0)
+    for frame in footage.frames():
+        check_length(frame.time, config)
+        if times and frame.size != size:
+            raise RejectedError(f"its frames differ in size: {_pixels(size)} and {_pixels(frame.size)}")
+        size = frame.size
+        if detector is not None and detector.begins_scene(frame.reduced(SIDE)):
+            cuts.append(len(times))
+        # Broken files go back in time.
+        times.append(max(frame.time, times[-1] if times else 0.0))
+        end = max(frame.end, times[-1])
+    if len(times) < 2:
+        raise RejectedError("has a single frame, so nothing moves in it" if times else "has no frames")
+    if footage.stated_seconds is not None and end < TRUNCATED * footage.stated_seconds:
+        raise RejectedError(f"is truncated: it ends after {end:.2f} of {footage.stated_seconds:.2f} s")
+    return Survey(np.array(times), end, tuple(cuts), size)
+
+
+def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) -> Window:
+    """The frames of clip `index`, which does not depend on how many clips there are.
+
+    seed: whatever names the video's content. Raises RejectedError where no scene is long enough and none may be repeated.
+    """
+    scenes = list(video.scenes())
+    rooms = [scene.end - scene.start - config.seconds for scene in scenes]
+    # The last frame is to be shown yet when its time comes.
+    fitting = [(scene, room) for scene, room in zip(scenes, rooms, strict=True) if room > ROUNDING]
+    if not fitting:
+        return _short_window(video, config, max(scenes, key=lambda scene: scene.end - scene.start))
+    ends = np.cumsum([room for _, room in fitting])
+    offset = 0.0 if config.start.name == "first" else _share(seed, index) * float(ends[-1])
+    chosen = min(int(np.searchsorted(ends, offset, side="right")), len(fitting) - 1)
+    scene, room = fitting[chosen]
+    offset -= ends[chosen] - room
+    # From when a frame is shown, so that a video of the very rate gives each of its frames once.
+    start = float(video.times[_shown(video, scene, scene.start + offset)])
+    times = start + np.arange(config.num_frames) / config.fps
+    return Window(tuple(_shown(video, scene, time) for time in times), config.num_frames)
+
+
+def _short_window(video: Survey, config: VideoConfig, scene: Scene) -> Window:
+    """A clip of a scene that is shorter than it."""
+    length = scene.end - scene.start
+    if config.short == "skip":
+        part = "" if len(list(video.scenes())) == 1 else " between cuts"
+        raise RejectedError(
+            f"is too short: {length:.2f} s{part}; {config.num_frames} frames at {config.fps:g} a second take "
+            f"{config.seconds:.2f} s; set dataset.video.short to loop or pad, or ask for less"
+        )
+    if scene.stop - scene.first < 2:
+        raise RejectedError("has no scene of more than one frame")
+    times = np.arange(config.num_frames) / config.fps
+    fresh = int((times < length - ROUNDING).sum())
+    times = times % length if config.short == "loop" else times
+    return Window(tuple(_shown(video, scene, scene.start + time) for time in times), fresh)
+
+
+def _shown(video: Survey, scene: Scene, time: float) -> int:
+    """The frame of a scene that is shown at a time."""
+    number = int(np.searchsorted(video.times, time + ROUNDING, side="right")) - 1
+    return min(max(number, scene.first), scene.stop - 1)
+
+
+def _share(seed: str, index: int) -> float:
+    """A number in [0, 1)."""
+    digest = hashlib.blake2b(f"{seed} {index} start".encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,174 @@
+"""Whole videos, from a prompt to files, by actors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+from tiny_models import difference
+
+from ray_sd.config import TextToVideoConfig
+from ray_sd.config.load import load_config
+from ray_sd.data import stages, text_to_video
+from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
+from ray_sd.data.text_to_video import VideosResult, make_videos
+from ray_sd.errors import ArtifactError, ConfigError, RaySdError
+from ray_sd.generate import read_frames, read_parameters, read_video_parameters
+
+MODELS = {
+    "image": "tiny_random",
+    "video": "tiny_random_video",
+    "interpolation": "tiny_random_video",
+    "upscale": "tiny_random_upscale",
+}
+FRAMES = {"video.num_frames": 3, "interpolation.num_frames": 3}
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
+    """Videos of 24 x 16 pixels by the tiny models of some stages, two steps each."""
+
+    def build(*settings: str, of: tuple[str, ...] = tuple(MODELS)) -> TextToVideoConfig:
+        common = ["prompt=a cat", "height=16", "width=24", "decode.chunk_size=2", f"output={tmp_path / 'videos'}"]
+        for stage, model in MODELS.items():
+            common += [f"{stage}.model={model}", f"{stage}.num_inference_steps=2"] if stage in of else []
+            common += [] if stage in of else [f"{stage}=null"]
+        common += [f"{name}={count}" for name, count in FRAMES.items() if name.partition(".")[0] in of]
+        return load_config([*common, *settings], TextToVideoConfig)
+
+    return build
+
+
+def largest_difference(one: Path, other: Path) -> int:
+    frames = [read_frames(path) for path in (one, other)]
+    assert len(frames[0]) == len(frames[1])
+    return max(difference(*pair) for pair in zip(*frames, strict=True))
+
+
+def first(result: VideosResult, stage: str) -> tuple[float, float]:
+    """When a stage began with the first video, and when it ended."""
+    spans = [span for span in result.spans if span.stage == stage and span.video == 0]
+    return min(span.began for span in spans), max(span.ended for span in spans)
+
+
+@pytest.mark.slow
+def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, ray_cluster: None):
+    config = configure("num_videos=2", "seed=5", "video.fps=4")
+    result = make_videos(config)
+    folder = tmp_path / "videos"
+    assert [video.path for video in result.videos] == [f"{folder}/00000.mp4", f"{folder}/00001.mp4"]
+    sizes = {
+        KEY_FRAMES: (3, 24, 16, 4),
+        INTERPOLATED: (5, 24, 16, 8),
+        DECODED: (5, 24, 16, 8),
+        UPSCALED: (5, 96, 64, 8),
+    }
+    for number, seed in ((0, 5), (1, 6)):
+        own = folder / f"{number:05d}"
+        assert read_parameters(own / "picture.png")["stage"] == PICTURE
+        assert Image.open(own / "picture.png").size == (24, 16)
+        for stage, (count, width, height, fps) in sizes.items():
+            frames = read_frames(own / f"{stage}.mp4")
+            assert [frame.size for frame in frames] == [(width, height)] * count
+            said = read_video_parameters(own / f"{stage}.mp4")
+            assert (said["stage"], said["prompt"], said["seed"], said["num_frames"]) == (stage, "a cat", seed, count)
+            assert (said["fps"], said["width"], said["height"]) == (fps, width, height)
+            assert said["config"] == config.model_dump(mode="json")
+            assert said == read_video_parameters(own / f"{stage}.gif") == read_parameters(own / f"{stage}.png")
+        for suffix in (".mp4", ".gif", ".png"):
+            assert (folder / f"{number:05d}{suffix}").read_bytes() == (own / f"{UPSCALED}{suffix}").read_bytes()
+    assert largest_difference(folder / "00000.mp4", folder / "00001.mp4") > 20
+    # Frames of the sequence that are key frames are those, but for the decoder's neighbours.
+    summary = result.summary()
+    assert "videos:  2, 96 x 64 pixels, 5 frames at 8 a second (0.6 s)" in summary
+    assert (
+        f"stages:  {folder}/00000: picture.png, key_frames.mp4, interpolated.mp4, decoded.mp4, upscaled.mp4" in summary
+    )
+    assert all(f"{stage} " in summary for stage in ("key frames", "interpolated", "decoded", "upscaled"))
+
+    # The stages work side by side: they take up the second video before the first is done.
+    began = {
+        stage: min(s.began for s in result.spans if s.stage == stage and s.video == 1)
+        for stage in (PICTURE, KEY_FRAMES)
+    }
+    assert began[PICTURE] < first(result, INTERPOLATED)[1]
+    assert began[KEY_FRAMES] < first(result, UPSCALED)[1]
+    assert first(result, DECODED)[0] < first(result, INTERPOLATED)[1]
+
+    # The same seed makes the same video, whatever is made beside it; numbers go on.
+    again = make_videos(configure("seed=6", "video.fps=4"))
+    assert [video.path for video in again.videos] == [f"{folder}/00002.mp4"]
+    assert largest_difference(folder / "00001.mp4", folder / "00002.mp4") <= 1
+
+
+def test_frames_of_key_frames_alone(configure: Callable, tmp_path: Path, ray_cluster: None):
+    result = make_videos(configure("prompt=a dog", of=("image", "video")))
+    assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
+    assert len(read_frames(tmp_path / "videos/00000.mp4")) == 3
+    assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
+
+
+def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Path, ray_cluster: None):
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    result = make_videos(configure(f"picture={tmp_path / 'red.png'}", "prompt=", "num_videos=2", of=("upscale",)))
+    assert result.videos[0].stages.keys() == {PICTURE, UPSCALED}
+    paths = [Path(video.path) for video in result.videos]
+    assert [path.name for path in paths] == ["00000.png", "00001.png"]
+    large = [Image.open(path) for path in paths]
+    assert [image.size for image in large] == [(96, 64)] * 2
+    assert difference(*large) > 5  # of another seed
+    assert Image.open(tmp_path / "videos/00000/picture.png").getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["upscale.noise_level=999"], "upscale.noise_level: 999 is more than the 350"),
+        (["interpolation.model.vae.architecture.scaling_factor=0.1"], "its latents have scaling_factor 0.1"),
+        (["image.adapter=nowhere"], "image.adapter: no folder or file nowhere"),
+        (["decode.adapter=nowhere"], "decode.adapter: no folder or file nowhere"),
+        (["video.adapter=embedded/adapters/owl"], "was made for a model of family stable_diffusion, not"),
+        (["prompts_file=nowhere.txt"], "prompts_file: cannot read nowhere.txt"),
+        (["image=null", "picture=nowhere.png"], "picture: nowhere.png"),
+    ],
+)
+def test_what_cannot_go_is_told_before_anything_starts(
+    configure: Callable, monkeypatch: pytest.MonkeyPatch, settings: list[str], words: str
+):
+    monkeypatch.setattr(text_to_video, "connect", lambda: pytest.fail("it started"))
+    left_out = tuple(MODELS) if "image=null" not in settings else ("video", "interpolation", "upscale")
+    with pytest.raises((ConfigError, ArtifactError), match=words):
+        make_videos(configure(*[setting for setting in settings if setting != "image=null"], of=left_out))
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp_path: Path, ray_cluster: None):
+    config = configure("image.model.unet.architecture.cross_attention_dim=48", of=("image", "upscale"))
+    with pytest.raises(ArtifactError, match="takes text embeddings of width 48"):
+        make_videos(config)
+    broken = tmp_path / "unet"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(RaySdError, match="no .safetensors weights for the unet"):
+        make_videos(configure(f"image.model.unet={broken}", of=("image", "upscale")))
+
+
+@pytest.mark.parametrize(("gpus", "actors", "share"), [(0, 5, 0), (1, 5, 0.2), (2, 5, 1 / 3), (4, 5, 0.5), (8, 5, 1)])
+def test_gpus_are_divided_so_that_every_stage_has_a_part(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, actors: int, share: float
+):
+    monkeypatch.setattr(stages, "possible_resources", lambda: {"CPU": 8, "GPU": gpus})
+    assert gpu_share(actors) == share
+
+
+def test_a_stage_whose_process_dies_is_told_in_words(ray_cluster: None):
+    @ray.remote(num_cpus=0.1)
+    class Dying:
+        def die(self) -> None:
+            import os
+
+            os._exit(1)
+
+    actor = Dying.remote()
+    with pytest.raises(RaySdError, match="the process of a stage died"):
+        stages.get(actor.die.remote())

@@ -1,0 +1,184 @@
+"""Which frames make a clip."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_pictures import encoded
+from sample_videos import counted, gif, numbered, read_number, scene, video
+
+from ray_sd.config import DatasetConfig
+from ray_sd.data.crops import variants
+from ray_sd.data.decode import RejectedError
+from ray_sd.data.examine import image_key
+from ray_sd.data.sources import SourceRow
+from ray_sd.data.video.clips import cut_clips, open_footage
+from ray_sd.data.video.timing import choose_window, survey
+
+
+def settings(source: dict[str, Any] | None = None, crop: Any = "center", **clip: Any) -> DatasetConfig:
+    clip = {"num_frames": 4, "fps": 5, "cut_threshold": None, **clip}
+    source = source or {"name": "video_folder", "path": "x"}
+    return DatasetConfig.model_validate({"source": source, "video": clip, "crop": crop, "resolution": [48, 64]})
+
+
+def clips(data: bytes | list[bytes], seed: str = "a", **clip: Any) -> list[list[int]]:
+    """Numbers of the frames of each clip of a video of numbered frames."""
+    return [[read_number(frame) for frame in frames] for frames in pixels(data, settings(**clip), seed)]
+
+
+def pixels(data: bytes | list[bytes], config: DatasetConfig, seed: str = "a") -> list[np.ndarray]:
+    """uint8 [F, H, W, 3] of each clip, as the pipeline cuts them."""
+    row = SourceRow("x", "x", data, []) if isinstance(data, bytes) else SourceRow("x", "x", b"", [], frames=data)
+    missing = [(variant, image_key(seed, variant)) for variant in variants(config)]
+    records = cut_clips(open_footage(row, config), seed, missing, config)
+    return [
+        np.frombuffer(record["pixels"], np.uint8).reshape(record["shapes"][0]).transpose(0, 2, 3, 1)
+        for record in records
+    ]
+
+
+def test_frames_are_taken_at_the_wanted_rate_whatever_the_video_s_is():
+    assert clips(counted(40, fps=10)) == [[0, 2, 4, 6]]
+    assert clips(counted(40, fps=30)) == [[0, 6, 12, 18]]
+    assert clips(counted(40, fps=12.5)) == [[0, 2, 5, 7]]  # of 0.4 and 0.6 s, frames 5 and 7 are the last to begin
+    assert clips(counted(40, fps=10), fps=2.5, num_frames=8) == [[0, 4, 8, 12, 16, 20, 24, 28]]
+
+
+def test_a_slow_video_repeats_the_frame_that_is_still_shown():
+    assert clips(counted(10, fps=2)) == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("kind", [{}, {"kind": "webm", "codec": "libvpx-vp9"}], ids=["mp4", "webm"])
+def test_frames_of_a_variable_rate_are_taken_by_their_times(kind: dict):
+    """At 0, 0.2, 0.4 and 0.6 s; the frame of 0.2 s is shown until 0.9 s."""
+    times = [0, 100, 150, 200, 900, 1000, 1500, 1600]
+    assert clips(counted(8, times=times, **kind)) == [[0, 3, 3, 3]]
+    assert clips(counted(8, times=times, **kind), num_frames=7) == [[0, 3, 3, 3, 3, 5, 5]]
+
+
+@pytest.mark.parametrize("rate", [7, 24, 23.976, 30])
+def test_a_video_of_the_wanted_rate_gives_each_frame_once_also_in_rounded_times(rate: float):
+    """WebM keeps whole milliseconds."""
+    data = counted(40, fps=rate, kind="webm", codec="libvpx-vp9")
+    assert clips(data, fps=rate, num_frames=12) == [list(range(12))]
+    for frames in clips(data, fps=rate, num_frames=12, start="random"):
+        assert frames == list(range(frames[0], frames[0] + 12))
+
+
+def test_a_video_of_exactly_the_clip_s_length_fits():
+    assert clips(counted(4, fps=5)) == [[0, 1, 2, 3]]
+    with pytest.raises(RejectedError, match="is too short"):
+        clips(counted(3, fps=5))
+
+
+def test_random_starts_follow_the_content_and_not_their_number():
+    data = counted(200)
+    two, four = (clips(data, start={"name": "random", "num_variants": count}) for count in (2, 4))
+    assert four[:2] == two
+    assert len({frames[0] for frames in four}) == 4
+    assert all(np.diff(frames).tolist() == [2, 2, 2] for frames in four)
+    assert clips(data, start="random") == four
+    assert clips(data, start="random", seed="b") != four
+    starts = [clips(data, start={"name": "random", "num_variants": 1}, seed=f"{i}")[0][0] for i in range(40)]
+    assert min(starts) < 40
+    assert max(starts) > 150
+
+
+def test_short_videos_are_rejected_repeated_or_held():
+    data = counted(5, fps=5)
+    with pytest.raises(
+        RejectedError, match="is too short: 1.00 s; 8 frames at 5 a second take 1.40 s; set dataset.vid"
+    ):
+        clips(data, num_frames=8)
+    assert clips(data, num_frames=8, short="loop") == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert clips(data, num_frames=8, short="pad") == [[0, 1, 2, 3, 4, 4, 4, 4]]
+    assert clips(data, num_frames=4, short="pad") == [[0, 1, 2, 3]]
+
+
+def test_what_repeats_a_short_video_is_no_motion_of_its_own():
+    for short, fresh in (("loop", 5), ("pad", 5)):
+        config = settings(num_frames=8, short=short)
+        found = survey(open_footage(SourceRow("x", "x", counted(5, fps=5), []), config), config)
+        assert choose_window(found, config.video, seed="a", index=0).fresh == fresh
+
+
+def test_a_video_that_says_to_last_as_long_as_it_does_is_not_truncated():
+    config = settings()
+    for kind in ({}, {"kind": "webm", "codec": "libvpx-vp9"}, {"kind": "avi", "codec": "mpeg4"}):
+        assert survey(open_footage(SourceRow("x", "x", counted(30, **kind), []), config), config).end == pytest.approx(
+            3
+        )
+
+
+CUTS = [frame for number in range(4) for frame in scene(number)]
+
+
+def test_cuts_are_found_where_they_are():
+    config = settings(cut_threshold=27)
+    for data in (video(CUTS), [encoded(Image.fromarray(frame)) for frame in CUTS]):
+        if isinstance(data, bytes):
+            footage = open_footage(SourceRow("x", "x", data, []), config)
+        else:
+            frames = {"name": "frame_folder", "path": "x", "fps": 10}
+            footage = open_footage(SourceRow("x", "x", b"", [], frames=data), settings(frames, cut_threshold=27))
+        assert survey(footage, config).cuts == (10, 20, 30)
+
+
+def test_no_clip_crosses_a_cut():
+    """Scenes of a second each; four frames at 5 a second take 0.6 s of one."""
+    data = video(CUTS)
+    for seed in "abcdef":
+        for frames in pixels(data, settings(cut_threshold=27, start="random"), seed):
+            reds = frames[:, 24, 32, 0].astype(int)
+            assert np.ptp(reds) < 10
+    crossing = [
+        np.ptp(frames[:, 24, 32, 0].astype(int)) > 100
+        for seed in "abcdef"
+        for frames in pixels(data, settings(start="random"), seed)
+    ]
+    assert any(crossing)
+    with pytest.raises(RejectedError, match="is too short: 1.00 s between cuts"):
+        pixels(data, settings(cut_threshold=27, num_frames=8))
+
+
+def test_the_first_scene_that_is_long_enough_is_taken():
+    data = video([*CUTS[:3], *CUTS[10:20]])
+    [frames] = pixels(data, settings(cut_threshold=27))
+    assert frames[:, 24, 32, 2].min() > 150  # the blue one
+
+
+def test_a_gif_s_frames_are_taken_by_their_delays():
+    assert clips(gif([numbered(number) for number in range(12)], milliseconds=100)) == [[0, 2, 4, 6]]
+
+
+def test_a_folder_s_frames_are_taken_at_the_rate_it_was_recorded_at():
+    frames = [encoded(Image.fromarray(numbered(number))) for number in range(20)]
+    for fps, wanted in ((10, [0, 2, 4, 6]), (5, [0, 1, 2, 3])):
+        assert clips(frames, source={"name": "frame_folder", "path": "x", "fps": fps}) == [wanted]
+
+
+def test_all_frames_of_a_clip_are_cut_alike_and_windows_differ():
+    still = np.random.default_rng(0).integers(0, 256, (12, 32, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    data = video([still] * 20)
+    config = settings(crop={"name": "random", "num_variants": 3})
+    found = pixels(data, config)
+    for frames in found:
+        assert np.abs(frames.astype(int) - frames[0]).mean() < 3
+    assert np.abs(found[0][0].astype(int) - found[1][0]).mean() > 20
+
+
+def test_the_whole_clip_is_mirrored():
+    config = settings().model_copy(update={"flip": True})
+    plain, flipped = pixels(counted(20), config)
+    assert (flipped == plain[:, :, ::-1]).all()
+
+
+def test_a_file_whose_index_leads_astray_is_read_from_the_beginning(monkeypatch: pytest.MonkeyPatch):
+    from ray_sd.data.video.stream import EncodedVideo
+
+    right = clips(counted(100, gop_size=10), start="random")
+    honest = EncodedVideo._seek
+    monkeypatch.setattr(EncodedVideo, "_seek", lambda self, c, track, since: honest(self, c, track, since + 3))
+    assert clips(counted(100, gop_size=10), start="random") == right
