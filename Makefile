@@ -44,12 +44,13 @@ bench: $(STAMP)
 docs: $(STAMP)
 	python -m ray_sd.config.documentation
 
-# The embedded models, trained again from nothing, in hours on two cores. Replaces what lies in ray_sd/embedded/emoji.
+# The embedded models, trained again from nothing, in hours on two cores. Replaces what lies in ray_sd/embedded.
 embedded: $(STAMP)
 	python jobs/prepare_emoji.py selection=autoencoder out=runs/data/emoji_vae
 	python jobs/prepare_emoji.py selection=two_core out=runs/data/emoji
 	python jobs/prepare_emoji.py selection=clips out=runs/data/emoji_clips
 	python jobs/prepare_emoji.py selection=spin out=ray_sd/embedded/clips/spin
+	python -m ray_sd.embedded.clip
 	python -m ray_sd.embedded.autoencoder runs/emoji_vae_start
 	python jobs/train.py experiment=train_vae_emoji
 	python jobs/train.py experiment=finish_vae_emoji

@@ -41,6 +41,15 @@ class AdapterExportConfig(ExportConfig):
     """Precision of what is written; null keeps the adapter's, and float32 for what is computed."""
 
     @model_validator(mode="after")
+    def _check_family(self) -> "AdapterExportConfig":
+        if self.model.makes_videos:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos, and takes whole weights only, which need no conversion; "
+                "jobs/export.py fuse puts them into their base"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_layout(self) -> "AdapterExportConfig":
         if self.layout in ("kohya", "a1111") and not self.writes_file:
             raise ValueError(f"layout {self.layout} is one file; output must end in {FILE}")
@@ -91,6 +100,14 @@ class FuseConfig(SeveralAdaptersConfig):
 
     dtype: Precision = "float16"
     """Precision of the weights that are written; they are computed in float32."""
+
+    @model_validator(mode="after")
+    def _check_family(self) -> "FuseConfig":
+        if self.model.makes_videos and self.writes_file:
+            raise ValueError(
+                f"model '{self.model.name}' makes videos, and goes into no single file; give a folder as output"
+            )
+        return self
 
 
 class ExtractConfig(AdapterExportConfig):

@@ -107,7 +107,7 @@ def render(clip: Clip, size: int = SIZE, fps: float = FPS, frames: int = FRAMES)
 
 
 def paste(canvas: Image.Image, picture: Image.Image, pose: Pose) -> None:
-    """Lay a square, twice as wide as the sprite in its middle, over a square canvas.
+    """Lay a sprite, in the middle of a square twice as wide, over a square canvas.
 
     Pillow's resize takes a box in fractions of pixels and averages where it makes smaller, so nothing jumps from pixel to
     pixel. Colours are multiplied by their opacity (mode RGBa), or a rim would show.
@@ -142,10 +142,11 @@ def encode(frames: np.ndarray, fps: int = FPS, quality: str = QUALITY) -> bytes:
 
 
 @lru_cache(64)
-def sprite_square(sprite: Sprite, mirrored: bool) -> Image.Image:
-    """The sprite in a square twice as wide, so that it can be turned."""
+def sprite_square(sprite: Sprite, mirrored: bool, width: int = 256) -> Image.Image:
+    """The sprite, that many pixels wide, in the middle of a square twice as wide, so that it can be turned; mode RGBa."""
     rgba = sprite.rgba()
-    width = max(rgba.size)
+    scale = width / max(rgba.size)
+    rgba = rgba.resize((round(rgba.width * scale), round(rgba.height * scale)), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (2 * width, 2 * width))
     square.paste(rgba, (width - rgba.width // 2, width - rgba.height // 2))
     if mirrored:

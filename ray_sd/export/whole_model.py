@@ -12,7 +12,9 @@ from ray_sd.config import ModelConfig
 from ray_sd.errors import ArtifactError
 from ray_sd.methods.weights import save_component
 from ray_sd.models import DiffusionModel, load_model, single_file
+from ray_sd.models.components import IMAGE_PROCESSOR
 from ray_sd.models.original_layout import original_weights
+from ray_sd.models.stable_video_diffusion import StableVideoDiffusion
 
 UNET = (
     "in_channels",
@@ -51,6 +53,9 @@ def save_folder(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None
         tokenizer.save_pretrained(place)
         # transformers before version 5 reads vocab.json and merges.txt, which later ones no longer save.
         tokenizer.backend_tokenizer.model.save(str(place))
+    if isinstance(model, StableVideoDiffusion):
+        save_component(model.image_encoder, folder / "image_encoder", dtype=dtype)
+        model.image_processor.save_pretrained(folder / IMAGE_PROCESSOR)
     save_component(model.unet, folder / "unet", dtype=dtype)
     save_component(model.vae, folder / "vae", dtype=dtype)
     pipeline = model.pipeline()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_pictures import encoded
-from sample_videos import counted, gif, numbered, read_number, scene, video
+from sample_videos import SIZE, counted, gif, numbered, read_number, scene, shifting, video
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.crops import variants
@@ -14,7 +14,7 @@ from ray_sd.data.decode import RejectedError
 from ray_sd.data.examine import image_key
 from ray_sd.data.sources import SourceRow
 from ray_sd.data.video.clips import cut_clips, open_footage
-from ray_sd.data.video.timing import choose_window, survey
+from ray_sd.data.video.timing import survey
 
 
 def settings(source: dict[str, Any] | None = None, crop: Any = "center", **clip: Any) -> DatasetConfig:
@@ -29,14 +29,18 @@ def clips(data: bytes | list[bytes], seed: str = "a", **clip: Any) -> list[list[
 
 
 def pixels(data: bytes | list[bytes], config: DatasetConfig, seed: str = "a") -> list[np.ndarray]:
-    """uint8 [F, H, W, 3] of each clip, as the pipeline cuts them."""
-    row = SourceRow("x", "x", data, []) if isinstance(data, bytes) else SourceRow("x", "x", b"", [], frames=data)
-    missing = [(variant, image_key(seed, variant)) for variant in variants(config)]
-    records = cut_clips(open_footage(row, config), seed, missing, config)
+    """uint8 [F, H, W, 3] of each clip."""
     return [
         np.frombuffer(record["pixels"], np.uint8).reshape(record["shapes"][0]).transpose(0, 2, 3, 1)
-        for record in records
+        for record in records(data, config, seed)
     ]
+
+
+def records(data: bytes | list[bytes], config: DatasetConfig, seed: str = "a") -> list[dict[str, Any]]:
+    """What the pipeline makes of a video."""
+    row = SourceRow("x", "x", data, []) if isinstance(data, bytes) else SourceRow("x", "x", b"", [], frames=data)
+    missing = [(variant, image_key(seed, variant)) for variant in variants(config)]
+    return list(cut_clips(open_footage(row, config), seed, missing, config))
 
 
 def test_frames_are_taken_at_the_wanted_rate_whatever_the_video_s_is():
@@ -98,10 +102,14 @@ def test_short_videos_are_rejected_repeated_or_held():
 
 
 def test_what_repeats_a_short_video_is_no_motion_of_its_own():
-    for short, fresh in (("loop", 5), ("pad", 5)):
-        config = settings(num_frames=8, short=short)
-        found = survey(open_footage(SourceRow("x", "x", counted(5, fps=5), []), config), config)
-        assert choose_window(found, config.video, seed="a", index=0).fresh == fresh
+    """Neither the leap back to the beginning nor the standstill at the end counts."""
+    data = video(shifting(6, 4, SIZE), fps=5)
+    plain, looped, held = (
+        records(data, settings(num_frames=count, short=short))[0]["motion"]
+        for count, short in ((6, "skip"), (14, "loop"), (14, "pad"))
+    )
+    assert plain > 0.1
+    assert looped == held == plain
 
 
 def test_a_video_that_says_to_last_as_long_as_it_does_is_not_truncated():
@@ -173,6 +181,25 @@ def test_the_whole_clip_is_mirrored():
     config = settings().model_copy(update={"flip": True})
     plain, flipped = pixels(counted(20), config)
     assert (flipped == plain[:, :, ::-1]).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"gop_size": 10},
+        {"kind": "webm", "codec": "libvpx-vp9", "gop_size": 10},
+        {"kind": "matroska", "codec": "libx264", "gop_size": 10},
+        {"kind": "avi", "codec": "mpeg4", "gop_size": 10},
+        {"kind": "gif"},
+    ],
+    ids=lambda kind: kind.get("kind", "mp4"),
+)
+def test_late_clips_have_the_right_frames_in_every_container(kind: dict):
+    frames = [numbered(number) for number in range(100)]
+    data = gif(frames) if kind == {"kind": "gif"} else video(frames, **kind)
+    for clip in clips(data, start="random"):
+        assert np.diff(clip).tolist() == [2, 2, 2]
+    assert max(clip[0] for clip in clips(data, start="random")) > 20
 
 
 def test_a_file_whose_index_leads_astray_is_read_from_the_beginning(monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ray_sd.embedded.autoencoder import build_start, build_upscaler_start
+from ray_sd.embedded.autoencoder import build_start, build_upscaler_start, build_video_start
 
 
 @pytest.fixture(scope="module")
 def start():
     return build_start()
+
+
+@pytest.fixture(scope="module")
+def video_start():
+    return build_video_start()
 
 
 def pixels(seed):
@@ -80,3 +85,38 @@ def test_the_upscalers_start_halves_twice_and_is_what_its_pipeline_takes():
     assert posterior.mean.std() > 4 * 0.1353
     latents = torch.randn(1, 8, 4, 4)
     torch.testing.assert_close(start.post_quant_conv(latents), latents)
+
+
+def test_the_video_start_decodes_each_frame_as_if_it_were_alone(video_start):
+    latents = torch.randn(2 * 4, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames = video_start.decode(latents, num_frames=4).sample
+    assert frames.shape == (8, 3, 64, 64)
+    assert frames.std() > 0.1
+    alone = torch.cat([video_start.decode(frame[None], num_frames=1).sample for frame in latents])
+    torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
+
+
+def test_layers_over_time_of_the_video_start_learn_at_once(video_start):
+    latents = torch.randn(4, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        video_start.decode(latents, num_frames=4).sample.square().mean().backward()
+    silent = [
+        module for name, module in video_start.decoder.named_modules() if name.endswith("temporal_res_block.conv2")
+    ]
+    assert silent
+    assert all(module.weight.count_nonzero() == 0 and module.weight.grad.count_nonzero() > 0 for module in silent)
+    video_start.zero_grad()
+
+
+@torch.no_grad()
+def test_the_video_start_has_latents_like_those_of_pictures(start, video_start):
+    posterior = video_start.encode(pixels(0)).latent_dist
+    assert posterior.mean.shape == start.encode(pixels(0)).latent_dist.mean.shape
+    assert posterior.mean.std() > 4 * 0.1353
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1353), atol=1e-4, rtol=0)
+    assert video_start.config.scaling_factor == 1.0
+
+
+def test_the_same_seed_gives_the_same_video_start(video_start):
+    again = build_video_start()
+    assert all(torch.equal(a, b) for a, b in zip(video_start.parameters(), again.parameters(), strict=True))

@@ -10,7 +10,7 @@ from tiny_models import export_adapter
 from jobs.export import main
 from ray_sd.config.load import run_job
 
-tiny, tiny_xl = tiny_models.tiny, tiny_models.tiny_xl
+tiny, tiny_video, tiny_xl = tiny_models.tiny, tiny_models.tiny_video, tiny_models.tiny_xl
 
 
 @pytest.fixture(autouse=True)

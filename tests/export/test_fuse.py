@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
 from pictures import picture
+from PIL import Image
 from random_loras import random_updates
 from safetensors.torch import load_file
-from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_xl_config
+from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_video_config, tiny_xl_config
 from transformers import CLIPTokenizer
 
-from ray_sd.config.export import FuseConfig
+from ray_sd.config.export import ConvertConfig, FuseConfig
 from ray_sd.export import export
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya
+from ray_sd.methods.temporal import is_temporal
+from ray_sd.methods.weights import save_component
 from ray_sd.models import load_model
 
 
@@ -131,3 +134,33 @@ def test_an_adapter_of_another_base_does_not_fuse(adapters: dict[str, Path], ref
     other = save_tiny_model(tmp_path / "other", seed=1)
     words = refusal("fuse", f"adapters={adapters['lora']}", "output=fused", base=other)
     assert "was made for the base 'tiny'" in words
+
+
+def test_a_video_models_adapter_is_fused_into_a_folder_that_the_plain_pipeline_loads(tiny_video: Path, tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    trained = load_model(tiny_video_config(tiny_video)).unet
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if is_temporal(name):
+                parameter.add_(0.1)
+    save_component(trained, adapter / "unet")
+    export(FuseConfig(model=tiny_video_config(tiny_video), adapters=(str(adapter),), output=str(tmp_path / "whole")))
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    for name, tensor in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(tensor, trained.state_dict()[name], rtol=1e-3, atol=1e-4)
+    picture_of_noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(picture_of_noise, height=64, width=64, num_frames=2, num_inference_steps=1).frames[0]
+    assert len(frames) == 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings", "words"),
+    [
+        (FuseConfig, {"adapters": "a", "output": "whole.safetensors"}, "goes into no single file"),
+        (ConvertConfig, {"adapter": "a", "output": "converted"}, "takes whole weights only"),
+    ],
+)
+def test_what_video_models_have_no_use_for_is_told(schema: type, settings: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        schema.model_validate({"model": tiny_video_config(Path("base")).model_dump(), **settings})
