@@ -77,9 +77,10 @@ class ExperimentConfig(Schema):
             )
         if isinstance(self.method, InterpolationMethod):
             self._check_key_frames(self.method.key_frames)
-        self._check_drawings(of_videos)
         if self.model.upscales:
             self._check_upscaler()
+        else:
+            self._check_drawings(of_videos)
         return self
 
     def _check_key_frames(self, key_frames: tuple[int, ...]) -> None:
@@ -107,10 +108,11 @@ class ExperimentConfig(Schema):
             )
 
     def _check_upscaler(self) -> None:
-        if self.trainer.validation.prompts:
+        drawings = self.trainer.validation
+        if drawings.prompts and len(drawings.prompts) != len(drawings.images):
             raise ValueError(
-                f"trainer.validation.prompts: model '{self.model.name}' draws from pictures, not from prompts alone; leave them "
-                "out, and keep rows for a validation loss by dataset.holdout"
+                f"trainer.validation: {len(drawings.prompts)} prompts for {len(drawings.images)} images; an upscaler draws from "
+                "pictures, so give one of validation.images for each prompt, or images alone"
             )
         if getattr(self.method, "class_prompt", ()):
             raise ValueError(

@@ -85,7 +85,8 @@ class ValidationConfig(Schema):
     """What the pictures should not show."""
     images: tuple[str, ...] = ()
     """First frames of clips that a video model draws at every checkpoint and at the end: paths, or `embedded/…`. For
-    interpolation the key frames of each clip, one after another."""
+    interpolation the key frames of each clip, one after another; for an upscaler the pictures that it is given small, with
+    the `prompts` as their captions, if any."""
     seed: int = 0
     """Seed of the first prompt's picture, or first image's clip; the next count on."""
     num_inference_steps: int = Field(20, ge=1)

@@ -1,4 +1,4 @@
-"""What a checkpoint's weights draw: pictures of validation prompts, or clips of validation images."""
+"""What a checkpoint's weights draw: pictures of validation prompts, or clips or enlargements of validation images."""
 
 import io
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 import ray.train
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import InterpolationMethod
@@ -18,6 +18,7 @@ from ray_sd.data.locations import locate
 from ray_sd.errors import ConfigError
 from ray_sd.generate import ImageRequest, contact_sheet, frame_sheet, generate, save_mp4, save_png
 from ray_sd.generate.clips import ClipRequest, generate_clips
+from ray_sd.generate.upscaling import UpscaleRequest, upscale
 from ray_sd.models import DiffusionModel
 from ray_sd.train.monitor import PICTURES
 from ray_sd.train.storage import RunFolder
@@ -54,7 +55,11 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
     parameters = {"step": step, "run": experiment.name}
     with tempfile.TemporaryDirectory() as scratch:
         sheet, video = Path(scratch) / f"step-{step:08d}.png", Path(scratch) / f"step-{step:08d}.mp4"
-        if drawings.images:
+        if experiment.model.upscales:
+            count = len(drawings.images)
+            parameters["images"] = list(drawings.images)
+            save_png(_draw_enlarged(model, experiment), sheet, parameters)
+        elif drawings.images:
             count = len(drawings.images)
             clips = _draw_clips(model, experiment)
             parameters["images"] = list(drawings.images)
@@ -70,7 +75,9 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
         where = run.upload(sheet, f"{PICTURES}/{sheet.name}")
         if last:
             run.upload(sheet, LAST_PICTURES)
-    logger.info("drew %d %s at step %d: %s", count, "clips" if drawings.images else "pictures", step, where)
+    logger.info(
+        "drew %d %s at step %d: %s", count, "clips" if experiment.model.makes_videos else "pictures", step, where
+    )
     return {"samples": where}
 
 
@@ -89,6 +96,28 @@ def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> Image
         for i, prompt in enumerate(settings.prompts)
     ]
     return contact_sheet(generate(model, requests), labels=list(settings.prompts))
+
+
+def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> Image.Image:
+    """Of each validation image what the model is given, what it makes of it, and the image itself, in a row."""
+    settings, dataset = experiment.trainer.validation, experiment.dataset
+    size = (dataset.width, dataset.height)
+    images = [ImageOps.fit(_read_image(path), size, Image.Resampling.LANCZOS) for path in settings.images]
+    small = [image.reduce(model.latent_factor) for image in images]
+    requests = [
+        UpscaleRequest(
+            prompt=prompt,
+            negative_prompt=settings.negative_prompt,
+            seed=settings.seed + i,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            image=small[i],
+        )
+        for i, prompt in enumerate(settings.prompts or [""] * len(images))
+    ]
+    given = [image.resize(size, Image.Resampling.NEAREST) for image in small]
+    rows = zip(given, upscale(model, requests), images, strict=True)
+    return contact_sheet([image for row in rows for image in row], ["given", "drawn", "true"] * len(images), columns=3)
 
 
 def _draw_clips(model: DiffusionModel, experiment: ExperimentConfig) -> list[list[Image.Image]]:
