@@ -115,8 +115,9 @@ class ModelConfig(Schema):
     """How often a prompt fills the text encoder, 75 tokens each time; what is longer is cut. Training and generation
     with the same adapter want the same number."""
     vae_float32: bool | None = None
-    """Keep the autoencoder in single precision where the rest is halved for generation; null does so where Stable
-    Diffusion XL's own configuration asks for it, since its autoencoder overflows in half precision."""
+    """Keep the autoencoder in single precision where the rest is halved for generation; null does so where its own
+    configuration asks for it, as those of Stable Diffusion XL, of video models and of upscalers do: they overflow in half
+    precision."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """Noise schedule and sampler."""
     seed: int = 0

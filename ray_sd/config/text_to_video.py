@@ -88,6 +88,8 @@ class UpscaleStage(StageModel):
     """Classifier-free guidance; 1 or less switches it off."""
     batch_size: int = Field(1, ge=1)
     """Frames enlarged at once."""
+    tiling: bool = False
+    """Decode large frames in tiles that overlap, for less memory."""
 
 
 class TextToVideoConfig(Schema):

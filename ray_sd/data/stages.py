@@ -277,7 +277,7 @@ def get(reference: Any) -> Any:
         if isinstance(error.cause, torch.OutOfMemoryError):
             raise RaySdError(
                 f"a GPU has too little memory for a stage: {first_line(error.cause)}; lower height and width, "
-                "video.num_frames, interpolation.num_frames, decode.chunk_size or upscale.batch_size"
+                "video.num_frames, interpolation.num_frames, decode.chunk_size or upscale.batch_size, or set upscale.tiling=true"
             ) from error
         raise
     except RayActorError as error:

@@ -206,6 +206,7 @@ def enlarge(
     model: DiffusionModel, settings: UpscaleStage, frames: Sequence[Image.Image], request: VideoRequest, tell: Tell
 ) -> list[Image.Image]:
     """The frames of a video made larger, each by itself and all with the same noise."""
+    model.vae.use_tiling = settings.tiling
     wanted = [
         UpscaleRequest(
             prompt=request.prompt,

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import StableDiffusionUpscalePipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ray_sd.config import ModelConfig
 from ray_sd.errors import ArtifactError
@@ -109,6 +109,10 @@ class StableDiffusionUpscale(StableDiffusion):
             levels = torch.full_like(levels, min(VALIDATION_NOISE_LEVEL, self.max_noise_level))
         noised = self.add_low_res_noise(pixels, draws.noise, levels)
         return super().loss(batch | {"low_res": noised, "noise_level": levels}, weighting)
+
+    def float32_parts(self) -> tuple[nn.Module, ...]:
+        asked = self.vae is not None and self.config.vae_float32 is None and self.vae.config.force_upcast
+        return (self.vae,) if asked else super().float32_parts()
 
     def pipeline(self) -> StableDiffusionUpscalePipeline:
         return StableDiffusionUpscalePipeline(

@@ -194,6 +194,15 @@ def test_frames_decoded_by_themselves_know_nothing_of_their_neighbours():
     assert max(difference(*pair) for pair in zip(alone, decode_latents(model, latents), strict=True)) > 1
 
 
+def test_frames_can_be_decoded_in_tiles(tell: Callable):
+    model, frames = tiny_model("upscale"), [picture(0)]
+    whole = enlarge(model, configure().upscale, frames, REQUEST, tell)[0]
+    tiled = enlarge(model, configure("upscale.tiling=true").upscale, frames, REQUEST, tell)[0]
+    assert tiled.size == whole.size
+    assert difference(whole, tiled) > 0
+    assert difference(whole, enlarge(model, configure().upscale, frames, REQUEST, tell)[0]) == 0
+
+
 def test_frames_are_enlarged_with_one_noise(tell: Callable, counted: list[int]):
     config = configure("upscale.batch_size=2")
     frames = [picture(0), picture(1), picture(0)]

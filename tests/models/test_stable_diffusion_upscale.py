@@ -127,6 +127,12 @@ def test_a_whole_model_is_the_plain_pipeline(tiny_upscale: Path):
         torch.testing.assert_close(dict(getattr(found, name).state_dict()), dict(getattr(expected, name).state_dict()))
 
 
+def test_the_autoencoder_stays_whole_where_it_asks_for_it(tiny_upscale: Path):
+    model = load_model(tiny_upscale_config(tiny_upscale)).to_half()
+    assert (model.unet.dtype, model.vae.dtype) == (torch.float16, torch.float32)
+    assert load_model(tiny_upscale_config(tiny_upscale, vae_float32=False)).to_half().vae.dtype == torch.float16
+
+
 def test_a_skeleton_has_names_and_shapes_without_memory(tiny_upscale: Path):
     whole, skeleton = (load_model(tiny_upscale_config(tiny_upscale), skeleton=skeleton) for skeleton in (False, True))
     assert all(parameter.is_meta for parameter in skeleton.parameters())
