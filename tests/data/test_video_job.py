@@ -1,5 +1,6 @@
 """Whole videos, from a prompt to files, by actors."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +80,6 @@ def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, r
         for suffix in (".mp4", ".gif", ".png"):
             assert (folder / f"{number:05d}{suffix}").read_bytes() == (own / f"{UPSCALED}{suffix}").read_bytes()
     assert largest_difference(folder / "00000.mp4", folder / "00001.mp4") > 20
-    # Frames of the sequence that are key frames are those, but for the decoder's neighbours.
     summary = result.summary()
     assert "videos:  2, 96 x 64 pixels, 5 frames at 8 a second (0.6 s)" in summary
     assert (
@@ -148,7 +148,7 @@ def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp
         make_videos(config)
     broken = tmp_path / "unet"
     broken.mkdir()
-    (broken / "config.json").write_text("{}")
+    (broken / "config.json").write_text(json.dumps(configure(of=("image", "upscale")).image.model.unet.architecture))
     with pytest.raises(RaySdError, match="no .safetensors weights for the unet"):
         make_videos(configure(f"image.model.unet={broken}", of=("image", "upscale")))
 
