@@ -61,6 +61,12 @@ embedded: $(STAMP)
 	python jobs/release_emoji.py runs/owl/adapter
 	python jobs/train.py experiment=textual_inversion name=owl-word
 	python jobs/release_emoji.py runs/owl-word/adapter
+	python -m ray_sd.embedded.autoencoder runs/emoji_video_vae_start video
+	python jobs/train.py experiment=train_vae_emoji_video
+	python jobs/train.py experiment=finish_vae_emoji_video
+	python jobs/release_emoji.py runs/finish_vae_emoji_video/adapter
+	python jobs/train.py experiment=inflate_emoji
+	python jobs/release_emoji.py runs/inflate_emoji/adapter
 	python jobs/prepare_emoji.py selection=large out=runs/data/emoji_large
 	python -m ray_sd.embedded.autoencoder runs/emoji_upscaler_vae_start upscaler
 	python jobs/train.py experiment=train_upscaler_vae_emoji

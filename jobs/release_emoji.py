@@ -4,6 +4,8 @@ An autoencoder becomes `ray_sd/embedded/emoji/vae`. Its latents are rescaled so 
 one over the training pictures: the scaling factor is then 1, and no channel drowns in noise before the others do.
 A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline. What belongs to the upscaler
 becomes `ray_sd/embedded/emoji_upscaler`; its latents have the mean square that its pipeline's scaling factor asks for.
+What belongs to the video model becomes `ray_sd/embedded/emoji_video`, and a U-Net that draws frames between key frames
+`ray_sd/embedded/emoji_interpolation`; the video autoencoder's latents are the image model's and stay as they are.
 An adapter of the image model becomes `ray_sd/embedded/adapters/NAME`, by the name of its run or a second argument.
 """
 
@@ -20,6 +22,8 @@ from ray_sd.errors import ConfigError
 
 FOLDER = Path("ray_sd/embedded/emoji")
 UPSCALER = Path("ray_sd/embedded/emoji_upscaler")
+VIDEO = Path("ray_sd/embedded/emoji_video")
+INTERPOLATION = Path("ray_sd/embedded/emoji_interpolation")
 ADAPTERS = Path("ray_sd/embedded/adapters")
 PICTURES = Path("runs/data/emoji")
 LARGE_PICTURES = Path("runs/data/emoji_large")
@@ -34,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
     manifest = read_manifest(adapter)
     config = validate(manifest.config, ExperimentConfig)
     release = {"autoencoder": release_autoencoder, "full": release_pipeline}.get(manifest.kind)
-    if release is None:
+    if config.model.makes_videos:
+        release_video(adapter, config)
+    elif release is None:
         release_adapter(adapter, ADAPTERS / (argv[1] if len(argv) == 2 else config.name))
     else:
         release(adapter, config)
@@ -73,6 +79,25 @@ def release_pipeline(adapter: Path, config: ExperimentConfig) -> None:
     pipeline = model.pipeline()
     pipeline.scheduler.save_pretrained(FOLDER / "scheduler")
     pipeline.save_config(FOLDER)
+
+
+def release_video(adapter: Path, config: ExperimentConfig) -> None:
+    import torch
+
+    from ray_sd.export.whole_model import save_folder
+    from ray_sd.methods import load_adapter
+    from ray_sd.methods.weights import save_component
+    from ray_sd.models import load_model
+
+    of_pixels = config.method.name in ("autoencoder", "temporal_decoder")
+    model = load_model(config.model, ("vae",) if of_pixels else None)
+    load_adapter(model, adapter)
+    if of_pixels:
+        save_component(model.vae, VIDEO / "vae", dtype=torch.float16)
+    elif config.method.name == "interpolation":
+        save_component(model.unet, INTERPOLATION / "unet", dtype=torch.float16)
+    else:
+        save_folder(model, VIDEO, torch.float16)
 
 
 def release_adapter(adapter: Path, folder: Path) -> None:
