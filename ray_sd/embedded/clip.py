@@ -39,6 +39,7 @@ SPRITE_WIDTH = 72
 SIZES = (0.4, 1.0)  # of a sprite, in widths
 TILT = 25.0  # degrees; a fine-tune's first frames need not stand upright
 HIGHEST_LOGIT_SCALE = math.log(100)
+WEIGHT_DECAY = 0.05
 
 
 class ClipTrainingConfig(Schema):
@@ -58,6 +59,65 @@ class ClipTrainingConfig(Schema):
     """Threads of the one process that trains."""
     seed: int = 0
     """Weights and pictures."""
+
+
+def train(config: ClipTrainingConfig) -> None:
+    torch.set_num_threads(config.threads)
+    scenes = Scenes(moving_sprites(read_sprites(config.packages)), config.seed)
+    tokenizer = build_tokenizer()
+    model = build_clip(tokenizer, config.seed)
+    fit(model, tokenizer, scenes, config)
+    save(model.half(), tokenizer, config.out)
+    names, colours = retrieval(CLIPModel.from_pretrained(config.out).float(), tokenizer, scenes.each())
+    logger.info("of new pictures %.1f %% find their name and %.1f %% their colour", 100 * names, 100 * colours)
+    logger.info("wrote %s", config.out)
+
+
+def fit(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: "Scenes", config: ClipTrainingConfig) -> None:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    warmup = min(100, config.steps // 3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / (warmup + 1), 0.5 * (1 + math.cos(math.pi * step / config.steps))),
+    )
+    losses = []
+    for step in track(range(1, config.steps + 1), description="training"):
+        loss = contrastive_loss(model, tokenizer, scenes.draw(config.batch_size))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=HIGHEST_LOGIT_SCALE)
+        losses.append(float(loss.detach()))
+        if step % 100 == 0 or step == config.steps:
+            logger.info("step %d of %d, loss %.3f", step, config.steps, np.mean(losses[-100:]))
+
+
+def build_clip(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPModel:
+    """The same seed gives the same weights."""
+    shared = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": HEADS,
+        "projection_dim": WIDTH,  # for towers that are loaded alone
+    }
+    text = shared | {
+        "num_hidden_layers": TEXT_LAYERS,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = shared | {"num_hidden_layers": VISION_LAYERS, "image_size": INPUT_SIZE, "patch_size": PATCH}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
 @dataclass(frozen=True)
@@ -96,62 +156,6 @@ class Scenes:
         x, y = (0.5 + draw.uniform(-room, room) for _ in range(2))
         paste(canvas, draw.choice(squares), Pose(x, y, size, draw.uniform(-TILT, TILT)))
         return Example(name, colour, canvas)
-
-
-def train(config: ClipTrainingConfig) -> None:
-    torch.set_num_threads(config.threads)
-    scenes = Scenes(moving_sprites(read_sprites(config.packages)), config.seed)
-    tokenizer = build_tokenizer()
-    model = build_clip(tokenizer, config.seed)
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    warmup = min(100, config.steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps))),
-    )
-    losses = []
-    for step in track(range(1, config.steps + 1), description="training"):
-        examples = scenes.draw(config.batch_size)
-        loss = contrastive_loss(model, tokenizer, examples)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=HIGHEST_LOGIT_SCALE)
-        losses.append(float(loss.detach()))
-        if step % 100 == 0 or step == config.steps:
-            logger.info("step %d of %d, loss %.3f", step, config.steps, np.mean(losses[-100:]))
-    save(model.half(), tokenizer, config.out)
-    names, colours = retrieval(CLIPModel.from_pretrained(config.out).float(), tokenizer, scenes.each())
-    logger.info("of new pictures %.1f %% find their name and %.1f %% their colour", 100 * names, 100 * colours)
-    logger.info("wrote %s", config.out)
-
-
-def build_clip(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPModel:
-    """The same seed gives the same weights."""
-    shared = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_attention_heads": HEADS,
-        "projection_dim": WIDTH,  # for towers that are loaded alone
-    }
-    text = shared | {
-        "num_hidden_layers": TEXT_LAYERS,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = shared | {"num_hidden_layers": VISION_LAYERS, "image_size": INPUT_SIZE, "patch_size": PATCH}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
 def contrastive_loss(model: CLIPModel, tokenizer: CLIPTokenizer, examples: Sequence[Example]) -> Tensor:

@@ -16,12 +16,14 @@ from transformers import (
 
 import ray_sd.embedded
 from ray_sd.embedded.clip import (
+    ClipTrainingConfig,
     Example,
     Scenes,
     build_clip,
     contrastive_loss,
     embed_captions,
     embed_pictures,
+    fit,
     image_processor,
     retrieval,
 )
@@ -135,14 +137,9 @@ def test_scenes_are_pictures_of_each_sprite_that_match_their_captions():
     assert len({example.picture.tobytes() for example in scenes.draw(20)}) == 20
 
 
-def test_a_few_steps_teach_two_sprites(tmp_path):
+def test_a_few_steps_teach_two_sprites():
     tokenizer = build_tokenizer()
     model = build_clip(tokenizer)
     scenes = Scenes([flag("dog"), disc()], seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for _ in range(50):
-        contrastive_loss(model, tokenizer, scenes.draw(16)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    names = [retrieval(model, tokenizer, scenes.each())[0] for _ in range(10)]
-    assert np.mean(names) > 0.9
+    fit(model, tokenizer, scenes, ClipTrainingConfig(steps=30, batch_size=12))
+    assert np.mean([retrieval(model, tokenizer, scenes.each())[0] for _ in range(10)]) > 0.9
