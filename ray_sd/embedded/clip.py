@@ -94,8 +94,8 @@ def fit(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: "Scenes", config: Cl
         with torch.no_grad():
             model.logit_scale.clamp_(max=HIGHEST_LOGIT_SCALE)
         losses.append(float(loss.detach()))
-        if step % 100 == 0 or step == config.steps:
-            logger.info("step %d of %d, loss %.3f", step, config.steps, np.mean(losses[-100:]))
+        if step % 50 == 0 or step == config.steps:
+            logger.info("step %d of %d, loss %.3f", step, config.steps, np.mean(losses[-50:]))
 
 
 def build_clip(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPModel:
