@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from ray_sd.embedded.backgrounds import Background
-from ray_sd.embedded.clips import Actor, Clip, encode, render
+from ray_sd.embedded.clips import FPS, Actor, Clip, encode, render
 from ray_sd.embedded.motion import Motion, Pose
 from ray_sd.embedded.sprites import Sprite, catalogue, unseen_sprites
 from ray_sd.errors import DataError
@@ -12,7 +12,8 @@ from ray_sd.errors import DataError
 DEGREES_PER_SECOND = 90.0  # clockwise
 FIRST_DEGREES = 20.0
 SIZE = 0.8  # widths; turned, no corner leaves the picture
-QUALITY = "19"  # small enough to ship
+FRAMES = 43 + round(360 / DEGREES_PER_SECOND) * FPS  # once around, so that clips of it begin at every angle
+QUALITY = "21"  # small enough to ship
 
 
 def write_spins(sprites: list[Sprite], out: Path, seed: int) -> int:
@@ -24,7 +25,7 @@ def write_spins(sprites: list[Sprite], out: Path, seed: int) -> int:
         first = random.Random(f"{seed} {sprite.code}").uniform(-FIRST_DEGREES, FIRST_DEGREES)
         clip = spinning(sprite, colours[number % len(colours)], DEGREES_PER_SECOND, first)
         path = out / f"{sprite.name.replace(' ', '_')}.mp4"
-        path.write_bytes(encode(render(clip), quality=QUALITY))
+        path.write_bytes(encode(render(clip, frames=FRAMES), quality=QUALITY))
         path.with_suffix(".txt").write_text(clip.caption() + "\n")
     return len(spinners)
 
