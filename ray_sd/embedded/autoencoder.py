@@ -86,6 +86,7 @@ def build_video_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> 
             force_upcast=False,
         )
         prepare(autoencoder)
+        leave_neighbours(autoencoder)
         last = autoencoder.decoder.time_conv_out
         nn.init.dirac_(last.weight)
         nn.init.zeros_(last.bias)
@@ -105,6 +106,15 @@ def silence_branches(autoencoder: Autoencoder) -> None:
         if name.endswith((".conv2", ".to_out.0")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def leave_neighbours(autoencoder: AutoencoderKLTemporalDecoder) -> None:
+    """Layers over time take nothing from the frames before and after: these weights get no gradient from single frames, and
+    random they would stay."""
+    for name, module in autoencoder.decoder.named_modules():
+        if name.endswith("temporal_res_block.conv1"):
+            module.weight[:, :, [0, 2]] = 0
 
 
 def open_main_path(autoencoder: Autoencoder) -> None:

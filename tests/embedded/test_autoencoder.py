@@ -96,6 +96,18 @@ def test_the_video_start_decodes_each_frame_as_if_it_were_alone(video_start):
     torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_training_on_single_frames_leaves_a_still_still():
+    """Single frames train only the weights on the frame itself; those on its neighbours are to add nothing meanwhile."""
+    decoder = build_video_start()
+    for name, module in decoder.decoder.named_modules():
+        if name.endswith("temporal_res_block.conv2"):
+            torch.nn.init.normal_(module.weight[:, :, 1], std=0.05)
+    frame = torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames = decoder.decode(frame.expand(5, -1, -1, -1), num_frames=5).sample
+    torch.testing.assert_close(frames, decoder.decode(frame, num_frames=1).sample.expand_as(frames), atol=1e-4, rtol=0)
+
+
 def test_layers_over_time_of_the_video_start_learn_at_once(video_start):
     latents = torch.randn(4, 24, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.enable_grad():
