@@ -1,6 +1,7 @@
 """Videos, sound and broken, that say in their pictures which frame is which."""
 
 import io
+import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -87,6 +88,12 @@ def noisy(num_frames: int, **settings: Any) -> bytes:
     """A video that no encoder makes small."""
     random = np.random.default_rng(0)
     return video([random.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(num_frames)], **settings)
+
+
+def stretched(data: bytes, ratio: int) -> bytes:
+    """An MP4 made with a `sample_aspect_ratio`, whose pixels then say to be so many times as wide as they are high."""
+    place = data.index(b"pasp") + 4
+    return data[:place] + struct.pack(">II", ratio, 1) + data[place + 8 :]
 
 
 def sound_only() -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_pictures import encoded
-from sample_videos import clip_experiment, counted, gif, noisy, numbered, read_number, sound_only, video
+from sample_videos import clip_experiment, counted, gif, noisy, numbered, read_number, sound_only, stretched, video
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
@@ -148,7 +148,12 @@ BROKEN = {
     "sound.mp4": (sound_only(), "has no video track"),
     "single.gif": (gif([numbered(0)]), "has a single frame, so nothing moves in it"),
     "short.mp4": (counted(5), "is too short: 0.50 s; 4 frames at 5 a second take 0.60 s; set dataset.video.short to"),
-    "large.mp4": (counted(9, (256, 160)), "256x160 pixels a frame are more than dataset.max_pixels=20000"),
+    "large.mp4": (counted(9, (1280, 800)), "1280x800 pixels a frame are more than dataset.max_pixels=1000000"),
+    "wide.mp4": (
+        stretched(counted(9, sample_aspect_ratio=2), 1000),
+        "64000x48 pixels a frame are more than dataset.max_pixels=1000000",
+    ),
+    "unconvertible.mp4": (stretched(counted(20, (16, 2), sample_aspect_ratio=2), 30_000), "cannot be decoded: Not yet"),
     "long.mp4": (counted(9, fps=0.1), "lasts more than dataset.video.max_seconds=60: at least 90.0 s"),
 }
 
@@ -171,7 +176,7 @@ def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_pat
     config = clip_experiment(
         f"dataset.source.path={folder}",
         f"cache_path={tmp_path / 'cache'}",
-        "dataset.max_pixels=20000",
+        "dataset.max_pixels=1000000",
         "dataset.video.max_seconds=60",
         "dataset.max_rejected_fraction=0.9",
         method="temporal_decoder",

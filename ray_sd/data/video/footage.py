@@ -40,6 +40,15 @@ class Footage(Protocol):
         """
 
 
+def check_pixels(size: tuple[int, int], config: DatasetConfig) -> None:
+    """Raise RejectedError for frames, of a width and height, that are larger than allowed."""
+    width, height = size
+    if width * height > config.max_pixels:
+        raise RejectedError(
+            f"{width}x{height} pixels a frame are more than dataset.max_pixels={config.max_pixels}; not decoded"
+        )
+
+
 def check_length(seconds: float, config: DatasetConfig) -> None:
     """Raise RejectedError for a video that is longer than allowed."""
     if config.video is not None and seconds > config.video.max_seconds:

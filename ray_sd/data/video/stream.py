@@ -14,7 +14,7 @@ from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError, flatten
-from ray_sd.data.video.footage import check_length
+from ray_sd.data.video.footage import check_length, check_pixels
 from ray_sd.errors import first_line
 
 FORMATS = "mov,matroska,avi,gif"
@@ -82,17 +82,11 @@ class EncodedVideo:
         except av.ArgumentError as error:
             raise RejectedError("is no MP4, MOV, WebM, MKV, AVI or GIF") from error
         except Exception as error:  # libav, like the codecs below it, raises anything on damaged files.
-            raise RejectedError(
-                f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}"
-            ) from error
+            raise _undecodable(error) from error
 
     def _check(self, container: Any, track: Any, config: DatasetConfig) -> None:
         context = track.codec_context
-        if context.width * context.height > config.max_pixels:
-            raise RejectedError(
-                f"{context.width}x{context.height} pixels a frame are more than dataset.max_pixels={config.max_pixels}; "
-                "not decoded"
-            )
+        check_pixels((context.width, context.height), config)
         self.stated_seconds: float | None = None
         if container.format.name == "avi" and track.frames and track.average_rate:
             # libav takes the duration from the size of the file.
@@ -140,10 +134,17 @@ class DecodedFrame:
         colours = None
         if self._frame.colorspace == UNSPECIFIED and self._frame.height >= HD_LINES:
             colours = Colorspace.ITU709
-        frame = self._frame.reformat(
-            width, height, mode, src_colorspace=colours, interpolation=interpolation, threads=1
-        )
-        return frame.to_ndarray()
+        try:
+            frame = self._frame.reformat(
+                width, height, mode, src_colorspace=colours, interpolation=interpolation, threads=1
+            )
+            return frame.to_ndarray()
+        except Exception as error:  # Of sizes and kinds of pixels that libav does not convert.
+            raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> RejectedError:
+    return RejectedError(f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
 def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:

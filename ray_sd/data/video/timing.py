@@ -12,7 +12,7 @@ from ray_sd.config import DatasetConfig
 from ray_sd.config.video import VideoConfig
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.cuts import SIDE, CutDetector
-from ray_sd.data.video.footage import Footage, check_length
+from ray_sd.data.video.footage import Footage, check_length, check_pixels
 
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
@@ -70,6 +70,8 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
         if times and frame.size != size:
             raise RejectedError(f"its frames differ in size: {_pixels(size)} and {_pixels(frame.size)}")
         size = frame.size
+        # Again, for pixels that are far from square make frames large that are small in the file.
+        check_pixels(size, config)
         if detector is not None and detector.begins_scene(frame.reduced(SIDE)):
             cuts.append(len(times))
         # Broken files go back in time.
