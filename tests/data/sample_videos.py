@@ -54,15 +54,20 @@ def video(
     pixels: str = "yuv420p",
     rotation: int | None = None,
     mirrored: bool = False,
+    sound: float = 0,
     **context: Any,
 ) -> bytes:
-    """An encoded video. times: of each frame in milliseconds, where they are not `fps` a second."""
+    """An encoded video.
+
+    times: of each frame in milliseconds, where they are not `fps` a second. sound: seconds of silence, in another track.
+    """
     stream = io.BytesIO()
     with av.open(stream, "w", format=kind) as container:
         track = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         track.pix_fmt = pixels
         if rotation is not None:
             track.set_display_rotation(rotation, hflip=mirrored)
+        silence = container.add_stream("libopus", rate=48000) if sound else None
         for name, value in context.items():
             setattr(track.codec_context, name, value)
         if times is not None:
@@ -76,6 +81,12 @@ def video(
             frame.time_base = 1 / Fraction(fps).limit_denominator(1000) if times is None else Fraction(1, 1000)
             container.mux(track.encode(frame))
         container.mux(track.encode())
+        if silence is not None:
+            for start in range(0, round(sound * 48000), 960):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="flt", layout="mono")
+                frame.rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+                container.mux(silence.encode(frame))
+            container.mux(silence.encode())
     return stream.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Encoded videos to upright RGB frames with their times, or a reason why not."""
 
 import random
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,29 @@ def damaged(data: bytes) -> bytes:
     return data[:middle] + random.Random(0).randbytes(400) + data[middle + 400 :]
 
 
+WEBM = {"kind": "webm", "codec": "libvpx-vp9"}
+MKV = {"kind": "matroska", "codec": "libx264"}
+
+
+@pytest.mark.parametrize("kind", [WEBM, MKV], ids=["webm", "mkv"])
+def test_a_truncated_video_with_sound_is_told_from_one_whose_sound_lasts_longer(kind: dict):
+    data = noisy(40, sound=8, **kind)
+    assert survey(EncodedVideo(data, settings()), settings()).end == pytest.approx(4, abs=0.01)
+    with pytest.raises(RejectedError, match=r"is truncated: it ends after 2\.\d\d of 4\.00 s"):
+        survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
+
+
+@pytest.mark.parametrize("sound", [0, 9])
+@pytest.mark.parametrize("kind", [WEBM, MKV, {}], ids=["webm", "mkv", "mp4"])
+def test_a_video_may_begin_after_zero(kind: dict, sound: float):
+    times = range(5000, 9000, 100)
+    data = noisy(40, times=times, sound=sound, **kind)
+    assert survey(EncodedVideo(data, settings()), settings()).end == pytest.approx(4, abs=0.01)
+    if kind:
+        with pytest.raises(RejectedError, match=r"is truncated: it ends after 2\.\d\d of 4\.00 s"):
+            survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
+
+
 def between_frames(data: bytes) -> bytes:
     """The first half of an AVI, without a part of a frame."""
     return data[: data.rindex(b"00dc", 0, len(data) // 2)]
@@ -191,7 +215,7 @@ def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_pat
 
 
 def test_a_damaged_member_of_a_tar_loses_no_other(tmp_path: Path):
-    members = {"a.mp4": counted(20), "b.mp4": damaged(noisy(20)), "c.mp4": counted(20)}
+    members = {"a.mp4": counted(20), "b.mp4": BROKEN["damaged.mp4"][0], "c.mp4": counted(20)}
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in members.items():
             (tmp_path / name).write_bytes(content)

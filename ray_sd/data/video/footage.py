@@ -30,8 +30,9 @@ class Frame(Protocol):
 class Footage(Protocol):
     """A video in memory, encoded."""
 
-    stated_seconds: float | None
-    """How long it says to last, if it does."""
+    @property
+    def stated_seconds(self) -> float | None:
+        """How long it says to last from its first frame on, if it does; asked when its frames were seen."""
 
     def frames(self, since: float = 0.0) -> Iterator[Frame]:
         """The frames from `since` on, and maybe some before; their times are the same whatever `since` is.

@@ -1,6 +1,7 @@
 """Encoded videos, decoded by PyAV: rotation, aspect ratio of pixels, and colours as players show them."""
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,8 +34,14 @@ class EncodedVideo:
         self._data = data
         self._background = config.background
         self._origin: int | None = None
+        self._begins = 0.0
         with self._opened() as (container, track):
             self._check(container, track, config)
+
+    @property
+    def stated_seconds(self) -> float | None:
+        """Known when the first frame is: Matroska counts from zero, wherever that is."""
+        return self._stated - self._begins if self._stated is not None and self._counts_from_zero else self._stated
 
     def frames(self, since: float = 0.0) -> Iterator["DecodedFrame"]:
         end = 0.0
@@ -62,7 +69,7 @@ class EncodedVideo:
 
     def _seconds(self, pts: int, track: Any) -> float:
         if self._origin is None:
-            self._origin = pts
+            self._origin, self._begins = pts, float(pts * track.time_base)
         return float((pts - self._origin) * track.time_base)
 
     @contextmanager
@@ -87,15 +94,27 @@ class EncodedVideo:
     def _check(self, container: Any, track: Any, config: DatasetConfig) -> None:
         context = track.codec_context
         check_pixels((context.width, context.height), config)
-        self.stated_seconds: float | None = None
-        if container.format.name == "avi" and track.frames and track.average_rate:
-            # libav takes the duration from the size of the file.
-            self.stated_seconds = float(track.frames / track.average_rate)
-        elif track.duration:
-            self.stated_seconds = float(track.duration * track.time_base)
-        elif container.duration and len(container.streams) == 1:
-            self.stated_seconds = container.duration / av.time_base
-        check_length(self.stated_seconds or 0.0, config)
+        self._counts_from_zero = "matroska" in container.format.name
+        self._stated = _stated_seconds(container, track)
+        begins = float((track.start_time or 0) * track.time_base) if self._counts_from_zero else 0.0
+        check_length((self._stated or 0.0) - begins, config)
+
+
+def _stated_seconds(container: Any, track: Any) -> float | None:
+    """How long the track says to last; in Matroska, where its last frame ends."""
+    if container.format.name == "avi" and track.frames and track.average_rate:
+        # libav takes the duration from the size of the file.
+        return float(track.frames / track.average_rate)
+    if "matroska" in container.format.name:
+        # Programs tag each track, as `00:01:02.5`; the name of the tag may end in a language.
+        tags = [value for name, value in track.metadata.items() if name.partition("-")[0] == "DURATION"]
+        if tags and (time := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tags[0])):
+            hours, minutes, seconds = time.groups()
+            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    elif track.duration:
+        return float(track.duration * track.time_base)
+    # Sound may last longer than the picture.
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else None
 
 
 class DecodedFrame:
