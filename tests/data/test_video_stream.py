@@ -110,6 +110,17 @@ def test_transparency_shows_the_background():
     assert found[1][0, 1].tolist() == [255, 0, 0]
 
 
+def test_an_empty_display_matrix_turns_nothing():
+    data = video([corner_frame()] * 3)
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    track = data.index(b"tkhd")
+    emptied = data[:track] + data[track:].replace(identity, bytes(36), 1)
+    assert emptied != data
+    [frame, *_] = pictures(emptied)
+    assert frame.shape == (48, 64, 3)
+    assert corners(frame) == list("rgbb")
+
+
 def test_frames_can_be_had_from_a_time_on():
     footage = EncodedVideo(counted(60, gop_size=10), settings())
     times = [frame.time for frame in footage.frames()]

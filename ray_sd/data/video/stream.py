@@ -145,6 +145,8 @@ class DecodedFrame:
         for data in self._frame.side_data:
             if data.type == Type.DISPLAYMATRIX:
                 matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2]
+                if not matrix.any():
+                    break  # Some programs leave it empty.
                 # Phones are held upright or across; whatever is between is left to the nearest of these.
                 return np.sign(np.where(np.abs(matrix) * 2 > np.abs(matrix).max(), matrix, 0))
         return np.eye(2, dtype=int)
