@@ -107,6 +107,26 @@ def stretched(data: bytes, ratio: int) -> bytes:
     return data[:place] + struct.pack(">II", ratio, 1) + data[place + 8 :]
 
 
+def streamable(data: bytes) -> bytes:
+    """An MP4 with its index before its frames, so that it can be opened when its end is lost."""
+    [header] = struct.unpack_from(">I", data)
+    start = data.index(b"moov") - 4
+    index = bytearray(data[start:])
+    chunks = index.index(b"stco") + 8
+    [count] = struct.unpack_from(">I", index, chunks)
+    for place in range(chunks + 4, chunks + 4 + 4 * count, 4):
+        struct.pack_into(">I", index, place, struct.unpack_from(">I", index, place)[0] + len(index))
+    return data[:header] + index + data[header:start]
+
+
+def without_frames(data: bytes) -> bytes:
+    """An MP4 whose index lists none, or an AVI that ends before the first."""
+    if data.startswith(b"RIFF"):
+        return data[: data.index(b"movi") + 4]
+    sizes = data.index(b"stsz") + 12
+    return data[:sizes] + bytes(4) + data[sizes + 4 :]
+
+
 def sound_only() -> bytes:
     """An MP4 without pictures."""
     stream = io.BytesIO()
