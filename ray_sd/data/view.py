@@ -44,6 +44,8 @@ class EncodeSummary:
     """Rows in which a subject crop found nothing, so that they are cut from the middle."""
     contact_sheet: str | None = None
     """File that shows what a subject crop found; None where no picture could be shown."""
+    still: int = 0
+    """Videos that dataset.video.min_motion leaves out; not among the rejected ones, but in their file."""
     motion: str | None = None
     """How much clips move, in words."""
 
@@ -66,6 +68,8 @@ class EncodeSummary:
             parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
         if self.motion is not None:
             parts.append(self.motion)
+        if self.still:
+            parts.append(f"{self.still} move too little and are left out, listed in {self.rejected_file}")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)

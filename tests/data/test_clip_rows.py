@@ -225,11 +225,34 @@ def test_still_videos_are_left_out_without_counting_as_rejected(
     for bound, kept in ((0.01, 2), (0.15, 1)):
         moving = configure(folder, f"dataset.video.min_motion={bound}", method="temporal_decoder")
         summary = prepare(moving, PIXELS).summary
-        assert (summary.rows, summary.encoded, summary.rejected) == (kept, 0, 3 - kept)
+        assert (summary.rows, summary.encoded, summary.rejected, summary.still) == (kept, 0, 0, 3 - kept)
+        assert f"; {3 - kept} move too little and are left out, listed in " in str(summary)
+        assert "; rejected" not in str(summary)
         assert rejected(summary)["0.mp4"] == f"moves too little: 0.0000, dataset.video.min_motion is {bound}"
         assert prepare(moving, PIXELS).summary.rows == kept  # also when nothing is read again
     with pytest.raises(DataError, match="3 of 3 rows were rejected, so nothing is left; most often .3.: moves too lit"):
         prepare(configure(folder, "dataset.video.min_motion=2", method="temporal_decoder"), PIXELS)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_still_videos_neither_excuse_broken_ones_nor_are_blamed_for_them(tmp_path: Path, configure: Callable):
+    """One broken video of three that are wanted is a third, whatever else is left out."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"still {number}.mp4").write_bytes(video(shifting(20 + number, 0)))
+    for name, content in {"a": video(shifting(20, 4)), "b": video(shifting(30, 4)), "c": b"broken"}.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+    settings = ("dataset.video.min_motion=0.1", "dataset.max_rejected_fraction={}")
+    strict, lenient = (
+        configure(folder, *(setting.format(share) for setting in settings), method="temporal_decoder")
+        for share in (0.3, 0.4)
+    )
+    with pytest.raises(DataError, match=r"1 of 3 rows were rejected, more than .*; most often .1.: cannot be decoded;"):
+        prepare(strict, PIXELS)
+    summary = prepare(lenient, PIXELS).summary
+    assert (summary.rows, summary.rejected, summary.still) == (2, 1, 3)
+    assert str(summary).endswith(f"; rejected 1, listed in {summary.rejected_file}")
 
 
 @pytest.mark.usefixtures("ray_cluster")
