@@ -140,7 +140,8 @@ def sound_only() -> bytes:
     return stream.getvalue()
 
 
-def gif(frames: Sequence[np.ndarray], milliseconds: int = 100) -> bytes:
+def gif(frames: Sequence[np.ndarray], milliseconds: int | list[int] = 100) -> bytes:
+    """milliseconds: of all frames, or of each."""
     pictures = [Image.fromarray(frame) for frame in frames]
     stream = io.BytesIO()
     pictures[0].save(stream, "gif", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
