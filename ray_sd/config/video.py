@@ -55,7 +55,8 @@ class VideoConfig(Schema):
     max_seconds: float = Field(600.0, gt=0)
     """A video that lasts longer is rejected."""
     max_megabytes: int = Field(256, ge=1)
-    """A video, or the frames of a folder together, that are larger when encoded are rejected unread."""
+    """A video, or the frames of a folder together, that are larger when encoded are rejected: unread, or undecoded where a
+    table holds them."""
 
     @property
     def seconds(self) -> float:

@@ -24,6 +24,7 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, lanes_of, to_tensors
+from ray_sd.data.locations import Location
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import SourceRow, list_source
 from ray_sd.errors import DataError
@@ -367,6 +368,21 @@ def test_large_videos_are_rejected_unread(tmp_path: Path):
         "x.tar/a": (b"", f"is 2.0 {reason}"),
         "x.tar/b": (small, None),
     }
+
+
+def test_a_large_video_that_a_table_names_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, content in (("a.mp4", b"x" * (2 << 20)), ("b.mp4", b"y")):
+        (tmp_path / name).write_bytes(content)
+    structs = [{"bytes": None, "path": str(tmp_path / f"{name}.mp4")} for name in "ab"]
+    pq.write_table(pa.table({"clip": structs}), tmp_path / "x.parquet")
+    read = []
+    whole = Location.read
+    monkeypatch.setattr(Location, "read", lambda file: read.append(file.path) or whole(file))
+    source = {"name": "parquet", "path": str(tmp_path / "x.parquet"), "video_column": "clip"}
+    [large, small] = source_rows(source, video={"max_megabytes": 1}).values()
+    assert large.reason == "is 2.0 MB large, more than dataset.video.max_megabytes=1; not decoded"
+    assert (small.image, small.reason) == (b"y", None)
+    assert [Path(path).name for path in read] == ["b.mp4"]
 
 
 def test_parquet_rows_are_read_from_the_video_column(tmp_path: Path):
