@@ -19,7 +19,7 @@ class FirstStart(Schema):
 
 
 class RandomStart(Schema):
-    """Seeded random starts within scenes that are long enough; each is encoded once and epochs take turns with them."""
+    """Seeded random starts within scenes that are long enough; each is encoded once, and each epoch draws one."""
 
     name: Literal["random"] = "random"
     """Kind of start."""
