@@ -163,6 +163,7 @@ class View:
 def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all pictures or clips in a cache folder share."""
     from ray_sd.models import fingerprint
+    from ray_sd.models.components import load_image_processor
 
     dataset = config.dataset
     description = {
@@ -173,7 +174,9 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
     }
     if rows.images == "latents" and dataset.video is not None:
         description["condition_frames"] = rows.condition_frames
-        description["image_encoder"] = fingerprint(config.model, "image_encoder") if rows.condition_frames else None
+        description["image_encoder"] = fingerprint(config.model, "image_encoder")
+        processor = load_image_processor(config.model)
+        description["image_processor"] = [processor.image_mean, processor.image_std]
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
         description |= {"low_res": True} if config.model.upscales else {}

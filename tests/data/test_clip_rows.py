@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sample_pictures import encoded, noise_png
 from sample_videos import clip_experiment, counted, numbered, read_number, shifting, video
 
@@ -24,9 +26,10 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, lanes_of, to_tensors
-from ray_sd.data.locations import Location
+from ray_sd.data.locations import Location, locate
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import SourceRow, list_source
+from ray_sd.data.view import View
 from ray_sd.errors import DataError
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
@@ -194,6 +197,37 @@ def test_only_what_changes_frames_is_encoded_again(folder: Path, configure: Call
         assert counts(changed) == (6, 0)
     assert counts("dataset.video.start={name: random, num_variants: 6}") == (6, 0)
     assert counts("dataset.video.start={name: random, num_variants: 3}") == (0, 6)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_clips_with_other_condition_frames_share_nothing(folder: Path, configure: Callable):
+    config = configure(folder)
+    shapes = []
+    for rows in (CLIPS, BOTH_ENDS, CLIPS):
+        data = prepare(config, rows)
+        shapes.append((data.summary.encoded, read_all(data, config, rows)["3.mp4"]["condition_pixels"].shape))
+    assert shapes == [(6, (1, 3, 48, 64)), (6, (2, 3, 48, 64)), (0, (1, 3, 48, 64))]
+
+
+def test_clips_of_another_image_encoder_or_processor_share_nothing(
+    tiny_video: Path, folder: Path, tmp_path: Path, configure: Callable
+):
+    shutil.copytree(tiny_video, tmp_path / "other encoder")
+    weights = tmp_path / "other encoder" / "image_encoder" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    shutil.copytree(tiny_video, tmp_path / "other processor")
+    settings = tmp_path / "other processor" / "feature_extractor" / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+
+    def cached(base: Path) -> str:
+        config = configure(folder, "model=svd", f"model.base={base}")
+        return View(config, CLIPS, locate(str(tmp_path), "cache_path"), list_source(config.dataset)).images.name
+
+    shutil.copytree(tiny_video, tmp_path / "same")
+    bases = [tiny_video, tmp_path / "same", tmp_path / "other encoder", tmp_path / "other processor"]
+    names = [cached(base) for base in bases]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
 
 
 @pytest.mark.usefixtures("ray_cluster")
