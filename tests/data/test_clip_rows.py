@@ -340,7 +340,7 @@ def test_every_source_gives_the_same_clips(tmp_path: Path, configure: Callable):
 
 
 def test_frames_of_a_folder_are_in_the_natural_order_of_their_names(tmp_path: Path):
-    for name in ("frame10.png", "frame2.png", "frame1.PNG", "deep/3.jpg", "deep/note.md"):
+    for name in ("frame10.png", "frame2.png", "frame1.PNG", "deep/3.jpg", "deep/3²1.jpg", "deep/note.md"):
         file = tmp_path / "cat" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(name.encode())
@@ -348,7 +348,7 @@ def test_frames_of_a_folder_are_in_the_natural_order_of_their_names(tmp_path: Pa
     rows = source_rows({"name": "frame_folder", "path": str(tmp_path), "fps": 24})
     assert {name: (row.frames, row.captions) for name, row in rows.items()} == {
         "cat": ([b"frame1.PNG", b"frame2.png", b"frame10.png"], ["a cat"]),
-        "cat/deep": ([b"deep/3.jpg"], []),
+        "cat/deep": ([b"deep/3.jpg", "deep/3²1.jpg".encode()], []),
     }
     [unit] = list_source(
         DatasetConfig.model_validate(

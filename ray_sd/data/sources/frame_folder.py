@@ -77,4 +77,4 @@ class FrameFolderReader:
 
 def _natural(path: str) -> list[tuple[int, str]]:
     """Sorts `frame2.png` before `frame10.png`."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", path)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", path)]
