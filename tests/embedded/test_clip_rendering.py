@@ -60,7 +60,13 @@ def test_clips_are_captioned_and_their_motion_is_known(tmp_path):
     for row, clip in zip(rows, draw_clips([flag(), disc()], 6, seed=0), strict=True):
         truth = json.loads(row["motion"])
         assert [actor["sprite"] for actor in truth] == [actor.sprite.name for actor in clip.actors]
-        assert [actor["kind"] for actor in truth] == [actor.motion.kind for actor in clip.actors]
+        for known, actor in zip(truth, clip.actors, strict=True):
+            fields = {name: value for name, value in known.items() if name != "sprite"}
+            rebuilt = Motion(**fields | {"start": Pose(**fields["start"])})
+            assert [rebuilt.pose(second) for second in (0, 0.7, 1.4)] == [
+                actor.motion.pose(second) for second in (0, 0.7, 1.4)
+            ]
+            assert rebuilt.words() == actor.motion.words()
         assert row["caption"].startswith(f"a {truth[0]['sprite']} ")
         assert row["caption"].endswith(f" on a {clip.background.words()}")
         np.testing.assert_array_equal(decode(row["video"]), decode(encode(render(clip))))
