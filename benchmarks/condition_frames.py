@@ -5,6 +5,7 @@ Its full-size U-Net and autoencoder are run without memory (on the meta device),
 frame, and of the U-Net's forward and backward pass when temporal layers train.
 
 - `encode_share_HEIGHTxWIDTH`: the former over the latter;
+- `autoencoder_gb`: what the autoencoder weighs in single precision, in which it encodes that frame;
 - `cache_growth_HEIGHTxWIDTH`: by how much the frame's pixels make a clip's cached latents larger (14 frames, half precision).
 """
 
@@ -32,7 +33,8 @@ def main() -> None:
     unet.to("meta")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(is_temporal(name))
-    figures, rows = {}, []
+    figures: dict[str, float] = {"autoencoder_gb": round(4 * sum(p.numel() for p in vae.parameters()) / 1e9, 2)}
+    rows = []
     for height, width in SIZES:
         step, encoding = step_flops(unet, height, width), encode_flops(vae, height, width)
         pixels, latents = 3 * height * width, 2 * 2 * FRAMES * CHANNELS * height * width // FACTOR**2

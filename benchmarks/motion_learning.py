@@ -6,7 +6,7 @@ before and after. How fast each turns is found by laying its frames onto the fir
 
 - `match_before`, `match_after`: share of the sixteen whose angular velocity is within a quarter of the taught one;
 - `velocity_error_after`: median of the relative errors; a clip that shows no turned sprite counts as an error of 1;
-- `train_seconds`: what the whole command took, if it was run now.
+- `train_seconds`: what the whole command took, if it was run now, with a cache of its own, so that it encodes the clips, too.
 """
 
 import argparse
@@ -36,7 +36,7 @@ EXPERIMENT = "svd_temporal"
 FIRST_SEED = 2000
 WITHIN = 0.25
 BARS = {"match_after": 0.85}
-MOST = {"match_before": 0.1}
+MOST = {"match_before": 0.1, "train_seconds": 720}
 
 Clip = list[Image.Image]
 
@@ -69,7 +69,8 @@ def main() -> None:
         figures["train_seconds"] = round(seconds)
     keep(before, after, fps)
     for figure, bar in MOST.items():
-        print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {'reached' if figures[figure] <= bar else 'MISSED'}")
+        if figure in figures:
+            print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {'reached' if figures[figure] <= bar else 'MISSED'}")
     write_result("motion_learning", figures, BARS, {"sprites": len(sprites), "first_seed": FIRST_SEED})
 
 
@@ -90,6 +91,7 @@ def train(options: argparse.Namespace) -> tuple[Path, float | None]:
     name = f"{EXPERIMENT}-{time.strftime('%m%d-%H%M%S')}"
     began = time.perf_counter()
     command = [f"experiment={EXPERIMENT}", f"name={name}", f"storage_path={options.storage}"]
+    command.append(f"cache_path={options.storage}/{name}/cache")
     subprocess.run([sys.executable, "jobs/train.py", *command], check=True)
     return options.storage / name / "adapter", time.perf_counter() - began
 

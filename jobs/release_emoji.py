@@ -27,6 +27,8 @@ INTERPOLATION = Path("ray_sd/embedded/emoji_interpolation")
 ADAPTERS = Path("ray_sd/embedded/adapters")
 PICTURES = Path("runs/data/emoji")
 LARGE_PICTURES = Path("runs/data/emoji_large")
+HELD_OUT = "embedded/clips/spin"
+"""Clips of a motion that no embedded model may have seen, since fine-tunes of them are to teach it."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,6 +40,11 @@ def main(argv: Sequence[str]) -> None:
     manifest = read_manifest(adapter)
     config = validate(manifest.config, ExperimentConfig)
     release = {"autoencoder": release_autoencoder, "full": release_pipeline}.get(manifest.kind)
+    if config.dataset.source.path.rstrip("/").endswith(HELD_OUT):
+        raise ConfigError(
+            f"{adapter} was trained on {config.dataset.source.path}, which no embedded model may have seen; "
+            "release a run on other clips, such as dataset=emoji_clips"
+        )
     if config.model.makes_videos:
         release_video(adapter, config)
     elif release is None:

@@ -98,7 +98,7 @@ class CenterCrop(Schema):
 
 
 class RandomCrop(Schema):
-    """Seeded random windows; each is encoded once and epochs take turns with them."""
+    """Seeded random windows; each is encoded once, and each epoch draws one."""
 
     name: Literal["random"] = "random"
     """Kind of crop."""

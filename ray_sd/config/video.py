@@ -19,7 +19,7 @@ class FirstStart(Schema):
 
 
 class RandomStart(Schema):
-    """Seeded random starts within scenes that are long enough; each is encoded once and epochs take turns with them."""
+    """Seeded random starts within scenes that are long enough; each is encoded once, and each epoch draws one."""
 
     name: Literal["random"] = "random"
     """Kind of start."""
@@ -55,7 +55,8 @@ class VideoConfig(Schema):
     max_seconds: float = Field(600.0, gt=0)
     """A video that lasts longer is rejected."""
     max_megabytes: int = Field(256, ge=1)
-    """A video, or the frames of a folder together, that are larger when encoded are rejected unread."""
+    """A video, or the frames of a folder together, that are larger when encoded are rejected: unread, or undecoded where a
+    table holds them."""
 
     @property
     def seconds(self) -> float:

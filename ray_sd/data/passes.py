@@ -80,7 +80,7 @@ def encode_images(
     elif config.dataset.video is not None:
         dataset = _encode_clips(dataset, config, config.dataset.video, rows)
         dtypes = {"mean": settings.dtype, "std": settings.dtype}
-        dtypes |= {"condition_pixels": "uint8", "image_embeds": settings.dtype} if rows.condition_frames else {}
+        dtypes |= {"condition_pixels": "uint8", "image_embeds": settings.dtype}
         kept = 3 * _largest(config.dataset) * len(rows.condition_frames)
         tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2 + kept)
     else:

@@ -126,6 +126,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     not_found, sheet = None, None
     if isinstance(dataset.crop, SubjectCrop):
         not_found, sheet = write_subjects(view.folder.location, listing, dataset, view.kinds[0], table, images.entries)
+    left_out = reasons.pop(STILL, 0)
     encoded = len(table) - int(_has_none(table, view.kinds, images.new_keys).sum())
     summary = EncodeSummary(
         rows=len(table),
@@ -140,6 +141,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         rejected_file=view.rejected.path,
         not_found=not_found,
         contact_sheet=sheet,
+        still=left_out,
         motion=motion,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
@@ -201,10 +203,11 @@ def _write_rejected(view: View, rejected: list[tuple[str, str]]) -> Counter[str]
 
 
 def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], file: str) -> None:
+    if rows:
+        reasons = {reason: count for reason, count in reasons.items() if reason != STILL}
     rejected = sum(reasons.values())
     limit = dataset.max_rejected_fraction
-    unwanted = reasons.get(STILL, 0)
-    if rows and rejected - unwanted <= limit * (rows + rejected):
+    if rows and rejected <= limit * (rows + rejected):
         return
     reason, count = max(reasons.items(), key=lambda item: item[1], default=("nothing was read", 0))
     allowed = f"more than dataset.max_rejected_fraction={limit} allows" if rows else "so nothing is left"

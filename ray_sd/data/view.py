@@ -44,6 +44,8 @@ class EncodeSummary:
     """Rows in which a subject crop found nothing, so that they are cut from the middle."""
     contact_sheet: str | None = None
     """File that shows what a subject crop found; None where no picture could be shown."""
+    still: int = 0
+    """Videos that dataset.video.min_motion leaves out; not among the rejected ones, but in their file."""
     motion: str | None = None
     """How much clips move, in words."""
 
@@ -66,6 +68,8 @@ class EncodeSummary:
             parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
         if self.motion is not None:
             parts.append(self.motion)
+        if self.still:
+            parts.append(f"{self.still} move too little and are left out, listed in {self.rejected_file}")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
@@ -159,6 +163,7 @@ class View:
 def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any]:
     """What all pictures or clips in a cache folder share."""
     from ray_sd.models import fingerprint
+    from ray_sd.models.components import load_image_processor
 
     dataset = config.dataset
     description = {
@@ -169,7 +174,9 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
     }
     if rows.images == "latents" and dataset.video is not None:
         description["condition_frames"] = rows.condition_frames
-        description["image_encoder"] = fingerprint(config.model, "image_encoder") if rows.condition_frames else None
+        description["image_encoder"] = fingerprint(config.model, "image_encoder")
+        processor = load_image_processor(config.model)
+        description["image_processor"] = [processor.image_mean, processor.image_std]
     if rows.images == "latents":
         description |= {"dtype": dataset.encode.dtype, "vae": fingerprint(config.model, "vae")}
         description |= {"low_res": True} if config.model.upscales else {}

@@ -7,7 +7,7 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import av
@@ -50,7 +50,7 @@ class Clip:
 
 
 def clip_rows(sprites: list[Sprite], count: int, seed: int, processes: int) -> list[dict]:
-    """Rows of `id`, `video` (MP4 bytes), `caption` and `motion` (JSON), rendered by several processes."""
+    """Rows of `id`, `video` (MP4 bytes), `caption` and `motion` (JSON of all in `Motion`), rendered by several processes."""
     clips = draw_clips(sprites, count, seed)
     # Forked, a process could inherit a lock that a thread of this one holds.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -89,7 +89,7 @@ def draw_motions(draw: random.Random, count: int) -> list[Motion]:
 
 
 def clip_row(clip: Clip) -> dict:
-    motion = json.dumps([{"sprite": actor.sprite.name} | actor.motion.truth() for actor in clip.actors])
+    motion = json.dumps([{"sprite": actor.sprite.name} | asdict(actor.motion) for actor in clip.actors])
     return {"id": clip.id, "video": encode(render(clip)), "caption": clip.caption(), "motion": motion}
 
 

@@ -60,12 +60,6 @@ class Motion:
             return "bouncing" if self.gravity else "bouncing off the edges"
         return "standing still" if self.kind == "still" else self.kind
 
-    def truth(self) -> dict:
-        """What is known of it, for JSON."""
-        numbers = {"growth": self.growth, "gravity": self.gravity, "spin": self.spin}
-        velocity = [round(part, 4) for part in self.velocity]
-        return {"kind": self.kind, "velocity": velocity} | {name: round(value, 4) for name, value in numbers.items()}
-
     def _above_floor(self, seconds: float) -> float:
         """A ball that loses nothing: all its hops are the same parabola, entered at the start's height and speed."""
         floor = 1 - self.margin

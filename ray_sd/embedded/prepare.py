@@ -24,6 +24,9 @@ from ray_sd.embedded.sprites import (
 
 logger = logging.getLogger(__name__)
 
+FOLDERS = {"two_core": "emoji", "autoencoder": "emoji_vae"}
+"""Of selections that have no folder of their own name."""
+
 
 class PrepareConfig(Schema):
     """What to prepare, and where."""
@@ -32,8 +35,8 @@ class PrepareConfig(Schema):
     """Parquet of pictures of `two_core` (320 sprites), `all` (about 1,000) or `autoencoder` (every sprite but the
     unseen), of `large` pictures and windows of such, or of `clips` of moving ones; `spin` clips of sixteen as MP4 files;
     `pictures` of one held-out subject as PNG files; or the `names` that the tokenizer knows as a text file."""
-    out: Path = Path("runs/data/emoji")
-    """The folder to write to."""
+    out: Path | None = None
+    """The folder to write to; null takes one of the selection's own, such as `runs/data/emoji_clips`."""
     packages: Path = Path("runs/packages")
     """Where the two npm packages lie as tarballs; what is missing is fetched there by `npm pack`."""
     subject: str = "owl"
@@ -49,17 +52,22 @@ class PrepareConfig(Schema):
     seed: int = 0
     """Orders the rows, and draws the autoencoder's random backgrounds and all that differs between clips."""
 
+    @property
+    def folder(self) -> Path:
+        """Where presets look for what was selected."""
+        return self.out or Path("runs/data") / FOLDERS.get(self.selection, f"emoji_{self.selection}")
+
 
 def prepare(config: PrepareConfig) -> str:
     """Write what the configuration asks for; return what that was in words, such as `320 pictures`."""
     sprites = read_sprites(config.packages)
     if config.selection == "pictures":
-        return f"{write_pictures(sprites, config.subject, config.poses, config.out)} pictures"
+        return f"{write_pictures(sprites, config.subject, config.poses, config.folder)} pictures"
     if config.selection == "names":
         picturable = [sprite for sprite in sprites if sprite.group in PICTURABLE]
-        return f"{write_names(picturable, config.out / 'names.txt')} names"
+        return f"{write_names(picturable, config.folder / 'names.txt')} names"
     if config.selection == "spin":
-        return f"{write_spins(sprites, config.out, config.seed)} clips"
+        return f"{write_spins(sprites, config.folder, config.seed)} clips"
     if config.selection == "clips":
         chosen = moving_sprites(sprites)
         rows = clip_rows(chosen, config.clips, config.seed, config.processes)
@@ -70,7 +78,7 @@ def prepare(config: PrepareConfig) -> str:
         chosen = select(sprites, config.selection)
         backgrounds = autoencoder_rows if config.selection == "autoencoder" else captioned_rows
         rows = list(backgrounds(chosen, config.seed))
-    write_parquet(rows, config.out, config.shards, config.seed)
-    write_names(chosen, config.out.with_name(f"{config.out.name}.names.txt"))  # beside the shards, not among them
-    logger.info("wrote %d rows of %d sprites to %s", len(rows), len(chosen), config.out)
+    write_parquet(rows, config.folder, config.shards, config.seed)
+    write_names(chosen, config.folder.with_name(f"{config.folder.name}.names.txt"))  # beside the shards, not among them
+    logger.info("wrote %d rows of %d sprites to %s", len(rows), len(chosen), config.folder)
     return f"{len(rows)} {'clips' if config.selection == 'clips' else 'pictures'}"

@@ -62,7 +62,8 @@ def self_similarity(frame: np.ndarray) -> float:
 
 def find_figure(frame: np.ndarray) -> Figure | None:
     """What differs from the colour of most of the frame's border; None where nothing does."""
-    border = np.concatenate([frame[:2].reshape(-1, 3), frame[-2:].reshape(-1, 3), frame[:, :2].reshape(-1, 3)])
+    edges = (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:])
+    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
     difference = frame.astype(np.float32) - np.median(border, axis=0).astype(np.float32)
     strength = cv2.blur(np.linalg.norm(difference, axis=-1), (3, 3))  # noise is not alike in neighbours
     threshold = max(0.2 * float(np.percentile(strength, 98)), 8.0)

@@ -1,6 +1,7 @@
 """Videos, sound and broken, that say in their pictures which frame is which."""
 
 import io
+import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -53,15 +54,20 @@ def video(
     pixels: str = "yuv420p",
     rotation: int | None = None,
     mirrored: bool = False,
+    sound: float = 0,
     **context: Any,
 ) -> bytes:
-    """An encoded video. times: of each frame in milliseconds, where they are not `fps` a second."""
+    """An encoded video.
+
+    times: of each frame in milliseconds, where they are not `fps` a second. sound: seconds of silence, in another track.
+    """
     stream = io.BytesIO()
     with av.open(stream, "w", format=kind) as container:
         track = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         track.pix_fmt = pixels
         if rotation is not None:
             track.set_display_rotation(rotation, hflip=mirrored)
+        silence = container.add_stream("libopus", rate=48000) if sound else None
         for name, value in context.items():
             setattr(track.codec_context, name, value)
         if times is not None:
@@ -75,6 +81,12 @@ def video(
             frame.time_base = 1 / Fraction(fps).limit_denominator(1000) if times is None else Fraction(1, 1000)
             container.mux(track.encode(frame))
         container.mux(track.encode())
+        if silence is not None:
+            for start in range(0, round(sound * 48000), 960):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="flt", layout="mono")
+                frame.rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+                container.mux(silence.encode(frame))
+            container.mux(silence.encode())
     return stream.getvalue()
 
 
@@ -87,6 +99,32 @@ def noisy(num_frames: int, **settings: Any) -> bytes:
     """A video that no encoder makes small."""
     random = np.random.default_rng(0)
     return video([random.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(num_frames)], **settings)
+
+
+def stretched(data: bytes, ratio: int) -> bytes:
+    """An MP4 made with a `sample_aspect_ratio`, whose pixels then say to be so many times as wide as they are high."""
+    place = data.index(b"pasp") + 4
+    return data[:place] + struct.pack(">II", ratio, 1) + data[place + 8 :]
+
+
+def streamable(data: bytes) -> bytes:
+    """An MP4 with its index before its frames, so that it can be opened when its end is lost."""
+    [header] = struct.unpack_from(">I", data)
+    start = data.index(b"moov") - 4
+    index = bytearray(data[start:])
+    chunks = index.index(b"stco") + 8
+    [count] = struct.unpack_from(">I", index, chunks)
+    for place in range(chunks + 4, chunks + 4 + 4 * count, 4):
+        struct.pack_into(">I", index, place, struct.unpack_from(">I", index, place)[0] + len(index))
+    return data[:header] + index + data[header:start]
+
+
+def without_frames(data: bytes) -> bytes:
+    """An MP4 whose index lists none, or an AVI that ends before the first."""
+    if data.startswith(b"RIFF"):
+        return data[: data.index(b"movi") + 4]
+    sizes = data.index(b"stsz") + 12
+    return data[:sizes] + bytes(4) + data[sizes + 4 :]
 
 
 def sound_only() -> bytes:
@@ -102,7 +140,8 @@ def sound_only() -> bytes:
     return stream.getvalue()
 
 
-def gif(frames: Sequence[np.ndarray], milliseconds: int = 100) -> bytes:
+def gif(frames: Sequence[np.ndarray], milliseconds: int | list[int] = 100) -> bytes:
+    """milliseconds: of all frames, or of each."""
     pictures = [Image.fromarray(frame) for frame in frames]
     stream = io.BytesIO()
     pictures[0].save(stream, "gif", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)

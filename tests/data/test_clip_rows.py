@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sample_pictures import encoded, noise_png
 from sample_videos import clip_experiment, counted, numbered, read_number, shifting, video
 
@@ -24,8 +26,10 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, lanes_of, to_tensors
+from ray_sd.data.locations import Location, locate
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import SourceRow, list_source
+from ray_sd.data.view import View
 from ray_sd.errors import DataError
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
@@ -196,6 +200,37 @@ def test_only_what_changes_frames_is_encoded_again(folder: Path, configure: Call
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_clips_with_other_condition_frames_share_nothing(folder: Path, configure: Callable):
+    config = configure(folder)
+    shapes = []
+    for rows in (CLIPS, BOTH_ENDS, CLIPS):
+        data = prepare(config, rows)
+        shapes.append((data.summary.encoded, read_all(data, config, rows)["3.mp4"]["condition_pixels"].shape))
+    assert shapes == [(6, (1, 3, 48, 64)), (6, (2, 3, 48, 64)), (0, (1, 3, 48, 64))]
+
+
+def test_clips_of_another_image_encoder_or_processor_share_nothing(
+    tiny_video: Path, folder: Path, tmp_path: Path, configure: Callable
+):
+    shutil.copytree(tiny_video, tmp_path / "other encoder")
+    weights = tmp_path / "other encoder" / "image_encoder" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    shutil.copytree(tiny_video, tmp_path / "other processor")
+    settings = tmp_path / "other processor" / "feature_extractor" / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+
+    def cached(base: Path) -> str:
+        config = configure(folder, "model=svd", f"model.base={base}")
+        return View(config, CLIPS, locate(str(tmp_path), "cache_path"), list_source(config.dataset)).images.name
+
+    shutil.copytree(tiny_video, tmp_path / "same")
+    bases = [tiny_video, tmp_path / "same", tmp_path / "other encoder", tmp_path / "other processor"]
+    names = [cached(base) for base in bases]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_is_cached_is_held_against_the_limits_as_well(folder: Path, configure: Callable, rejected: Callable):
     (folder / "long.mp4").write_bytes(counted(60))
     config = configure(folder, method="temporal_decoder")
@@ -225,11 +260,34 @@ def test_still_videos_are_left_out_without_counting_as_rejected(
     for bound, kept in ((0.01, 2), (0.15, 1)):
         moving = configure(folder, f"dataset.video.min_motion={bound}", method="temporal_decoder")
         summary = prepare(moving, PIXELS).summary
-        assert (summary.rows, summary.encoded, summary.rejected) == (kept, 0, 3 - kept)
+        assert (summary.rows, summary.encoded, summary.rejected, summary.still) == (kept, 0, 0, 3 - kept)
+        assert f"; {3 - kept} move too little and are left out, listed in " in str(summary)
+        assert "; rejected" not in str(summary)
         assert rejected(summary)["0.mp4"] == f"moves too little: 0.0000, dataset.video.min_motion is {bound}"
         assert prepare(moving, PIXELS).summary.rows == kept  # also when nothing is read again
     with pytest.raises(DataError, match="3 of 3 rows were rejected, so nothing is left; most often .3.: moves too lit"):
         prepare(configure(folder, "dataset.video.min_motion=2", method="temporal_decoder"), PIXELS)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_still_videos_neither_excuse_broken_ones_nor_are_blamed_for_them(tmp_path: Path, configure: Callable):
+    """One broken video of three that are wanted is a third, whatever else is left out."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"still {number}.mp4").write_bytes(video(shifting(20 + number, 0)))
+    for name, content in {"a": video(shifting(20, 4)), "b": video(shifting(30, 4)), "c": b"broken"}.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+    settings = ("dataset.video.min_motion=0.1", "dataset.max_rejected_fraction={}")
+    strict, lenient = (
+        configure(folder, *(setting.format(share) for setting in settings), method="temporal_decoder")
+        for share in (0.3, 0.4)
+    )
+    with pytest.raises(DataError, match=r"1 of 3 rows were rejected, more than .*; most often .1.: cannot be decoded;"):
+        prepare(strict, PIXELS)
+    summary = prepare(lenient, PIXELS).summary
+    assert (summary.rows, summary.rejected, summary.still) == (2, 1, 3)
+    assert str(summary).endswith(f"; rejected 1, listed in {summary.rejected_file}")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -282,7 +340,7 @@ def test_every_source_gives_the_same_clips(tmp_path: Path, configure: Callable):
 
 
 def test_frames_of_a_folder_are_in_the_natural_order_of_their_names(tmp_path: Path):
-    for name in ("frame10.png", "frame2.png", "frame1.PNG", "deep/3.jpg", "deep/note.md"):
+    for name in ("frame10.png", "frame2.png", "frame1.PNG", "deep/3.jpg", "deep/3²1.jpg", "deep/note.md"):
         file = tmp_path / "cat" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(name.encode())
@@ -290,7 +348,7 @@ def test_frames_of_a_folder_are_in_the_natural_order_of_their_names(tmp_path: Pa
     rows = source_rows({"name": "frame_folder", "path": str(tmp_path), "fps": 24})
     assert {name: (row.frames, row.captions) for name, row in rows.items()} == {
         "cat": ([b"frame1.PNG", b"frame2.png", b"frame10.png"], ["a cat"]),
-        "cat/deep": ([b"deep/3.jpg"], []),
+        "cat/deep": ([b"deep/3.jpg", "deep/3²1.jpg".encode()], []),
     }
     [unit] = list_source(
         DatasetConfig.model_validate(
@@ -344,6 +402,21 @@ def test_large_videos_are_rejected_unread(tmp_path: Path):
         "x.tar/a": (b"", f"is 2.0 {reason}"),
         "x.tar/b": (small, None),
     }
+
+
+def test_a_large_video_that_a_table_names_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, content in (("a.mp4", b"x" * (2 << 20)), ("b.mp4", b"y")):
+        (tmp_path / name).write_bytes(content)
+    structs = [{"bytes": None, "path": str(tmp_path / f"{name}.mp4")} for name in "ab"]
+    pq.write_table(pa.table({"clip": structs}), tmp_path / "x.parquet")
+    read = []
+    whole = Location.read
+    monkeypatch.setattr(Location, "read", lambda file: read.append(file.path) or whole(file))
+    source = {"name": "parquet", "path": str(tmp_path / "x.parquet"), "video_column": "clip"}
+    [large, small] = source_rows(source, video={"max_megabytes": 1}).values()
+    assert large.reason == "is 2.0 MB large, more than dataset.video.max_megabytes=1; not decoded"
+    assert (small.image, small.reason) == (b"y", None)
+    assert [Path(path).name for path in read] == ["b.mp4"]
 
 
 def test_parquet_rows_are_read_from_the_video_column(tmp_path: Path):

@@ -1,5 +1,7 @@
 """A real film, which ships: what is made of footage that nothing here has rendered."""
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import ray_sd
 from ray_sd.config import DatasetConfig
+from ray_sd.config.load import load_config
 from ray_sd.data.crops import Variant
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.clips import take_frames
@@ -27,6 +30,14 @@ def config() -> DatasetConfig:
 @pytest.fixture(scope="module")
 def film(config: DatasetConfig) -> EncodedVideo:
     return EncodedVideo(FILM.read_bytes(), config)
+
+
+def test_the_command_beside_it_asks_for_small_frames():
+    """At the resolution that is meant for models of full size, four clips take 9.5 GiB."""
+    text = (FILM.parent / "README.md").read_text()
+    [command] = re.findall(r"`python jobs/train.py ([^`]+)`", text)
+    config = load_config(shlex.split(command))
+    assert (config.dataset.height, config.dataset.width, config.trainer.batch_size) == (96, 160, 1)
 
 
 def test_all_of_it_is_one_scene(config: DatasetConfig, film: EncodedVideo):

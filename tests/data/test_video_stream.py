@@ -1,6 +1,8 @@
 """Encoded videos to upright RGB frames with their times, or a reason why not."""
 
+import io
 import random
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_pictures import encoded
-from sample_videos import clip_experiment, counted, gif, noisy, numbered, read_number, sound_only, video
+from sample_videos import (
+    clip_experiment,
+    counted,
+    gif,
+    noisy,
+    numbered,
+    read_number,
+    sound_only,
+    streamable,
+    stretched,
+    video,
+    without_frames,
+)
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
-from ray_sd.data.examine import source_rows
-from ray_sd.data.sources import list_source
-from ray_sd.data.video.clips import open_footage
 from ray_sd.data.video.stills import StillFrames
 from ray_sd.data.video.stream import EncodedVideo
 from ray_sd.data.video.timing import survey
@@ -109,6 +120,17 @@ def test_transparency_shows_the_background():
     assert found[1][0, 1].tolist() == [255, 0, 0]
 
 
+def test_an_empty_display_matrix_turns_nothing():
+    data = video([corner_frame()] * 3)
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    track = data.index(b"tkhd")
+    emptied = data[:track] + data[track:].replace(identity, bytes(36), 1)
+    assert emptied != data
+    [frame, *_] = pictures(emptied)
+    assert frame.shape == (48, 64, 3)
+    assert corners(frame) == list("rgbb")
+
+
 def test_frames_can_be_had_from_a_time_on():
     footage = EncodedVideo(counted(60, gop_size=10), settings())
     times = [frame.time for frame in footage.frames()]
@@ -132,6 +154,29 @@ def damaged(data: bytes) -> bytes:
     return data[:middle] + random.Random(0).randbytes(400) + data[middle + 400 :]
 
 
+WEBM = {"kind": "webm", "codec": "libvpx-vp9"}
+MKV = {"kind": "matroska", "codec": "libx264"}
+
+
+@pytest.mark.parametrize("kind", [WEBM, MKV], ids=["webm", "mkv"])
+def test_a_truncated_video_with_sound_is_told_from_one_whose_sound_lasts_longer(kind: dict):
+    data = noisy(40, sound=8, **kind)
+    assert survey(EncodedVideo(data, settings()), settings()).end == pytest.approx(4, abs=0.01)
+    with pytest.raises(RejectedError, match=r"is truncated: it ends after 2\.\d\d of 4\.00 s"):
+        survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
+
+
+@pytest.mark.parametrize("sound", [0, 9])
+@pytest.mark.parametrize("kind", [WEBM, MKV, {}], ids=["webm", "mkv", "mp4"])
+def test_a_video_may_begin_after_zero(kind: dict, sound: float):
+    times = range(5000, 9000, 100)
+    data = noisy(40, times=times, sound=sound, **kind)
+    assert survey(EncodedVideo(data, settings()), settings()).end == pytest.approx(4, abs=0.01)
+    if kind:
+        with pytest.raises(RejectedError, match=r"is truncated: it ends after 2\.\d\d of 4\.00 s"):
+            survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
+
+
 def between_frames(data: bytes) -> bytes:
     """The first half of an AVI, without a part of a frame."""
     return data[: data.rindex(b"00dc", 0, len(data) // 2)]
@@ -142,13 +187,21 @@ BROKEN = {
     "text.mp4": (b"no video at all" * 100, "cannot be decoded: Invalid data found when processing input"),
     "picture.mp4": (encoded(Image.new("RGB", (8, 8))), "is no MP4, MOV, WebM, MKV, AVI or GIF"),
     "truncated.mp4": (noisy(20)[:-2000], "cannot be decoded: Invalid data found when processing input"),
+    "streamed.mp4": (streamable(noisy(40))[:50_000], "cannot be decoded: Invalid data found when processing input"),
     "truncated.webm": (noisy(40, kind="webm", codec="libvpx-vp9")[:20_000], "is truncated: it ends after "),
     "truncated.avi": (between_frames(noisy(40, kind="avi", codec="mpeg4")), "is truncated: it ends after "),
     "damaged.mp4": (damaged(noisy(20, gop_size=5)), "is damaged: a frame at "),
     "sound.mp4": (sound_only(), "has no video track"),
+    "frameless.mp4": (without_frames(counted(9)), "has no frames"),
+    "frameless.avi": (without_frames(counted(9, kind="avi", codec="mpeg4")), "has no frames"),
     "single.gif": (gif([numbered(0)]), "has a single frame, so nothing moves in it"),
     "short.mp4": (counted(5), "is too short: 0.50 s; 4 frames at 5 a second take 0.60 s; set dataset.video.short to"),
-    "large.mp4": (counted(9, (256, 160)), "256x160 pixels a frame are more than dataset.max_pixels=20000"),
+    "large.mp4": (counted(9, (1280, 800)), "1280x800 pixels a frame are more than dataset.max_pixels=1000000"),
+    "wide.mp4": (
+        stretched(counted(9, sample_aspect_ratio=2), 1000),
+        "64000x48 pixels a frame are more than dataset.max_pixels=1000000",
+    ),
+    "unconvertible.mp4": (stretched(counted(20, (16, 2), sample_aspect_ratio=2), 30_000), "cannot be decoded: Not yet"),
     "long.mp4": (counted(9, fps=0.1), "lasts more than dataset.video.max_seconds=60: at least 90.0 s"),
 }
 
@@ -171,7 +224,7 @@ def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_pat
     config = clip_experiment(
         f"dataset.source.path={folder}",
         f"cache_path={tmp_path / 'cache'}",
-        "dataset.max_pixels=20000",
+        "dataset.max_pixels=1000000",
         "dataset.video.max_seconds=60",
         "dataset.max_rejected_fraction=0.9",
         method="temporal_decoder",
@@ -185,19 +238,29 @@ def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_pat
     }
 
 
-def test_a_damaged_member_of_a_tar_loses_no_other(tmp_path: Path):
-    members = {"a.mp4": counted(20), "b.mp4": damaged(noisy(20)), "c.mp4": counted(20)}
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_damaged_member_of_a_tar_loses_no_other(tmp_path: Path, rejected: Callable):
+    from ray_sd.data import prepare
+    from ray_sd.methods import build_method
+
+    members = {"a.mp4": counted(20), "b.mp4": BROKEN["damaged.mp4"][0], "c.mp4": counted(20), "d.mp4": counted(30)}
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in members.items():
-            (tmp_path / name).write_bytes(content)
-            tar.add(tmp_path / name, name)
-    config = settings(source={"name": "webdataset", "path": str(tmp_path)})
-    [unit] = list_source(config).units
-    rows = {row.id: row for row in source_rows(list_source(config).read, unit)}
-    assert len(survey(open_footage(rows["x.tar/a"], config), config).times) == 20
-    with pytest.raises(RejectedError, match="is damaged|cannot be decoded"):
-        survey(open_footage(rows["x.tar/b"], config), config)
-    assert len(survey(open_footage(rows["x.tar/c"], config), config).times) == 20
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    config = clip_experiment(
+        f"dataset.source.path={tmp_path}",
+        f"cache_path={tmp_path / 'cache'}",
+        "dataset.max_rejected_fraction=0.5",
+        source="webdataset_videos",
+        method="temporal_decoder",
+    )
+    summary = prepare(config, build_method(config.method).rows()).summary
+    assert summary.rows == 3
+    [(name, reason)] = rejected(summary).items()
+    assert name.endswith("x.tar:b")
+    assert reason.startswith("is damaged: a frame at ")
 
 
 def test_a_folder_s_frames_must_be_of_one_size():

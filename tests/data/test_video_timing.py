@@ -101,6 +101,18 @@ def test_short_videos_are_rejected_repeated_or_held():
     assert clips(data, num_frames=4, short="pad") == [[0, 1, 2, 3]]
 
 
+def test_the_longest_scene_in_which_something_can_move_is_repeated():
+    """A frame that is shown for half a second between cuts, then four that are shown for a tenth each."""
+    data = gif([CUTS[0], *(CUTS[10] + 8 * number for number in range(4))], milliseconds=[500, 100, 100, 100, 100])
+    for short in ("loop", "pad"):
+        [found] = pixels(data, settings(cut_threshold=27, short=short))
+        assert found[:, 24, 32, 2].min() > 150  # the blue ones
+    with pytest.raises(RejectedError, match="is too short: 0.50 s between cuts"):
+        pixels(data, settings(cut_threshold=27))
+    with pytest.raises(RejectedError, match="has no scene of more than one frame"):
+        pixels(video([CUTS[0], CUTS[10], CUTS[20]]), settings(cut_threshold=27, short="pad"))
+
+
 def test_what_repeats_a_short_video_is_no_motion_of_its_own():
     """Neither the leap back to the beginning nor the standstill at the end counts."""
     data = video(shifting(6, 4, SIZE), fps=5)

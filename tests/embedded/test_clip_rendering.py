@@ -9,11 +9,11 @@ import pytest
 from drawn_sprites import centre, decode, disc, flag
 from PIL import Image
 
-import ray_sd.embedded
+import ray_sd.embedded.spins
 from ray_sd.embedded.backgrounds import Background, draw_background
 from ray_sd.embedded.clips import FPS, FRAMES, KINDS, Actor, Clip, clip_rows, draw_clips, encode, render
 from ray_sd.embedded.motion import Motion, Pose
-from ray_sd.embedded.spins import spinning, unseen_spinners
+from ray_sd.embedded.spins import spinning, unseen_spinners, write_spins
 from ray_sd.embedded.sprites import catalogue
 from ray_sd.errors import DataError
 
@@ -46,7 +46,7 @@ def test_the_same_frames_come_back_at_the_size_of_training():
     frames = render(Clip("x", (Actor(flag(), Motion("moving", Pose(0.4, 0.5, 0.6), (0.3, 0))),), BLUE))
     video = encode(frames)
     decoded = decode(video)
-    assert decoded.shape == frames.shape == (155, 128, 128, 3)
+    assert decoded.shape == frames.shape == (43, 128, 128, 3)
     assert np.square(halved(decoded) - halved(frames)).mean() < 255**2 / 10**3.2  # 32 dB
     with av.open(io.BytesIO(video)) as container:
         times = [float(frame.time) for frame in container.decode(video=0)]
@@ -60,7 +60,13 @@ def test_clips_are_captioned_and_their_motion_is_known(tmp_path):
     for row, clip in zip(rows, draw_clips([flag(), disc()], 6, seed=0), strict=True):
         truth = json.loads(row["motion"])
         assert [actor["sprite"] for actor in truth] == [actor.sprite.name for actor in clip.actors]
-        assert [actor["kind"] for actor in truth] == [actor.motion.kind for actor in clip.actors]
+        for known, actor in zip(truth, clip.actors, strict=True):
+            fields = {name: value for name, value in known.items() if name != "sprite"}
+            rebuilt = Motion(**fields | {"start": Pose(**fields["start"])})
+            assert [rebuilt.pose(second) for second in (0, 0.7, 1.4)] == [
+                actor.motion.pose(second) for second in (0, 0.7, 1.4)
+            ]
+            assert rebuilt.words() == actor.motion.words()
         assert row["caption"].startswith(f"a {truth[0]['sprite']} ")
         assert row["caption"].endswith(f" on a {clip.background.words()}")
         np.testing.assert_array_equal(decode(row["video"]), decode(encode(render(clip))))
@@ -113,6 +119,17 @@ def test_shipped_spins_match_their_captions_and_stay_small():
         assert frames.shape == (155, 128, 128, 3)
         assert np.abs(frames[:, 1, 1].astype(int) - catalogue().colours[words[-2]]).max() < 6
         assert video.stat().st_size < 80_000
+
+
+def test_spins_that_are_no_longer_taught_go_and_other_videos_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_sd.embedded.spins, "FRAMES", 2)
+    for name, caption in (("owl", "a owl spinning on a red background"), ("cat", "my cat")):
+        (tmp_path / f"{name}.mp4").write_bytes(b"video")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    assert write_spins([flag(name, name) for name in catalogue().spinners], tmp_path, seed=0) == 16
+    taught = {name.replace(" ", "_") for name in catalogue().spinners}
+    for suffix in ("mp4", "txt"):
+        assert {path.stem for path in tmp_path.glob(f"*.{suffix}")} == {"cat", *taught}
 
 
 def test_unseen_spinners_are_found_among_what_nothing_was_trained_on():

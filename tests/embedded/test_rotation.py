@@ -11,7 +11,7 @@ import ray_sd.embedded
 from ray_sd.embedded.backgrounds import Background
 from ray_sd.embedded.clips import Actor, Clip, render
 from ray_sd.embedded.motion import Motion, Pose
-from ray_sd.embedded.rotation import measure_rotation, self_similarity
+from ray_sd.embedded.rotation import find_figure, measure_rotation, self_similarity
 from ray_sd.embedded.spins import spinning
 
 SPINS = sorted((Path(ray_sd.embedded.__file__).parent / "clips" / "spin").glob("*.mp4"))
@@ -75,6 +75,14 @@ def test_other_motions_turn_nothing(motion):
 def test_a_turn_is_found_in_what_moves_and_grows_too():
     frames = clip_of(Motion("spinning", Pose(0.42, 0.45, 0.5), (0.1, 0.08), growth=0.3, spin=-60))
     assert measure_rotation(frames, 7).velocity == pytest.approx(-60, rel=0.03)
+
+
+def test_a_figure_at_one_side_is_found_as_one_at_the_other():
+    frame = np.full((64, 64, 3), (0, 0, 200), np.uint8)
+    frame[:, :28] = (200, 0, 0)
+    left, right = find_figure(frame), find_figure(frame[:, ::-1])
+    assert left.centre[0] == pytest.approx(63 - right.centre[0])
+    assert left.centre[0] < 20
 
 
 def test_a_few_wrong_frames_do_not_count():

@@ -3,10 +3,12 @@ import json
 import tarfile
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 import ray_sd.embedded
@@ -130,6 +132,16 @@ def test_preparing_again_writes_the_same_rows_and_leaves_no_stale_shard(packages
     prepare(PrepareConfig(out=tmp_path, packages=packages, shards=2))
     assert len(list(tmp_path.glob("*.parquet"))) == 2
     assert sorted(map(str, read_rows(tmp_path))) == sorted(map(str, first))
+
+
+def test_every_selection_is_written_where_its_preset_reads_and_none_over_another():
+    selections = get_args(PrepareConfig.model_fields["selection"].annotation)
+    folders = {selection: str(PrepareConfig(selection=selection).folder) for selection in selections}
+    assert len(set(folders.values())) == len(selections)
+    presets = {"two_core": "emoji", "autoencoder": "emoji_vae", "large": "emoji_large", "clips": "emoji_clips"}
+    for selection, preset in presets.items():
+        file = Path(ray_sd.__file__).parent / "presets" / "dataset" / f"{preset}.yaml"
+        assert yaml.safe_load(file.read_text())["source"]["path"] == folders[selection]
 
 
 def test_the_autoencoder_also_sees_backgrounds_of_any_colour(packages, tmp_path):

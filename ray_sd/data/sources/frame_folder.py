@@ -41,9 +41,9 @@ def list_frame_folder(source: FrameFolderSource, dataset: DatasetConfig) -> List
     texts = {info.path.rpartition(".")[0]: info.path for info in files if info.extension.lower() == "txt"}
     rejected, rows = [], []
     for path, frames in folders.items():
-        size, limit = sum(info.size for info in frames), dataset.video.max_bytes if dataset.video is not None else 0
-        if size > limit:
-            rejected.append((path, too_large(size, limit)))
+        size = sum(info.size for info in frames)
+        if dataset.video is not None and size > dataset.video.max_bytes:
+            rejected.append((path, too_large(size, dataset.video.max_bytes)))
             continue
         names = sorted((info.path for info in frames), key=_natural)
         rows.append({"path": path, "frames": names, "text_path": texts.get(path)})
@@ -77,4 +77,4 @@ class FrameFolderReader:
 
 def _natural(path: str) -> list[tuple[int, str]]:
     """Sorts `frame2.png` before `frame10.png`."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", path)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", path)]

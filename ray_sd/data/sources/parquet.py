@@ -16,8 +16,9 @@ from ray_sd.errors import DataError
 
 
 def list_parquet(source: ParquetSource, dataset: DatasetConfig) -> Listing:
-    is_video = source.video_column is not None
-    wanted = Columns(source.video_column or source.image_column, source.id_column, dataset.caption.column, is_video)
+    max_bytes = dataset.video.max_bytes if dataset.video is not None else None
+    content = source.video_column or source.image_column
+    wanted = Columns(content, source.id_column, dataset.caption.column, max_bytes)
     root = locate(source.path, SETTING)
     files = list_files(root, source.path, (".parquet",))
     if not files:

@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
-from ray_sd.data.locations import locate
-from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable
+from ray_sd.data.locations import Location, locate
+from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable, too_large
 from ray_sd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,12 @@ class Columns(NamedTuple):
     content: str
     id: str | None
     caption: str
-    is_video: bool = False
-    """Whether the content is videos."""
+    max_bytes: int | None = None
+    """Of a video, where the content is videos."""
+
+    @property
+    def is_video(self) -> bool:
+        return self.max_bytes is not None
 
     @property
     def noun(self) -> str:
@@ -66,7 +70,7 @@ def table_rows(batch: pa.RecordBatch | pa.Table, path: str, start: int, columns:
         where = f"{path}{start + i}"
         try:
             captions = caption_texts(texts[i].as_py()) if texts is not None else []
-            yield SourceRow(name, where, _content(contents[i].as_py(), columns.noun), captions)
+            yield SourceRow(name, where, _content(contents[i].as_py(), columns), captions)
         except RejectedError as error:
             yield SourceRow(name or where, where, b"", [], str(error))
 
@@ -87,14 +91,17 @@ def _name(value: Any) -> str | None:
     return printable(value) if isinstance(value, bytes) else str(value)
 
 
-def _content(value: Any, noun: str) -> bytes:
+def _content(value: Any, columns: Columns) -> bytes:
+    noun = columns.noun
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return value["bytes"]
         if not value.get("path"):
             raise RejectedError(f"has no {noun}")
         try:
-            return locate(value["path"], "its path").read()
+            return _outside(locate(value["path"], "its path"), columns.max_bytes)
+        except RejectedError:
+            raise
         except Exception as error:
             raise RejectedError(f"{UNREADABLE}: {error}") from error
     if value is None:
@@ -102,3 +109,10 @@ def _content(value: Any, noun: str) -> bytes:
     if not isinstance(value, bytes):
         raise RejectedError(f"the {noun} is a {type(value).__name__}, not encoded bytes")
     return value
+
+
+def _outside(file: Location, max_bytes: int | None) -> bytes:
+    """What is in a file that a table names. Raises RejectedError for a video that is too large to be read."""
+    if max_bytes is not None and (size := file.info().size or 0) > max_bytes:
+        raise RejectedError(too_large(size, max_bytes))
+    return file.read()

@@ -39,23 +39,22 @@ class ClipEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.combine_chunks()
-        names = LATENTS if self._condition_frames else LATENTS[:2]
-        columns: dict[str, list] = {name: [None] * len(table) for name in (*names, "shapes", "key")}
+        columns: dict[str, list] = {name: [None] * len(table) for name in (*LATENTS, "shapes", "key")}
         for present in of_one_shape(table):
             [shape] = table["shapes"][int(present[0])].as_py()
             encoded = self._encode(
                 np.stack([np.frombuffer(table["pixels"][int(i)].as_buffer(), np.uint8).reshape(shape) for i in present])
             )
             for place, i in enumerate(present):
-                arrays = [encoded[name][place] for name in names]
+                arrays = [encoded[name][place] for name in LATENTS]
                 # Without a key the row is rejected for want of an entry.
                 if all(np.isfinite(array).all() for array in arrays):
                     columns["key"][i] = table["key"][int(i)].as_py()
                     columns["shapes"][i] = [array.shape for array in arrays]
-                    for name, array in zip(names, arrays, strict=True):
+                    for name, array in zip(LATENTS, arrays, strict=True):
                         columns[name][i] = array.tobytes()
         table = table.drop_columns(["pixels", "shapes", "key"])
-        types = dict.fromkeys(names, pa.binary()) | {"shapes": SHAPES, "key": KEY}
+        types = dict.fromkeys(LATENTS, pa.binary()) | {"shapes": SHAPES, "key": KEY}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, types[name]))
         return table
@@ -75,12 +74,10 @@ class ClipEncoder:
         for name, posteriors in zip(("mean", "std"), zip(*parts, strict=True), strict=True):
             whole = np.concatenate(posteriors)
             arrays[name] = whole.reshape(*clips.shape[:2], *whole.shape[1:])
-        if self._condition_frames:
-            conditions = clips[:, self._condition_frames]
-            with torch.inference_mode():
-                embeddings = self._model.embed_images(self._scaled(conditions[:, 0]))
-            arrays |= {"condition_pixels": conditions, "image_embeds": self._stored(embeddings)}
-        return arrays
+        conditions = clips[:, self._condition_frames]
+        with torch.inference_mode():
+            embeddings = self._model.embed_images(self._scaled(conditions[:, 0]))
+        return arrays | {"condition_pixels": conditions, "image_embeds": self._stored(embeddings)}
 
     def _posterior(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch

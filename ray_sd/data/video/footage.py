@@ -30,14 +30,24 @@ class Frame(Protocol):
 class Footage(Protocol):
     """A video in memory, encoded."""
 
-    stated_seconds: float | None
-    """How long it says to last, if it does."""
+    @property
+    def stated_seconds(self) -> float | None:
+        """How long it says to last from its first frame on, if it does; asked when its frames were seen."""
 
     def frames(self, since: float = 0.0) -> Iterator[Frame]:
         """The frames from `since` on, and maybe some before; their times are the same whatever `since` is.
 
         Raises RejectedError where they cannot be decoded.
         """
+
+
+def check_pixels(size: tuple[int, int], config: DatasetConfig) -> None:
+    """Raise RejectedError for frames, of a width and height, that are larger than allowed."""
+    width, height = size
+    if width * height > config.max_pixels:
+        raise RejectedError(
+            f"{width}x{height} pixels a frame are more than dataset.max_pixels={config.max_pixels}; not decoded"
+        )
 
 
 def check_length(seconds: float, config: DatasetConfig) -> None:

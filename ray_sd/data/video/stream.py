@@ -1,6 +1,7 @@
 """Encoded videos, decoded by PyAV: rotation, aspect ratio of pixels, and colours as players show them."""
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError, flatten
-from ray_sd.data.video.footage import check_length
+from ray_sd.data.video.footage import check_length, check_pixels
 from ray_sd.errors import first_line
 
 FORMATS = "mov,matroska,avi,gif"
@@ -33,8 +34,14 @@ class EncodedVideo:
         self._data = data
         self._background = config.background
         self._origin: int | None = None
+        self._begins = 0.0
         with self._opened() as (container, track):
             self._check(container, track, config)
+
+    @property
+    def stated_seconds(self) -> float | None:
+        """Known when the first frame is: Matroska counts from zero, wherever that is."""
+        return self._stated - self._begins if self._stated is not None and self._counts_from_zero else self._stated
 
     def frames(self, since: float = 0.0) -> Iterator["DecodedFrame"]:
         end = 0.0
@@ -62,7 +69,7 @@ class EncodedVideo:
 
     def _seconds(self, pts: int, track: Any) -> float:
         if self._origin is None:
-            self._origin = pts
+            self._origin, self._begins = pts, float(pts * track.time_base)
         return float((pts - self._origin) * track.time_base)
 
     @contextmanager
@@ -82,26 +89,32 @@ class EncodedVideo:
         except av.ArgumentError as error:
             raise RejectedError("is no MP4, MOV, WebM, MKV, AVI or GIF") from error
         except Exception as error:  # libav, like the codecs below it, raises anything on damaged files.
-            raise RejectedError(
-                f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}"
-            ) from error
+            raise _undecodable(error) from error
 
     def _check(self, container: Any, track: Any, config: DatasetConfig) -> None:
         context = track.codec_context
-        if context.width * context.height > config.max_pixels:
-            raise RejectedError(
-                f"{context.width}x{context.height} pixels a frame are more than dataset.max_pixels={config.max_pixels}; "
-                "not decoded"
-            )
-        self.stated_seconds: float | None = None
-        if container.format.name == "avi" and track.frames and track.average_rate:
-            # libav takes the duration from the size of the file.
-            self.stated_seconds = float(track.frames / track.average_rate)
-        elif track.duration:
-            self.stated_seconds = float(track.duration * track.time_base)
-        elif container.duration and len(container.streams) == 1:
-            self.stated_seconds = container.duration / av.time_base
-        check_length(self.stated_seconds or 0.0, config)
+        check_pixels((context.width, context.height), config)
+        self._counts_from_zero = "matroska" in container.format.name
+        self._stated = _stated_seconds(container, track)
+        begins = float((track.start_time or 0) * track.time_base) if self._counts_from_zero else 0.0
+        check_length((self._stated or 0.0) - begins, config)
+
+
+def _stated_seconds(container: Any, track: Any) -> float | None:
+    """How long the track says to last; in Matroska, where its last frame ends."""
+    if container.format.name == "avi" and track.frames and track.average_rate:
+        # libav takes the duration from the size of the file.
+        return float(track.frames / track.average_rate)
+    if "matroska" in container.format.name:
+        # Programs tag each track, as `00:01:02.5`; the name of the tag may end in a language.
+        tags = [value for name, value in track.metadata.items() if name.partition("-")[0] == "DURATION"]
+        if tags and (time := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tags[0])):
+            hours, minutes, seconds = time.groups()
+            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    elif track.duration:
+        return float(track.duration * track.time_base)
+    # Sound may last longer than the picture.
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else None
 
 
 class DecodedFrame:
@@ -132,6 +145,8 @@ class DecodedFrame:
         for data in self._frame.side_data:
             if data.type == Type.DISPLAYMATRIX:
                 matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2]
+                if not matrix.any():
+                    break  # Some programs leave it empty.
                 # Phones are held upright or across; whatever is between is left to the nearest of these.
                 return np.sign(np.where(np.abs(matrix) * 2 > np.abs(matrix).max(), matrix, 0))
         return np.eye(2, dtype=int)
@@ -140,10 +155,17 @@ class DecodedFrame:
         colours = None
         if self._frame.colorspace == UNSPECIFIED and self._frame.height >= HD_LINES:
             colours = Colorspace.ITU709
-        frame = self._frame.reformat(
-            width, height, mode, src_colorspace=colours, interpolation=interpolation, threads=1
-        )
-        return frame.to_ndarray()
+        try:
+            frame = self._frame.reformat(
+                width, height, mode, src_colorspace=colours, interpolation=interpolation, threads=1
+            )
+            return frame.to_ndarray()
+        except Exception as error:  # Of sizes and kinds of pixels that libav does not convert.
+            raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> RejectedError:
+    return RejectedError(f"cannot be decoded: {getattr(error, 'strerror', None) or first_line(error)}")
 
 
 def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from ray_sd.config import DatasetConfig
 from ray_sd.config.video import VideoConfig
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.cuts import SIDE, CutDetector
-from ray_sd.data.video.footage import Footage, check_length
+from ray_sd.data.video.footage import Footage, check_length, check_pixels
 
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
@@ -70,6 +70,8 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
         if times and frame.size != size:
             raise RejectedError(f"its frames differ in size: {_pixels(size)} and {_pixels(frame.size)}")
         size = frame.size
+        # Again, for pixels that are far from square make frames large that are small in the file.
+        check_pixels(size, config)
         if detector is not None and detector.begins_scene(frame.reduced(SIDE)):
             cuts.append(len(times))
         # Broken files go back in time.
@@ -92,7 +94,7 @@ def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) 
     # The last frame is to be shown yet when its time comes.
     fitting = [(scene, room) for scene, room in zip(scenes, rooms, strict=True) if room > ROUNDING]
     if not fitting:
-        return _short_window(video, config, max(scenes, key=lambda scene: scene.end - scene.start))
+        return _short_window(video, config, scenes)
     ends = np.cumsum([room for _, room in fitting])
     offset = 0.0 if config.start.name == "first" else _share(seed, index) * float(ends[-1])
     chosen = min(int(np.searchsorted(ends, offset, side="right")), len(fitting) - 1)
@@ -104,17 +106,21 @@ def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) 
     return Window(tuple(_shown(video, scene, time) for time in times), config.num_frames)
 
 
-def _short_window(video: Survey, config: VideoConfig, scene: Scene) -> Window:
-    """A clip of a scene that is shorter than it."""
-    length = scene.end - scene.start
+def _short_window(video: Survey, config: VideoConfig, scenes: list[Scene]) -> Window:
+    """A clip of the longest scene, all of which are shorter than it."""
     if config.short == "skip":
-        part = "" if len(list(video.scenes())) == 1 else " between cuts"
+        length = max(scene.end - scene.start for scene in scenes)
+        part = "" if len(scenes) == 1 else " between cuts"
         raise RejectedError(
             f"is too short: {length:.2f} s{part}; {config.num_frames} frames at {config.fps:g} a second take "
             f"{config.seconds:.2f} s; set dataset.video.short to loop or pad, or ask for less"
         )
-    if scene.stop - scene.first < 2:
+    # In a single frame nothing moves, however long it is shown.
+    moving = [scene for scene in scenes if scene.stop - scene.first > 1]
+    if not moving:
         raise RejectedError("has no scene of more than one frame")
+    scene = max(moving, key=lambda scene: scene.end - scene.start)
+    length = scene.end - scene.start
     times = np.arange(config.num_frames) / config.fps
     fresh = int((times < length - ROUNDING).sum())
     times = times % length if config.short == "loop" else times
