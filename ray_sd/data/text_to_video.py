@@ -82,7 +82,7 @@ def make_videos(config: TextToVideoConfig) -> VideosResult:
         for seed in range(config.seed, config.seed + config.num_videos)
     ]
     output = writable_folder(config.output, "output")
-    number = next_number(output, ".mp4" if planned.num_frames > 1 else ".png")
+    number = next_number(output)
     connect()
     line = Line(config, planned, picture)
     videos: list[VideoResult] = []

@@ -12,6 +12,8 @@ from tiny_models import difference
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data import stages, text_to_video
+from ray_sd.data.generation import next_number
+from ray_sd.data.locations import locate
 from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
 from ray_sd.data.text_to_video import VideosResult, make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
@@ -119,6 +121,15 @@ def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Pat
     assert [image.size for image in large] == [(96, 64)] * 2
     assert difference(*large) > 5  # of another seed
     assert Image.open(tmp_path / "videos/00000/picture.png").getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("there", ["00003.png", "00003.mp4", "00003/picture.png", "00003/decoded.mp4"])
+def test_numbers_go_on_from_pictures_videos_and_what_an_interrupted_run_left(tmp_path: Path, there: str):
+    output = locate(str(tmp_path), "output")
+    assert next_number(output) == 0
+    for name in ("00001.png", there, "keep/00008.png", "sheet-00000-00009.png"):
+        (output / name).write(b"")
+    assert next_number(output) == 4
 
 
 @pytest.mark.parametrize(
