@@ -130,7 +130,7 @@ class _KeyFrames(_Stage):
         self, video: int, pictures: Sequence[Image.Image], request: VideoRequest
     ) -> tuple[Tensor, list[Image.Image]]:
         """Latents of the key frames, and the key frames, which begin with the one picture."""
-        [picture], chunk_size = pictures, self._config.decode.chunk_size
+        [picture], chunk_size = pictures, self._config.chunk_size
         with self._at_work(video):
             return draw_key_frames(
                 self._model, self._settings, self._plan, picture, request.seed, chunk_size, self._tell
@@ -147,7 +147,7 @@ class _Interpolation(_Stage):
         with self._at_work(video):
             fps, seed = frames_a_second(self._config, self._plan), request.seed
             drawn = draw_window(self._model, self._settings, self._plan, latents, frames, number, seed, fps, self._tell)
-            return drawn, decode_each(self._model, drawn, self._config.decode.chunk_size)
+            return drawn, decode_each(self._model, drawn, self._config.chunk_size)
 
 
 class _Decoding(_Stage):
@@ -219,19 +219,20 @@ class Line:
         parts = [picture]
         if "video" in self._actors:
             latents, frames = self._actors["video"].draw.options(num_returns=2).remote(number, picture, request)
-            made[KEY_FRAMES] = [frames]
+            parts = made[KEY_FRAMES] = [frames]
             windows = [latents]
             if "interpolation" in self._actors:
                 draw = self._actors["interpolation"].draw.options(num_returns=2)
                 pairs = [
                     draw.remote(number, latents, frames, window, request) for window in range(self._plan.num_windows)
                 ]
-                windows, made[INTERPOLATED] = (list(refs) for refs in zip(*pairs, strict=True))
-            parts = [
-                self._actors["decode"].decode.remote(number, window, place == len(windows))
-                for place, window in enumerate(windows, start=1)
-            ]
-            made[DECODED] = parts
+                windows, parts = (list(refs) for refs in zip(*pairs, strict=True))
+                made[INTERPOLATED] = parts
+            if "decode" in self._actors:
+                parts = made[DECODED] = [
+                    self._actors["decode"].decode.remote(number, window, place == len(windows))
+                    for place, window in enumerate(windows, start=1)
+                ]
         if "upscale" in self._actors:
             made[UPSCALED] = [self._actors["upscale"].enlarge.remote(number, part, request) for part in parts]
         return made
@@ -258,7 +259,7 @@ def stage_models(config: TextToVideoConfig) -> dict[str, StageModel]:
     for name in ACTORS:
         if name != "decode":
             stages |= {} if getattr(config, name) is None else {name: getattr(config, name)}
-        elif config.video is not None:
+        elif config.video is not None and config.decode is not None:
             stages["decode"] = StageModel(model=config.video.model, adapter=config.decode.adapter)
     return stages
 

@@ -33,7 +33,8 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
     """Videos of 24 x 16 pixels by the tiny models of some stages, two steps each."""
 
     def build(*settings: str, of: tuple[str, ...] = tuple(MODELS)) -> TextToVideoConfig:
-        common = ["prompt=a cat", "height=16", "width=24", "decode.chunk_size=2", f"output={tmp_path / 'videos'}"]
+        common = ["prompt=a cat", "height=16", "width=24", f"output={tmp_path / 'videos'}"]
+        common += ["decode=null"] if "decode=null" in settings else ["decode.chunk_size=2"]
         for stage, model in MODELS.items():
             common += [f"{stage}.model={model}", f"{stage}.num_inference_steps=2"] if stage in of else []
             common += [] if stage in of else [f"{stage}=null"]
@@ -109,6 +110,14 @@ def test_frames_of_key_frames_alone(configure: Callable, tmp_path: Path, ray_clu
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
     assert len(read_frames(tmp_path / "videos/00000.mp4")) == 3
     assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
+
+
+def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
+    configure: Callable, tmp_path: Path, ray_cluster: None
+):
+    alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
+    assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
+    assert Path(alone.path).read_bytes() == Path(alone.stages[INTERPOLATED]).read_bytes()
 
 
 def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Path, ray_cluster: None):
