@@ -20,7 +20,7 @@ from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import GenerateConfig, TextToVideoConfig
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import connect, has_gpus
-from ray_sd.data.locations import Location, local_copy, locate, writable_folder
+from ray_sd.data.locations import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
 from ray_sd.methods import load_adapter
@@ -191,8 +191,7 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
     if config.adapter is not None:
         with local_copy(config.adapter, "adapter") as adapter:
             check_adapter(config, adapter)
-        if "://" not in config.adapter:
-            config = config.model_copy(update={"adapter": str(adapter)})
+        config = config.model_copy(update={"adapter": from_anywhere(config.adapter, "adapter")})
     connect()
     rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))

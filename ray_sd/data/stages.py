@@ -25,6 +25,7 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import possible_resources
 from ray_sd.data.generation import load_for_generation
+from ray_sd.data.locations import from_anywhere
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.generate.text_to_video import (
     Decoding,
@@ -197,7 +198,7 @@ class Line:
             for name in stages
         }
         logger.info("stages: %s; each has %g GPUs", ", ".join(stages), gpus)
-        get([self._actors[name].prepare.remote(stage) for name, stage in stages.items()])
+        get([self._actors[name].prepare.remote(_from_anywhere(name, stage)) for name, stage in stages.items()])
 
     def make(self, requests: Sequence[VideoRequest]) -> Iterator[Made]:
         """For each request what becomes of it: by stage, the parts that it makes, in order.
@@ -262,6 +263,13 @@ def stage_models(config: TextToVideoConfig) -> dict[str, StageModel]:
         elif config.video is not None and config.decode is not None:
             stages["decode"] = StageModel(model=config.video.model, adapter=config.decode.adapter)
     return stages
+
+
+def _from_anywhere(name: str, stage: StageModel) -> StageModel:
+    """A stage with its adapter where actors find it, which may run in another folder."""
+    if stage.adapter is None:
+        return stage
+    return stage.model_copy(update={"adapter": from_anywhere(stage.adapter, f"{name}.adapter")})
 
 
 def gpu_share(actors: int) -> float:

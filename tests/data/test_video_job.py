@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from PIL import Image
 from tiny_models import difference
+from torch import nn
 
+from ray_sd.adapter import Base, describe_folder
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data import stages, text_to_video
@@ -18,6 +21,8 @@ from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCA
 from ray_sd.data.text_to_video import VideosResult, make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import read_frames, read_parameters, read_video_parameters
+from ray_sd.methods import weights
+from ray_sd.models import load_model
 
 MODELS = {
     "image": "tiny_random",
@@ -42,6 +47,21 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
         return load_config([*common, *settings], TextToVideoConfig)
 
     return build
+
+
+def adapter(folder: Path, method: dict, **parts: nn.Module) -> Path:
+    """An adapter of the tiny video model, as a run on clips of three frames leaves it."""
+    for name, part in parts.items():
+        weights.save_component(part, folder / name)
+    folder.mkdir(exist_ok=True)
+    describe_folder(
+        folder,
+        kind=method["name"],
+        family="stable_video_diffusion",
+        base=Base(name="tiny_random_video", source="random weights", fingerprints={}),
+        config={"method": method, "dataset": {"video": {"num_frames": 3}}},
+    )
+    return folder
 
 
 def largest_difference(one: Path, other: Path) -> int:
@@ -118,6 +138,22 @@ def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
     alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
     assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
     assert Path(alone.path).read_bytes() == Path(alone.stages[INTERPOLATED]).read_bytes()
+
+
+def test_an_adapter_is_found_from_the_folder_where_the_command_runs(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+):
+    """Actors run in another one, as they do in a cluster that was joined."""
+    monkeypatch.chdir(tmp_path)
+    vae = load_model(configure().video.model, {"vae"}).vae
+    with torch.no_grad():
+        vae.decoder.time_conv_out.weight.zero_()
+        vae.decoder.time_conv_out.bias.fill_(1)
+    adapter(Path("white"), {"name": "temporal_decoder"}, vae=vae)
+    result = make_videos(configure("decode.adapter=white", of=("image", "video")))
+    frames = {stage: read_frames(path) for stage, path in result.videos[0].stages.items() if stage != PICTURE}
+    assert min(frames[DECODED][1].convert("L").getdata()) > 250
+    assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
 
 
 def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Path, ray_cluster: None):
