@@ -7,6 +7,12 @@ from ray_sd.config.model import UPSCALERS, ModelConfig
 
 IMAGE_FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
 VIDEO_FAMILIES = ("stable_video_diffusion",)
+METHODS_OF = {
+    "video": ("temporal", "inflate"),
+    "interpolation": ("interpolation",),
+    "decode": ("temporal_decoder", "autoencoder"),
+}
+"""Methods whose adapters the stages of video models take."""
 
 
 class StageModel(Schema):

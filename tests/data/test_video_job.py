@@ -198,6 +198,42 @@ def test_what_cannot_go_is_told_before_anything_starts(
         make_videos(configure(*[setting for setting in settings if setting != "image=null"], of=left_out))
 
 
+@pytest.mark.parametrize(
+    ("stage", "method", "words"),
+    [
+        ("decode", {"name": "temporal"}, "this stage takes one of temporal_decoder or autoencoder; give it as video.adapter"),
+        ("video", {"name": "temporal_decoder"}, "this stage takes one of temporal or inflate; give it as decode.adapter"),
+        ("video", {"name": "autoencoder"}, "give it as decode.adapter"),
+        ("video", {"name": "interpolation", "key_frames": [0, -1]}, "give it as interpolation.adapter"),
+        ("interpolation", {"name": "temporal"}, "this stage takes one of interpolation; give it as video.adapter"),
+        ("interpolation", {"name": "interpolation", "key_frames": [0]}, r"key_frames=\[0\] of 3 frames, and this stage gives"),
+        ("interpolation", {"name": "interpolation", "key_frames": [-1, 0]}, r"train one with method.key_frames=\[0,-1\]"),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, 1]}, r"method.key_frames=\[0, 1\] of 3 frames"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_stage_is_told_before_anything_starts(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, method: dict, words: str
+):
+    monkeypatch.setattr(text_to_video, "connect", lambda: pytest.fail("it started"))
+    path = adapter(tmp_path / "adapter", method)
+    with pytest.raises(ConfigError, match=rf"^{stage}.adapter: .* was (made by method|trained with) .*{words}"):
+        make_videos(configure(f"{stage}.adapter={path}"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        ("video", {"name": "inflate", "image_model": "x"}),
+        ("decode", {"name": "autoencoder"}),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, -1]}),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, 2]}),
+    ],
+)
+def test_adapters_of_a_stage_are_taken(configure: Callable, tmp_path: Path, stage: str, method: dict):
+    path = adapter(tmp_path / "adapter", method)
+    text_to_video._check_adapters(stages.stage_models(configure(f"{stage}.adapter={path}")))
+
+
 def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp_path: Path, ray_cluster: None):
     config = configure("image.model.unet.architecture.cross_attention_dim=48", of=("image", "upscale"))
     with pytest.raises(ArtifactError, match="takes text embeddings of width 48"):
