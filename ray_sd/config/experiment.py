@@ -93,14 +93,14 @@ class ExperimentConfig(Schema):
 
     def _check_drawings(self, of_videos: bool) -> None:
         drawings = self.trainer.validation
-        if drawings.images and self.dataset.video is None:
-            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         if of_videos and drawings.prompts:
             raise ValueError(
                 "trainer.validation.prompts: a video model reads none; give first frames by validation.images"
             )
         if not of_videos and drawings.images:
             raise ValueError("trainer.validation.images are of video models; an image model draws validation.prompts")
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         taken = len(self.method.key_frames) if isinstance(self.method, InterpolationMethod) else 1
         if len(drawings.images) % taken:
             raise ValueError(
