@@ -333,7 +333,8 @@ class InflateMethod(ClipDiffusion):
     name: Literal["inflate"] = "inflate"
     """Method."""
     image_model: str
-    """Image model whose U-Net is copied: hub id, local folder or `embedded/NAME`; its layers must fit the video U-Net's."""
+    """Image model whose U-Net is copied: hub id, local folder or `embedded/NAME`; its layers must fit the video U-Net's, and
+    it must predict what the video model does (`v_prediction`)."""
 
 
 class TemporalDecoderMethod(Schema):
