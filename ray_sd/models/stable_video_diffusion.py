@@ -132,9 +132,11 @@ class StableVideoDiffusion(DiffusionModel):
         return pixels.float().unflatten(0, (rows, frames))
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
-        """Whatever is around, but single precision for an autoencoder that asks for it; the meta device knows no autocast."""
-        own = self.vae in self.float32_parts() and device.type != "meta"
-        return torch.autocast(device.type, enabled=False) if own else nullcontext()
+        """Whatever is around, but single precision for an autoencoder that asks for it."""
+        if self.vae not in self.float32_parts():
+            return nullcontext()
+        # The meta device knows no autocast; estimates of memory go by the CPU's.
+        return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """CLIP embeddings [B, 1, D] of pixels [B, 3, H, W] in [-1, 1], resized and normalised as the pipeline does."""
