@@ -127,6 +127,11 @@ class ExperimentConfig(Schema):
             setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
             raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
         if self.trainer.quantize_base is not None:
+            if getattr(adapter, "lora", None) is not None:
+                raise ValueError(
+                    f"trainer.quantize_base: '{adapter.name}' exports its lora fused into the weights, which must be whole for "
+                    "that; leave out trainer.quantize_base"
+                )
             if adapter.name in ("full", "autoencoder", *CLIP_METHODS):
                 raise ValueError(
                     f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"
