@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -49,6 +50,20 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
     return build
 
 
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[stages.Line]:
+    """The actors of all commands, kept to be asked what they have done."""
+    kept: list[stages.Line] = []
+
+    class Kept(stages.Line):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(text_to_video, "Line", Kept)
+    return kept
+
+
 def adapter(folder: Path, method: dict, **parts: nn.Module) -> Path:
     """An adapter of the tiny video model, as a run on clips of three frames leaves it."""
     for name, part in parts.items():
@@ -77,9 +92,10 @@ def first(result: VideosResult, stage: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_two_videos_with_all_their_stages(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     config = configure("num_videos=2", "seed=5", "video.fps=4")
     result = make_videos(config)
+    assert lines[0].done() == {stage: 2 * count for stage, count in lines[0].work().items()}
     folder = tmp_path / "videos"
     assert [video.path for video in result.videos] == [f"{folder}/00000.mp4", f"{folder}/00001.mp4"]
     sizes = {
@@ -125,17 +141,19 @@ def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, r
     assert largest_difference(folder / "00001.mp4", folder / "00002.mp4") <= 1
 
 
-def test_frames_of_key_frames_alone(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     result = make_videos(configure("prompt=a dog", of=("image", "video")))
+    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, DECODED: 3}
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
     assert len(read_frames(tmp_path / "videos/00000.mp4")) == 3
     assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
 
 
 def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
-    configure: Callable, tmp_path: Path, ray_cluster: None
+    configure: Callable, lines: list, ray_cluster: None
 ):
     alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
+    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, INTERPOLATED: 4}
     assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
     assert Path(alone.path).read_bytes() == Path(alone.stages[INTERPOLATED]).read_bytes()
 
@@ -156,9 +174,10 @@ def test_an_adapter_is_found_from_the_folder_where_the_command_runs(
     assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
 
 
-def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_a_picture_of_ones_own_is_made_larger(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
     result = make_videos(configure(f"picture={tmp_path / 'red.png'}", "prompt=", "num_videos=2", of=("upscale",)))
+    assert (lines[0].work(), lines[0].done()) == ({UPSCALED: 2}, {UPSCALED: 4})  # of one video, and of both
     assert result.videos[0].stages.keys() == {PICTURE, UPSCALED}
     paths = [Path(video.path) for video in result.videos]
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
