@@ -26,7 +26,7 @@ from ray_sd.embedded.clips import render
 from ray_sd.embedded.rotation import measure_rotation
 from ray_sd.embedded.spins import DEGREES_PER_SECOND, spinning, unseen_spinners
 from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
-from ray_sd.generate import frame_sheet, save_mp4
+from ray_sd.generate import clips_sheet, save_mp4
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.methods import load_adapter
 from ray_sd.models import DiffusionModel, load_model
@@ -136,9 +136,7 @@ def keep(before: list[Clip], after: list[Clip], fps: float) -> None:
     """The clips of the first eight sprites, each before and after, as a sheet and as a video."""
     pairs = [clip for pair in zip(before, after, strict=True) for clip in pair][:16]
     RESULTS.mkdir(exist_ok=True)
-    frame_sheet([frame for clip in pairs for frame in clip], columns=len(pairs[0])).save(
-        RESULTS / "motion_learning.png", optimize=True
-    )
+    clips_sheet(pairs).save(RESULTS / "motion_learning.png", optimize=True)
     save_mp4(side_by_side(pairs), RESULTS / "motion_learning.mp4", fps, {"benchmark": "motion_learning"})
     print(f"clips, each before and after: {RESULTS / 'motion_learning.png'}, {RESULTS / 'motion_learning.mp4'}")
 

@@ -93,14 +93,14 @@ class ExperimentConfig(Schema):
 
     def _check_drawings(self, of_videos: bool) -> None:
         drawings = self.trainer.validation
-        if drawings.images and self.dataset.video is None:
-            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         if of_videos and drawings.prompts:
             raise ValueError(
                 "trainer.validation.prompts: a video model reads none; give first frames by validation.images"
             )
         if not of_videos and drawings.images:
             raise ValueError("trainer.validation.images are of video models; an image model draws validation.prompts")
+        if drawings.images and self.dataset.video is None:
+            raise ValueError("trainer.validation.images: clips are drawn as dataset.video says, which is null")
         taken = len(self.method.key_frames) if isinstance(self.method, InterpolationMethod) else 1
         if len(drawings.images) % taken:
             raise ValueError(
@@ -127,6 +127,11 @@ class ExperimentConfig(Schema):
             setting = "method.text_encoder" if adapter is self.method else "method.adapter.text_encoder"
             raise ValueError(f"trainer.text_encoder_learning_rate needs {setting}=true")
         if self.trainer.quantize_base is not None:
+            if getattr(adapter, "lora", None) is not None:
+                raise ValueError(
+                    f"trainer.quantize_base: '{adapter.name}' exports its lora fused into the weights, which must be whole for "
+                    "that; leave out trainer.quantize_base"
+                )
             if adapter.name in ("full", "autoencoder", *CLIP_METHODS):
                 raise ValueError(
                     f"trainer.quantize_base is for adapters; '{adapter.name}' trains the weights themselves"

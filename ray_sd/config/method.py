@@ -255,7 +255,8 @@ class AutoencoderMethod(Schema):
     name: Literal["autoencoder"] = "autoencoder"
     """Method."""
     kl_weight: float = Field(1e-4, ge=0)
-    """Weight of the KL term, a mean over latent elements, beside the mean L1 and squared errors over pixels."""
+    """Weight of the KL term, a mean over latent elements, beside the mean L1 and squared errors over pixels; with a teacher
+    there is no such term."""
     crop_size: int | None = Field(None, ge=8)
     """Train on seeded windows of this many pixels; null takes whole pictures."""
     teacher: str | None = None
@@ -333,7 +334,8 @@ class InflateMethod(ClipDiffusion):
     name: Literal["inflate"] = "inflate"
     """Method."""
     image_model: str
-    """Image model whose U-Net is copied: hub id, local folder or `embedded/NAME`; its layers must fit the video U-Net's."""
+    """Image model whose U-Net is copied: hub id, local folder or `embedded/NAME`; its layers must fit the video U-Net's, and
+    it must predict what the video model does (`v_prediction`)."""
 
 
 class TemporalDecoderMethod(Schema):

@@ -7,6 +7,12 @@ from ray_sd.config.model import UPSCALERS, ModelConfig
 
 IMAGE_FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
 VIDEO_FAMILIES = ("stable_video_diffusion",)
+METHODS_OF = {
+    "video": ("temporal", "inflate"),
+    "interpolation": ("interpolation",),
+    "decode": ("temporal_decoder", "autoencoder"),
+}
+"""Methods whose adapters the stages of video models take."""
 
 
 class StageModel(Schema):
@@ -108,8 +114,8 @@ class TextToVideoConfig(Schema):
     """Draws key frames from the first picture; null stays with that one."""
     interpolation: InterpolationStage | None = None
     """Draws the frames between key frames; null leaves the key frames alone."""
-    decode: DecodeStage = DecodeStage()
-    """Makes frames of latents."""
+    decode: DecodeStage | None = DecodeStage()
+    """Makes frames of all latents together; null decodes each frame by itself."""
     upscale: UpscaleStage | None = None
     """Makes frames larger; null leaves them as they are."""
     height: int | None = Field(None, ge=8, multiple_of=8)
@@ -144,8 +150,18 @@ class TextToVideoConfig(Schema):
                 "video: without this stage and 'upscale' a picture is all there is, which jobs/generate.py draws; choose a "
                 "model by video.model=PRESET or upscale.model=PRESET"
             )
+        if self.video is None and self.decode is not None and self.decode.adapter is not None:
+            raise ValueError(
+                "decode.adapter: without stage 'video' there is nothing to decode; choose a model by video.model=PRESET, or "
+                "leave out decode.adapter"
+            )
         self._check_families()
         return self
+
+    @property
+    def chunk_size(self) -> int:
+        """Frames decoded together."""
+        return 1 if self.decode is None else self.decode.chunk_size
 
     def _check_families(self) -> None:
         for stage, families in (

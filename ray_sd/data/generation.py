@@ -20,7 +20,7 @@ from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import GenerateConfig, TextToVideoConfig
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import connect, has_gpus
-from ray_sd.data.locations import Location, local_copy, locate, writable_folder
+from ray_sd.data.locations import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
 from ray_sd.methods import load_adapter
@@ -55,7 +55,7 @@ def draw(config: GenerateConfig) -> GenerationResult:
     """
     requests = list(_requests(config))
     output = writable_folder(config.output, "output")
-    number = next_number(output, ".png")
+    number = next_number(output)
     names, thumbnails = [], []
     for position, png in _pictures(config, requests):
         name = f"{number + position:05d}.png"
@@ -159,11 +159,11 @@ def read_prompts(config: GenerateConfig | TextToVideoConfig) -> list[str]:
     return prompts
 
 
-def next_number(output: Location, suffix: str) -> int:
-    """What the next file is numbered, in a folder of files such as `00000.png`."""
-    names = [info.base_name.removesuffix(suffix) for info in output.files((suffix,))]
-    numbers = [int(name) for name in names if re.fullmatch(r"\d{5,}", name)]
-    return max(numbers, default=-1) + 1
+def next_number(output: Location) -> int:
+    """What the next file is numbered, in a folder that has files such as `00000.png` or folders of files such as `00000`."""
+    root = output.path.rstrip("/")
+    names = {info.path[len(root) + 1 :].partition("/")[0].partition(".")[0] for info in output.files()}
+    return max((int(name) for name in names if re.fullmatch(r"\d{5,}", name)), default=-1) + 1
 
 
 def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
@@ -191,8 +191,7 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
     if config.adapter is not None:
         with local_copy(config.adapter, "adapter") as adapter:
             check_adapter(config, adapter)
-        if "://" not in config.adapter:
-            config = config.model_copy(update={"adapter": str(adapter)})
+        config = config.model_copy(update={"adapter": from_anywhere(config.adapter, "adapter")})
     connect()
     rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))

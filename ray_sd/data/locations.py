@@ -103,6 +103,11 @@ def expand(path: str, setting: str) -> Path:
         raise ConfigError(f"{setting}: {path} is in the home of a user that is not there; write it in full") from error
 
 
+def from_anywhere(path: str, setting: str) -> str:
+    """A path or URI that means the same to processes that run in other folders."""
+    return path if "://" in path or path.startswith(EMBEDDED) else locate(path, setting).path
+
+
 @contextmanager
 def local_copy(path: str, setting: str) -> Iterator[Path]:
     """A file or folder of any filesystem, copied to this machine for as long as it is read if it is not here."""

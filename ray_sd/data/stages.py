@@ -25,6 +25,7 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import possible_resources
 from ray_sd.data.generation import load_for_generation
+from ray_sd.data.locations import from_anywhere
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.generate.text_to_video import (
     Decoding,
@@ -130,7 +131,7 @@ class _KeyFrames(_Stage):
         self, video: int, pictures: Sequence[Image.Image], request: VideoRequest
     ) -> tuple[Tensor, list[Image.Image]]:
         """Latents of the key frames, and the key frames, which begin with the one picture."""
-        [picture], chunk_size = pictures, self._config.decode.chunk_size
+        [picture], chunk_size = pictures, self._config.chunk_size
         with self._at_work(video):
             return draw_key_frames(
                 self._model, self._settings, self._plan, picture, request.seed, chunk_size, self._tell
@@ -147,7 +148,7 @@ class _Interpolation(_Stage):
         with self._at_work(video):
             fps, seed = frames_a_second(self._config, self._plan), request.seed
             drawn = draw_window(self._model, self._settings, self._plan, latents, frames, number, seed, fps, self._tell)
-            return drawn, decode_each(self._model, drawn, self._config.decode.chunk_size)
+            return drawn, decode_each(self._model, drawn, self._config.chunk_size)
 
 
 class _Decoding(_Stage):
@@ -197,7 +198,7 @@ class Line:
             for name in stages
         }
         logger.info("stages: %s; each has %g GPUs", ", ".join(stages), gpus)
-        get([self._actors[name].prepare.remote(stage) for name, stage in stages.items()])
+        get([self._actors[name].prepare.remote(_from_anywhere(name, stage)) for name, stage in stages.items()])
 
     def make(self, requests: Sequence[VideoRequest]) -> Iterator[Made]:
         """For each request what becomes of it: by stage, the parts that it makes, in order.
@@ -219,19 +220,20 @@ class Line:
         parts = [picture]
         if "video" in self._actors:
             latents, frames = self._actors["video"].draw.options(num_returns=2).remote(number, picture, request)
-            made[KEY_FRAMES] = [frames]
+            parts = made[KEY_FRAMES] = [frames]
             windows = [latents]
             if "interpolation" in self._actors:
                 draw = self._actors["interpolation"].draw.options(num_returns=2)
                 pairs = [
                     draw.remote(number, latents, frames, window, request) for window in range(self._plan.num_windows)
                 ]
-                windows, made[INTERPOLATED] = (list(refs) for refs in zip(*pairs, strict=True))
-            parts = [
-                self._actors["decode"].decode.remote(number, window, place == len(windows))
-                for place, window in enumerate(windows, start=1)
-            ]
-            made[DECODED] = parts
+                windows, parts = (list(refs) for refs in zip(*pairs, strict=True))
+                made[INTERPOLATED] = parts
+            if "decode" in self._actors:
+                parts = made[DECODED] = [
+                    self._actors["decode"].decode.remote(number, window, place == len(windows))
+                    for place, window in enumerate(windows, start=1)
+                ]
         if "upscale" in self._actors:
             made[UPSCALED] = [self._actors["upscale"].enlarge.remote(number, part, request) for part in parts]
         return made
@@ -258,9 +260,16 @@ def stage_models(config: TextToVideoConfig) -> dict[str, StageModel]:
     for name in ACTORS:
         if name != "decode":
             stages |= {} if getattr(config, name) is None else {name: getattr(config, name)}
-        elif config.video is not None:
+        elif config.video is not None and config.decode is not None:
             stages["decode"] = StageModel(model=config.video.model, adapter=config.decode.adapter)
     return stages
+
+
+def _from_anywhere(name: str, stage: StageModel) -> StageModel:
+    """A stage with its adapter where actors find it, which may run in another folder."""
+    if stage.adapter is None:
+        return stage
+    return stage.model_copy(update={"adapter": from_anywhere(stage.adapter, f"{name}.adapter")})
 
 
 def gpu_share(actors: int) -> float:

@@ -9,8 +9,9 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ray_sd import __version__
+from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
 from ray_sd.config import TextToVideoConfig
-from ray_sd.config.text_to_video import StageModel
+from ray_sd.config.text_to_video import METHODS_OF, StageModel
 from ray_sd.data.cluster import connect
 from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.generation import check_adapter, next_number, read_prompts
@@ -82,7 +83,7 @@ def make_videos(config: TextToVideoConfig) -> VideosResult:
         for seed in range(config.seed, config.seed + config.num_videos)
     ]
     output = writable_folder(config.output, "output")
-    number = next_number(output, ".mp4" if planned.num_frames > 1 else ".png")
+    number = next_number(output)
     connect()
     line = Line(config, planned, picture)
     videos: list[VideoResult] = []
@@ -106,6 +107,29 @@ def _check_adapters(stages: dict[str, StageModel]) -> None:
                 if not adapter.exists():
                     raise ArtifactError(f"{name}.adapter: no folder or file {stage.adapter}")
                 check_adapter(stage, adapter)
+                if name in METHODS_OF and (adapter / MANIFEST).is_file():
+                    _check_method(name, stage.adapter, read_manifest(adapter))
+
+
+def _check_method(stage: str, path: str, manifest: AdapterManifest) -> None:
+    """Raise ConfigError for an adapter of a video model that was trained for something else than a stage does."""
+    kind = manifest.kind
+    if kind not in METHODS_OF[stage]:
+        places = [f"{other}.adapter" for other, methods in METHODS_OF.items() if kind in methods]
+        raise ConfigError(
+            f"{stage}.adapter: {path} was made by method '{kind}', and this stage takes one of "
+            f"{' or '.join(METHODS_OF[stage])}; " + (f"give it as {places[0]}" if places else "leave it out")
+        )
+    if kind == "interpolation":
+        key_frames, num_frames = (
+            manifest.config["method"]["key_frames"],
+            manifest.config["dataset"]["video"]["num_frames"],
+        )
+        if [place % num_frames for place in key_frames] != [0, num_frames - 1]:
+            raise ConfigError(
+                f"{stage}.adapter: {path} was trained with method.key_frames={key_frames} of {num_frames} frames, and this "
+                "stage gives the first and the last; train one with method.key_frames=[0,-1]"
+            )
 
 
 def _write(

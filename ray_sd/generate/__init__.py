@@ -3,6 +3,7 @@
 from ray_sd.generate.pictures import contact_sheet, png_bytes, read_parameters, save_png
 from ray_sd.generate.sampling import Drawing, ImageRequest, advance, decode, generate, start
 from ray_sd.generate.videos import (
+    clips_sheet,
     frame_sheet,
     gif_bytes,
     mp4_bytes,
@@ -16,6 +17,7 @@ __all__ = [
     "Drawing",
     "ImageRequest",
     "advance",
+    "clips_sheet",
     "contact_sheet",
     "decode",
     "frame_sheet",

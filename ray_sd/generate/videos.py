@@ -92,6 +92,12 @@ def frame_sheet(frames: Sequence[Image.Image], columns: int | None = None) -> Im
     return contact_sheet(small, [str(number) for number in range(len(frames))], columns)
 
 
+def clips_sheet(clips: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """All frames of clips of one length, a row a clip, each with its number in the clip."""
+    small = [_at_most(frame, SHEET_SIDE) for clip in clips for frame in clip]
+    return contact_sheet(small, [str(number) for clip in clips for number in range(len(clip))], len(clips[0]))
+
+
 def read_video_parameters(path: Path) -> dict[str, Any]:
     """The parameters in the metadata of an MP4 or GIF file. Raises ArtifactError for a file that has none."""
     with _open(path) as container:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ray_sd.config import ModelConfig, TrainerConfig
 from ray_sd.config.method import AutoencoderMethod
 from ray_sd.config.rows import RowSpec
-from ray_sd.errors import ArtifactError
+from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods import weights
 from ray_sd.methods.base import Method, enable_gradient_checkpointing
 from ray_sd.models import DiffusionModel, load_model
@@ -32,6 +32,7 @@ class Autoencoder(Method):
         if self.config.teacher is not None:
             skeleton = next(model.vae.parameters()).is_meta
             teacher = load_model(ModelConfig(name="teacher", base=self.config.teacher), {"vae"}, skeleton=skeleton)
+            _check_latents(model, teacher)
             model.teacher = teacher.requires_grad_(False)
         if trainer.gradient_checkpointing:
             enable_gradient_checkpointing(model)
@@ -79,6 +80,19 @@ class Autoencoder(Method):
         count = weights.load_component(model.vae, folder / "vae")
         model.latent_scale = model.vae.config.scaling_factor
         return count
+
+
+def _check_latents(model: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Raise ConfigError for a teacher whose latents have another shape."""
+    for what, own, other in (
+        ("channels", model.vae.config.latent_channels, teacher.vae.config.latent_channels),
+        ("pixels a side", model.latent_factor, teacher.latent_factor),
+    ):
+        if own != other:
+            raise ConfigError(
+                f"method.teacher: its latents have {what} {other}, those of model '{model.config.name}' {own}; take a teacher "
+                "whose latents have the same shape"
+            )
 
 
 def crop_rows(pixels: Tensor, generators: list[torch.Generator], size: int) -> Tensor:

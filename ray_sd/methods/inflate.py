@@ -9,6 +9,7 @@ import re
 import torch
 from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import TemporalResnetBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
@@ -21,6 +22,24 @@ from ray_sd.models import DiffusionModel, load_model
 
 CONDITION_EMBEDDING = "add_embedding."
 """Begins the names of what only a video U-Net has besides temporal layers."""
+FIXED: dict[str, object] = {
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "time_embedding_type": "positional",
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+}
+"""What no shape of an image U-Net tells, and a video U-Net has no setting for."""
 
 
 class Inflate(ClipMethod):
@@ -29,7 +48,14 @@ class Inflate(ClipMethod):
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         image_model = ModelConfig(name="image_model", base=self.config.image_model)
         skeleton = next(model.unet.parameters()).is_meta
-        inflate(model.unet, load_model(image_model, {"unet"}, skeleton=skeleton).unet)
+        image = load_model(image_model, {"unet", "scheduler"}, skeleton=skeleton)
+        predicts, wanted = (own.noise_scheduler.config.prediction_type for own in (image, model))
+        if predicts != wanted:
+            raise ConfigError(
+                f"method.image_model: it predicts '{predicts}', the video model '{wanted}'; take an image model that predicts "
+                f"'{wanted}'"
+            )
+        inflate(model.unet, image.unet)
         model.requires_grad_(False)
         model.train()
         model.unet.requires_grad_(True)
@@ -49,6 +75,7 @@ def inflate(video: UNetSpatioTemporalConditionModel, image: UNet2DConditionModel
     for names, which in ((copied.keys() - own.keys(), "more"), (new - copied.keys(), "fewer")):
         if names:
             raise ConfigError(f"method.image_model: its U-Net has {which} layers than the video model's: {min(names)}")
+    _check_settings(video, image)
     for name, tensor in copied.items():
         target = own[name]
         if name == "conv_in.weight":
@@ -61,6 +88,21 @@ def inflate(video: UNetSpatioTemporalConditionModel, image: UNet2DConditionModel
         target.copy_(tensor)
     own["conv_in.weight"][:, image.config.in_channels :] = 0
     silence_temporal(video)
+
+
+def _check_settings(video: UNetSpatioTemporalConditionModel, image: UNet2DConditionModel) -> None:
+    """Raise ConfigError for an image U-Net whose layers compute something else than those of a video U-Net of their shapes."""
+    for name, fixed in FIXED.items():
+        if image.config[name] != fixed:
+            raise ConfigError(
+                f"method.image_model: its U-Net has {name} {image.config[name]}, and that of a video model always {fixed}"
+            )
+    for layer, module in image.named_modules():
+        if isinstance(module, Attention) and module.heads != video.get_submodule(layer).heads:
+            raise ConfigError(
+                f"method.image_model: its U-Net has {module.heads} attention heads in {layer}, the video model's "
+                f"{video.get_submodule(layer).heads}"
+            )
 
 
 def silence_temporal(unet: UNetSpatioTemporalConditionModel) -> None:

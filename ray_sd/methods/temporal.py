@@ -1,5 +1,6 @@
 """Motion: the temporal layers of a video U-Net, with its spatial layers frozen (arXiv:2304.08818), or all of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,7 @@ class Interpolation(Temporal):
         return RowSpec(images="latents", text="none", caption_dropout=0.0, condition_frames=self.config.key_frames)
 
     def weighting(self, dropout: float) -> VideoLoss:
-        plain = super().weighting(dropout)
-        return VideoLoss(**{**vars(plain), "key_frames": self.config.key_frames})
+        return replace(super().weighting(dropout), key_frames=self.config.key_frames)
 
 
 def is_temporal(name: str) -> bool:

@@ -135,11 +135,6 @@ def edm_target(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     return (eps - sigma * x0) / (sigma.square() + 1).sqrt()
 
 
-def edm_denoised(output: Tensor, noised: Tensor, sigma: Tensor) -> Tensor:
-    """x0 as the network's output says. noised: what the network was given."""
-    return (noised - sigma * output) / (sigma.square() + 1).sqrt()
-
-
 def row_means(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of each row, [B] of [B, …]; with `weights` [B, 1, h, w] of [B, C, h, w] the weighted one, 0 for a row of no weight."""
     if weights is None:

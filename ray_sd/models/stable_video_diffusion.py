@@ -111,8 +111,8 @@ class StableVideoDiffusion(DiffusionModel):
         return (self.vae,) if asked else ()
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames are pictures here: [B·F, 3, H, W]. Computed in the autoencoder's own precision, whatever is around."""
-        with _own_precision(pixels.device):
+        """Frames are pictures here: [B·F, 3, H, W]."""
+        with self._precision(pixels.device):
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         # Halves of one tensor, channels last: torch 2.13 crashes in the backward pass of 3D convolutions of such on a CPU.
         return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
@@ -127,9 +127,16 @@ class StableVideoDiffusion(DiffusionModel):
     def _decode(self, latents: Tensor) -> Tensor:
         rows, frames = latents.shape[:2]
         flat = latents.flatten(0, 1).to(self.vae.dtype)
-        with _own_precision(latents.device):
+        with self._precision(latents.device):
             pixels = self.vae.decode(flat, num_frames=frames).sample
         return pixels.float().unflatten(0, (rows, frames))
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        """Whatever is around, but single precision for an autoencoder that asks for it."""
+        if self.vae not in self.float32_parts():
+            return nullcontext()
+        # The meta device knows no autocast; estimates of memory go by the CPU's.
+        return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """CLIP embeddings [B, 1, D] of pixels [B, 3, H, W] in [-1, 1], resized and normalised as the pipeline does."""
@@ -224,11 +231,6 @@ class StableVideoDiffusion(DiffusionModel):
             scheduler=self.sampler(),
             feature_extractor=self.image_processor,
         )
-
-
-def _own_precision(device: torch.device) -> AbstractContextManager:
-    """Weights' own precision, whatever autocast is around; the meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def time_ids(fps: Tensor, motion_bucket_id: Tensor, augmentation: Tensor) -> Tensor:

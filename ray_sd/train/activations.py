@@ -42,7 +42,9 @@ def measure_activations(
     """One training step of a prepared skeleton, computed in `dtype`, but for the update."""
     model.train()
     autocast = _Autocast(dtype)
-    with autocast, _Storages([*model.parameters(), *model.buffers(), *batch.values()]) as storages:
+    # Says to `autocast` where a model switches it off; itself it does nothing on the meta device.
+    around = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with around, autocast, _Storages([*model.parameters(), *model.buffers(), *batch.values()]) as storages:
         handles = [
             parameter.register_post_accumulate_grad_hook(storages.count_as_gradient)
             for parameter in model.parameters()
@@ -157,16 +159,17 @@ class _Autocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.tolist and args[0].is_meta:  # a row's seed
             return [0] * len(args[0])
-        if func in HALVED or func is functional.scaled_dot_product_attention:
+        casts = torch.is_autocast_enabled("cpu")
+        if casts and (func in HALVED or func is functional.scaled_dot_product_attention):
             args, kwargs = tree_map(self._halve, (args, kwargs))
-        elif func in KEPT_WHOLE:
+        elif casts and func in KEPT_WHOLE:
             args, kwargs = tree_map(self._make_whole, (args, kwargs))
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _halve(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32 or self._dtype == torch.float32:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if self.weights is None or not (value.is_leaf and value.requires_grad):
             return value.to(self._dtype)

@@ -20,6 +20,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.method import TemporalDecoderMethod
+from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
 from ray_sd.data import (
     READER_CPUS,
     PreparedData,
@@ -348,13 +350,41 @@ def _export(
 
 
 def usage(config: ExperimentConfig, adapter: str) -> str:
-    """The command that draws with an adapter."""
+    """The command that draws with an adapter; of a video's stages it names those that it takes and leaves out the others."""
     model, method = config.model, config.method.name
     if not (model.makes_videos or model.upscales):
         return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
-    stage = "upscale" if model.upscales else "interpolation" if method == "interpolation" else "video"
-    learnt = "decode" if method == "temporal_decoder" else stage
-    return f"python jobs/text_to_video.py {stage}.model={model.name} {learnt}.adapter={adapter} prompt='…'"
+    learnt = "upscale"
+    if model.makes_videos:
+        learnt = next(stage for stage, methods in METHODS_OF.items() if method in methods)
+    # Frames are drawn between key frames of the model that learnt to, and decoded where there are any.
+    taken = {"interpolation": ("video", "interpolation"), "decode": ("video",)}.get(learnt, (learnt,))
+    settings = ["picture=FILE", "image=null"]
+    for stage in ("video", "interpolation", "upscale"):
+        settings.append(f"{stage}.model={model.name}" if stage in taken else f"{stage}=null")
+    settings += [f"{learnt}.adapter={adapter}", *_as_trained(config, learnt)]
+    return f"python jobs/text_to_video.py {' '.join(settings)}"
+
+
+def _as_trained(config: ExperimentConfig, stage: str) -> list[str]:
+    """Settings of a video like the clips that a stage's adapter was trained on, where they are no defaults."""
+    clips = config.dataset.video
+    if clips is None:
+        return []
+    settings = [f"height={config.dataset.height}", f"width={config.dataset.width}"]
+    fps = clips.fps
+    if stage == "interpolation":
+        settings.append(f"interpolation.num_frames={clips.num_frames}")
+        fps /= clips.num_frames - 1
+    else:
+        settings.append(f"video.num_frames={clips.num_frames}")
+    if fps != VideoStage.model_fields["fps"].default:
+        settings.append(f"video.fps={fps:g}")
+    if isinstance(config.method, TemporalDecoderMethod):
+        chunk_size = config.method.chunk_size or clips.num_frames
+        if chunk_size != DecodeStage().chunk_size:
+            settings.append(f"decode.chunk_size={chunk_size}")
+    return settings
 
 
 def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:

@@ -4,6 +4,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import ray.train
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.config.method import InterpolationMethod
+from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
 from ray_sd.config.video import TYPICAL_BUCKET
 from ray_sd.data.locations import locate
 from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest, contact_sheet, frame_sheet, generate, save_mp4, save_png
+from ray_sd.generate import ImageRequest, clips_sheet, contact_sheet, generate, save_mp4, save_png
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.generate.upscaling import UpscaleRequest, upscale
 from ray_sd.models import DiffusionModel
@@ -31,6 +32,8 @@ LAST_PICTURES = "samples.png"
 LAST_CLIPS = "samples.mp4"
 """Its clips, side by side."""
 IMAGES = "trainer.validation.images"
+NOISE_LEVEL = 20
+"""On small pictures, where the upscaler takes as much."""
 
 
 def draws(config: ExperimentConfig) -> bool:
@@ -44,44 +47,55 @@ def check_images(config: ExperimentConfig) -> None:
         _read_image(path)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What a checkpoint's weights draw."""
+
+    kind: str
+    count: int
+    sheet: Image.Image
+    frames: list[Image.Image] = field(default_factory=list)
+    """Of one clip that shows all clips at once; none of pictures."""
+    fps: float = 1.0
+
+    @property
+    def what(self) -> str:
+        return f"{self.count} {self.kind}" + ("s" if self.count > 1 else "")
+
+
 def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig) -> dict[str, str]:
     """Draw the validation prompts or images with a checkpoint's weights; returns where the sheet is, under `samples`."""
     with checkpoint.as_directory() as folder:
         model, step = load_trained(experiment, Path(folder))
     model.to("cuda" if ray.get_gpu_ids() else "cpu")
+    if experiment.model.upscales:
+        drawn = _draw_enlarged(model, experiment)
+    elif experiment.model.makes_videos:
+        drawn = _draw_clips(model, experiment)
+    else:
+        drawn = _draw_pictures(model, experiment)
+    settings = experiment.trainer.validation
+    given = {"prompts": list(settings.prompts), "images": list(settings.images)}
+    parameters = {"step": step, "run": experiment.name} | {name: values for name, values in given.items() if values}
     run = RunFolder(experiment.storage_path, experiment.name)
     last = step == experiment.trainer.max_steps
-    drawings = experiment.trainer.validation
-    parameters = {"step": step, "run": experiment.name}
     with tempfile.TemporaryDirectory() as scratch:
-        sheet, video = Path(scratch) / f"step-{step:08d}.png", Path(scratch) / f"step-{step:08d}.mp4"
-        if experiment.model.upscales:
-            count = len(drawings.images)
-            parameters["images"] = list(drawings.images)
-            save_png(_draw_enlarged(model, experiment), sheet, parameters)
-        elif drawings.images:
-            count = len(drawings.images)
-            clips = _draw_clips(model, experiment)
-            parameters["images"] = list(drawings.images)
-            save_png(_rows(clips), sheet, parameters)
-            save_mp4(side_by_side(clips), video, experiment.dataset.video.fps, parameters)  # type: ignore[union-attr]
-            run.upload(video, f"{PICTURES}/{video.name}")
+        sheet, clip = Path(scratch) / f"step-{step:08d}.png", Path(scratch) / f"step-{step:08d}.mp4"
+        save_png(drawn.sheet, sheet, parameters)
+        files = {sheet: LAST_PICTURES}
+        if drawn.frames:
+            save_mp4(drawn.frames, clip, drawn.fps, parameters)
+            files[clip] = LAST_CLIPS
+        for file, last_name in files.items():
+            run.upload(file, f"{PICTURES}/{file.name}")
             if last:
-                run.upload(video, LAST_CLIPS)
-        else:
-            count = len(drawings.prompts)
-            parameters["prompts"] = list(drawings.prompts)
-            save_png(_draw_pictures(model, experiment), sheet, parameters)
-        where = run.upload(sheet, f"{PICTURES}/{sheet.name}")
-        if last:
-            run.upload(sheet, LAST_PICTURES)
-    logger.info(
-        "drew %d %s at step %d: %s", count, "clips" if experiment.model.makes_videos else "pictures", step, where
-    )
+                run.upload(file, last_name)
+    where = f"{run.path}/{PICTURES}/{sheet.name}"
+    logger.info("drew %s at step %d: %s", drawn.what, step, where)
     return {"samples": where}
 
 
-def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> Image.Image:
+def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:
     settings = experiment.trainer.validation
     requests = [
         ImageRequest(
@@ -95,14 +109,15 @@ def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> Image
         )
         for i, prompt in enumerate(settings.prompts)
     ]
-    return contact_sheet(generate(model, requests), labels=list(settings.prompts))
+    sheet = contact_sheet(generate(model, requests), labels=list(settings.prompts))
+    return _Drawn("picture", len(requests), sheet)
 
 
-def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> Image.Image:
+def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:
     """Of each validation image what the model is given, what it makes of it, and the image itself, in a row."""
     settings, dataset = experiment.trainer.validation, experiment.dataset
     size = (dataset.width, dataset.height)
-    images = [ImageOps.fit(_read_image(path), size, Image.Resampling.LANCZOS) for path in settings.images]
+    images = _fitted_images(experiment)
     small = [image.reduce(model.latent_factor) for image in images]
     requests = [
         UpscaleRequest(
@@ -112,21 +127,23 @@ def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> Image
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             image=small[i],
+            noise_level=min(NOISE_LEVEL, model.max_noise_level),
         )
         for i, prompt in enumerate(settings.prompts or [""] * len(images))
     ]
     given = [image.resize(size, Image.Resampling.NEAREST) for image in small]
     rows = zip(given, upscale(model, requests), images, strict=True)
-    return contact_sheet([image for row in rows for image in row], ["given", "drawn", "true"] * len(images), columns=3)
+    sheet = contact_sheet([image for row in rows for image in row], ["given", "drawn", "true"] * len(images), columns=3)
+    return _Drawn("picture", len(images), sheet)
 
 
-def _draw_clips(model: DiffusionModel, experiment: ExperimentConfig) -> list[list[Image.Image]]:
+def _draw_clips(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:
     settings, dataset, method = experiment.trainer.validation, experiment.dataset, experiment.method
     if dataset.video is None:
         raise ValueError("clips are drawn as long as those of the data set, which has none")
     key_frames = method.key_frames if isinstance(method, InterpolationMethod) else None
     taken = len(key_frames or (0,))
-    images = [_read_image(path) for path in settings.images]
+    images = _fitted_images(experiment)
     requests = [
         ClipRequest(
             images=tuple(images[first : first + taken]),
@@ -142,12 +159,17 @@ def _draw_clips(model: DiffusionModel, experiment: ExperimentConfig) -> list[lis
         )
         for first in range(0, len(images), taken)
     ]
-    return generate_clips(model, requests)
+    chunk_size = method.chunk_size if isinstance(method, TemporalDecoderMethod) else None
+    clips = generate_clips(model, requests, decode_chunk_size=chunk_size)
+    return _Drawn("clip", len(clips), clips_sheet(clips), side_by_side(clips), dataset.video.fps)
 
 
-def _rows(clips: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """All frames, a row a clip."""
-    return frame_sheet([frame for clip in clips for frame in clip], columns=len(clips[0]))
+def _fitted_images(experiment: ExperimentConfig) -> list[Image.Image]:
+    """The validation images at the size of the data set, cut in the middle where their shape is another."""
+    size = (experiment.dataset.width, experiment.dataset.height)
+    return [
+        ImageOps.fit(_read_image(path), size, Image.Resampling.LANCZOS) for path in experiment.trainer.validation.images
+    ]
 
 
 def side_by_side(clips: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:

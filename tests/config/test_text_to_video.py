@@ -45,6 +45,7 @@ def test_stages_can_be_left_out():
     assert (config.upscale, config.interpolation) == (None, None)
     assert load("picture=cat.png", "image=null").image is None
     assert load("prompt=a cat", "video=null").video is None
+    assert [load("prompt=a cat", decode).chunk_size for decode in ("decode=null", "decode.chunk_size=3")] == [1, 3]
 
 
 def test_a_configuration_survives_a_round_trip():
@@ -70,6 +71,7 @@ def test_a_preset_of_ones_own_serves_every_stage(tmp_path):
             ["prompt=a cat", "video=null", "interpolation.model=svd"],
             "interpolation: without stage 'video' there are no key frames to draw between",
         ),
+        (["prompt=a cat", "video=null", "decode.adapter=x"], "decode.adapter: without stage 'video' there is nothing to decode"),
         (["prompt=a cat", "interpolation.num_frames=5"], "interpolation.model: required; choose one with interpolation.model="),
         (["prompt=a cat", "image.model=svd"], "image.model: 'svd' is of family stable_video_diffusion; this stage takes"),
         (["prompt=a cat", "video.model=sd15"], "video.model: 'sd15' is of family stable_diffusion; this stage takes"),

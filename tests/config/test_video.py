@@ -51,6 +51,18 @@ def test_values_that_cannot_be_meant_are_refused(setting: str, words: str):
     assert refusal(*CLIPS, "dataset=video_folder", f"dataset.video.{setting}").startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model=tiny_random", "method=lora"], "trainer.validation.images are of video models; an image model draws"),
+        (["model=tiny_random_video", "method=autoencoder"], "trainer.validation.images: clips are drawn as dataset.video"),
+    ],
+)  # fmt: skip
+def test_images_to_draw_from_are_of_video_models_that_learn_from_clips(settings: list[str], words: str):
+    pictures = ["name=x", "dataset=image_folder", "dataset.source.path=x", "trainer.validation.images=[x.png]"]
+    assert words in refusal(*pictures, *settings)
+
+
 def test_folders_of_frames_need_the_rate_they_were_recorded_at():
     composed = load_config([*CLIPS, "dataset=frame_folder", "dataset.source.fps=12"])
     assert composed.dataset.source.fps == 12

@@ -3,19 +3,27 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import torch
 from PIL import Image
 from tiny_models import difference
+from torch import nn
 
+from ray_sd.adapter import Base, describe_folder
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data import stages, text_to_video
+from ray_sd.data.generation import next_number
+from ray_sd.data.locations import locate
 from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
 from ray_sd.data.text_to_video import VideosResult, make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import read_frames, read_parameters, read_video_parameters
+from ray_sd.methods import weights
+from ray_sd.models import load_model
 
 MODELS = {
     "image": "tiny_random",
@@ -31,7 +39,8 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
     """Videos of 24 x 16 pixels by the tiny models of some stages, two steps each."""
 
     def build(*settings: str, of: tuple[str, ...] = tuple(MODELS)) -> TextToVideoConfig:
-        common = ["prompt=a cat", "height=16", "width=24", "decode.chunk_size=2", f"output={tmp_path / 'videos'}"]
+        common = ["prompt=a cat", "height=16", "width=24", f"output={tmp_path / 'videos'}"]
+        common += ["decode=null"] if "decode=null" in settings else ["decode.chunk_size=2"]
         for stage, model in MODELS.items():
             common += [f"{stage}.model={model}", f"{stage}.num_inference_steps=2"] if stage in of else []
             common += [] if stage in of else [f"{stage}=null"]
@@ -39,6 +48,35 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
         return load_config([*common, *settings], TextToVideoConfig)
 
     return build
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[stages.Line]:
+    """The actors of all commands, kept to be asked what they have done."""
+    kept: list[stages.Line] = []
+
+    class Kept(stages.Line):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(text_to_video, "Line", Kept)
+    return kept
+
+
+def adapter(folder: Path, method: dict, **parts: nn.Module) -> Path:
+    """An adapter of the tiny video model, as a run on clips of three frames leaves it."""
+    for name, part in parts.items():
+        weights.save_component(part, folder / name)
+    folder.mkdir(exist_ok=True)
+    describe_folder(
+        folder,
+        kind=method["name"],
+        family="stable_video_diffusion",
+        base=Base(name="tiny_random_video", source="random weights", fingerprints={}),
+        config={"method": method, "dataset": {"video": {"num_frames": 3}}},
+    )
+    return folder
 
 
 def largest_difference(one: Path, other: Path) -> int:
@@ -54,9 +92,10 @@ def first(result: VideosResult, stage: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_two_videos_with_all_their_stages(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     config = configure("num_videos=2", "seed=5", "video.fps=4")
     result = make_videos(config)
+    assert lines[0].done() == {stage: 2 * count for stage, count in lines[0].work().items()}
     folder = tmp_path / "videos"
     assert [video.path for video in result.videos] == [f"{folder}/00000.mp4", f"{folder}/00001.mp4"]
     sizes = {
@@ -102,16 +141,43 @@ def test_two_videos_with_all_their_stages(configure: Callable, tmp_path: Path, r
     assert largest_difference(folder / "00001.mp4", folder / "00002.mp4") <= 1
 
 
-def test_frames_of_key_frames_alone(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     result = make_videos(configure("prompt=a dog", of=("image", "video")))
+    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, DECODED: 3}
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
     assert len(read_frames(tmp_path / "videos/00000.mp4")) == 3
     assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
 
 
-def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
+    configure: Callable, lines: list, ray_cluster: None
+):
+    alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
+    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, INTERPOLATED: 4}
+    assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
+    assert Path(alone.path).read_bytes() == Path(alone.stages[INTERPOLATED]).read_bytes()
+
+
+def test_an_adapter_is_found_from_the_folder_where_the_command_runs(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+):
+    """Actors run in another one, as they do in a cluster that was joined."""
+    monkeypatch.chdir(tmp_path)
+    vae = load_model(configure().video.model, {"vae"}).vae
+    with torch.no_grad():
+        vae.decoder.time_conv_out.weight.zero_()
+        vae.decoder.time_conv_out.bias.fill_(1)
+    adapter(Path("white"), {"name": "temporal_decoder"}, vae=vae)
+    result = make_videos(configure("decode.adapter=white", of=("image", "video")))
+    frames = {stage: read_frames(path) for stage, path in result.videos[0].stages.items() if stage != PICTURE}
+    assert min(frames[DECODED][1].convert("L").getdata()) > 250
+    assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
+
+
+def test_a_picture_of_ones_own_is_made_larger(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
     result = make_videos(configure(f"picture={tmp_path / 'red.png'}", "prompt=", "num_videos=2", of=("upscale",)))
+    assert (lines[0].work(), lines[0].done()) == ({UPSCALED: 2}, {UPSCALED: 4})  # of one video, and of both
     assert result.videos[0].stages.keys() == {PICTURE, UPSCALED}
     paths = [Path(video.path) for video in result.videos]
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
@@ -119,6 +185,15 @@ def test_a_picture_of_ones_own_is_made_larger(configure: Callable, tmp_path: Pat
     assert [image.size for image in large] == [(96, 64)] * 2
     assert difference(*large) > 5  # of another seed
     assert Image.open(tmp_path / "videos/00000/picture.png").getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("there", ["00003.png", "00003.mp4", "00003/picture.png", "00003/decoded.mp4"])
+def test_numbers_go_on_from_pictures_videos_and_what_an_interrupted_run_left(tmp_path: Path, there: str):
+    output = locate(str(tmp_path), "output")
+    assert next_number(output) == 0
+    for name in ("00001.png", there, "keep/00008.png", "sheet-00000-00009.png"):
+        (output / name).write(b"")
+    assert next_number(output) == 4
 
 
 @pytest.mark.parametrize(
@@ -140,6 +215,42 @@ def test_what_cannot_go_is_told_before_anything_starts(
     left_out = tuple(MODELS) if "image=null" not in settings else ("video", "interpolation", "upscale")
     with pytest.raises((ConfigError, ArtifactError), match=words):
         make_videos(configure(*[setting for setting in settings if setting != "image=null"], of=left_out))
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "words"),
+    [
+        ("decode", {"name": "temporal"}, "this stage takes one of temporal_decoder or autoencoder; give it as video.adapter"),
+        ("video", {"name": "temporal_decoder"}, "this stage takes one of temporal or inflate; give it as decode.adapter"),
+        ("video", {"name": "autoencoder"}, "give it as decode.adapter"),
+        ("video", {"name": "interpolation", "key_frames": [0, -1]}, "give it as interpolation.adapter"),
+        ("interpolation", {"name": "temporal"}, "this stage takes one of interpolation; give it as video.adapter"),
+        ("interpolation", {"name": "interpolation", "key_frames": [0]}, r"key_frames=\[0\] of 3 frames, and this stage gives"),
+        ("interpolation", {"name": "interpolation", "key_frames": [-1, 0]}, r"train one with method.key_frames=\[0,-1\]"),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, 1]}, r"method.key_frames=\[0, 1\] of 3 frames"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_stage_is_told_before_anything_starts(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, method: dict, words: str
+):
+    monkeypatch.setattr(text_to_video, "connect", lambda: pytest.fail("it started"))
+    path = adapter(tmp_path / "adapter", method)
+    with pytest.raises(ConfigError, match=rf"^{stage}.adapter: .* was (made by method|trained with) .*{words}"):
+        make_videos(configure(f"{stage}.adapter={path}"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        ("video", {"name": "inflate", "image_model": "x"}),
+        ("decode", {"name": "autoencoder"}),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, -1]}),
+        ("interpolation", {"name": "interpolation", "key_frames": [0, 2]}),
+    ],
+)
+def test_adapters_of_a_stage_are_taken(configure: Callable, tmp_path: Path, stage: str, method: dict):
+    path = adapter(tmp_path / "adapter", method)
+    text_to_video._check_adapters(stages.stage_models(configure(f"{stage}.adapter={path}")))
 
 
 def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp_path: Path, ray_cluster: None):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ray_sd.errors import ArtifactError
 from ray_sd.generate import (
+    clips_sheet,
     contact_sheet,
     frame_sheet,
     mp4_bytes,
@@ -107,6 +108,13 @@ def test_a_sheet_shows_the_frames_with_their_numbers():
     frames = clip(count=5)
     sheet = frame_sheet(frames, columns=3)
     assert sheet.tobytes() == contact_sheet(frames, ["0", "1", "2", "3", "4"], columns=3).tobytes()
+
+
+def test_a_sheet_of_clips_counts_the_frames_of_each():
+    frames = clip(count=3)
+    sheet = clips_sheet([frames, frames[::-1]])
+    expected = contact_sheet([*frames, *frames[::-1]], ["0", "1", "2", "0", "1", "2"], columns=3)
+    assert sheet.tobytes() == expected.tobytes()
 
 
 def test_large_frames_are_smaller_on_sheets_and_in_gifs_and_whole_in_an_mp4(tmp_path: Path):

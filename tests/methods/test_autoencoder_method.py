@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from tiny_models import difference, draw, tiny_config
+from tiny_models import VAE, difference, draw, tiny_config
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import AutoencoderMethod
-from ray_sd.errors import ArtifactError
+from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 
@@ -103,6 +103,24 @@ def test_checkpointing_gives_the_same_gradients(tiny: Path):
 
     for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ({"latent_channels": 6}, "its latents have channels 4, those of model 'tiny' 6"),
+        (
+            {"block_out_channels": [8, 8], "down_block_types": VAE["down_block_types"][:2],
+             "up_block_types": VAE["up_block_types"][:2]},
+            "its latents have pixels a side 8, those of model 'tiny' 2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_teacher_with_latents_of_another_shape_is_refused(tiny: Path, architecture: dict, words: str):
+    method = build_method(AutoencoderMethod(teacher=str(tiny)))
+    model = load_model(tiny_config(tiny, vae={"architecture": VAE | architecture}), method.components())
+    with pytest.raises(ConfigError, match=f"^method.teacher: {words}"):
+        method.prepare(model, TrainerConfig())
 
 
 def test_it_learns_from_pixels_without_text():

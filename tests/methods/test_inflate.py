@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
-from tiny_models import UNET, UNET_VIDEO, random_clips, tiny_video_config
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNetSpatioTemporalConditionModel
+from tiny_models import SCHEDULER_UPSCALE, UNET, UNET_VIDEO, random_clips, tiny_video_config
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import InflateMethod
@@ -25,8 +25,9 @@ def image_unet(seed: int = 0, **settings: object) -> UNet2DConditionModel:
 def image_model(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     """An image model whose U-Net has the tiny video model's shapes."""
     folder = tmp_path_factory.mktemp("image_model")
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in ("vae", "text_encoder", "tokenizer"):
         (folder / part).symlink_to(tiny / part)
+    DDIMScheduler(**SCHEDULER_UPSCALE).save_pretrained(folder / "scheduler")  # which predicts v
     image_unet().save_pretrained(folder / "unet")
     return folder
 
@@ -82,9 +83,27 @@ def test_a_skeleton_is_checked_without_weights(image_model: Path, tiny_video: Pa
         ({"block_out_channels": [32, 96], "attention_head_dim": [2, 4]}, r"has the shape \(\d+.*the video model's"),
         ({"use_linear_projection": False}, r"proj_in.weight has the shape \(32, 32, 1, 1\)"),
         ({"layers_per_block": 2}, "has more layers than the video model's: down_blocks.0"),
+        ({"norm_num_groups": 8}, "its U-Net has norm_num_groups 8, and that of a video model always 32"),
+        ({"act_fn": "gelu"}, "has act_fn gelu, and that of a video model always silu"),
+        ({"flip_sin_to_cos": False}, "has flip_sin_to_cos False"),
+        ({"freq_shift": 1}, "has freq_shift 1"),
+        ({"attention_head_dim": [4, 4]}, "has 4 attention heads in down_blocks.0.*, the video model's 2"),
+        ({"attention_head_dim": [2, 8]}, "has 8 attention heads in mid_block.*, the video model's 4"),
         ({"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}, "has fewer layers than"),
     ],
 )
 def test_an_image_model_of_another_shape_is_refused(image: dict, words: str):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=f"^method.image_model: .*{words}"):
         inflate(UNetSpatioTemporalConditionModel(**UNET_VIDEO), image_unet(**image))
+
+
+def test_an_image_model_that_predicts_something_else_is_refused(
+    image_model: Path, tiny: Path, tiny_video: Path, tmp_path
+):
+    for part in ("vae", "text_encoder", "tokenizer", "unet"):
+        (tmp_path / part).symlink_to(image_model / part)
+    (tmp_path / "scheduler").symlink_to(tiny / "scheduler")
+    method = build_method(InflateMethod(image_model=str(tmp_path)))
+    model = load_model(tiny_video_config(tiny_video), method.components(), skeleton=True)
+    with pytest.raises(ConfigError, match="^method.image_model: it predicts 'epsilon', the video model 'v_prediction'"):
+        method.prepare(model, TrainerConfig())

@@ -10,6 +10,7 @@ from ray_sd.config.method import TemporalDecoderMethod
 from ray_sd.methods import build_method
 from ray_sd.methods.temporal_decoder import feature_distances
 from ray_sd.models import load_model
+from ray_sd.train.engine import cast_frozen
 
 
 def prepared(folder: Path, **settings: object):
@@ -60,6 +61,24 @@ def test_the_loss_is_of_what_the_pipeline_decodes(tiny_video: Path, chunk_size: 
         decoded = pipeline.decode_latents(latents[None], 5, chunk_size or 5)[0].transpose(0, 1)
         expected = (decoded - pixels).abs().mean() + 0.25 * feature_distances(model, decoded, pixels).mean()
         torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_in_half_precision_the_decoder_computes_as_the_autoencoder_asks(tiny_video: Path, whole: bool):
+    method = build_method(TemporalDecoderMethod())
+    model = load_model(tiny_video_config(tiny_video, vae_float32=whole), method.components())
+    method.prepare(model, TrainerConfig())
+    expected = method.objective(model, clips()).detach()
+    cast_frozen(model, torch.bfloat16)
+    seen = set()
+    model.vae.decoder.conv_out.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method.objective(model, clips())
+    loss.backward()
+    assert seen == {torch.float32 if whole else torch.bfloat16}
+    torch.testing.assert_close(loss.detach(), expected, rtol=2e-2, atol=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.isfinite().all() for parameter in trained)
 
 
 def test_feature_distances_grow_with_what_differs(tiny_video: Path):

@@ -15,9 +15,11 @@ import ray.train
 import torch
 import torch.distributed as dist
 from bitsandbytes.optim import AdamW8bit
+from diffusers import UNet2DConditionModel
 from lion_pytorch import Lion
 from prodigyopt import Prodigy
 from ray.train.torch import TorchTrainer
+from tiny_models import UNET, save_tiny_model
 from transformers.optimization import Adafactor
 
 from ray_sd.config import ExperimentConfig, TrainerConfig
@@ -66,8 +68,9 @@ KINDS |= {
     "temporal_lora": [*OF_CLIPS, "method=temporal_lora", "method.lora.rank=4", "trainer.learning_rate=0.02"],
     "interpolation": [*OF_CLIPS, "method=interpolation", "method.layers=all"],
     "temporal_decoder": [*OF_CLIPS, "method=temporal_decoder"],
+    "inflate": [*OF_CLIPS, "method=inflate"],  # its image model is saved before anything is measured
 }
-CLIPS = ("temporal", "temporal_lora", "interpolation", "temporal_decoder")
+CLIPS = ("temporal", "temporal_lora", "interpolation", "temporal_decoder", "inflate")
 XL = ("lora", "textual_inversion", "dreambooth", "pivotal")
 KINDS |= {f"{kind}_xl": [*KINDS[kind], "model=tiny_random_xl"] for kind in XL}
 METHODS = [kind for kind in KINDS if kind not in ("full", "lora")]
@@ -103,6 +106,16 @@ KINDS |= {name: [*KINDS["full"], f"trainer.optimizer={name}"] for name in ("adam
 KINDS["lion"] = ["method=full", "trainer.optimizer=lion", f"trainer.learning_rate={RATE / 3}"]
 KINDS["prodigy"] = ["method=full", "trainer.optimizer=prodigy", "trainer.learning_rate=1"]
 KINDS["prodigy"] += [f"trainer.optimizer.{name}={value}" for name, value in PRODIGY.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def image_model(tmp_path_factory) -> None:
+    """An image model whose U-Net has the shapes of the tiny video model's."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("image_model"), prediction_type="v_prediction")
+    torch.manual_seed(0)
+    same = {"norm_num_groups": 32, "use_linear_projection": True, "attention_head_dim": [2, 4]}
+    UNet2DConditionModel(**UNET | same).save_pretrained(folder / "unet")
+    KINDS["inflate"].append(f"method.image_model={folder}")
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,10 @@ def test_frames_between_key_frames_are_learnt_and_drawn(of_clips, videos, ray_cl
             "1 pictures are no whole number of clips of 2 key frames",
         ),
         (("trainer.quantize_base=nf4", "trainer.use_gpu=true"), "'temporal' trains the weights themselves"),
+        (
+            ("method=temporal_lora", "trainer.quantize_base=nf4", "trainer.use_gpu=true"),
+            "trainer.quantize_base: 'temporal' exports its lora fused into the weights",
+        ),
         (("method=temporal_decoder", "trainer.compile=true"), "which method 'temporal_decoder' does not run"),
     ],
 )

@@ -31,8 +31,8 @@ def test_a_run_leaves_weights_a_validation_loss_and_enlarged_pictures(
     result = fit(config)
     assert read_manifest(Path(result.adapter)).family == "stable_diffusion_upscale"
     assert (
-        f"python jobs/text_to_video.py upscale.model=tiny_random_upscale upscale.adapter={result.adapter}"
-        in result.summary()
+        "python jobs/text_to_video.py picture=FILE image=null video=null interpolation=null "
+        f"upscale.model=tiny_random_upscale upscale.adapter={result.adapter}" in result.summary()
     )
     lines = [json.loads(line) for line in (Path(result.run) / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]

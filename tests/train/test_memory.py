@@ -126,6 +126,19 @@ def test_half_precision_keeps_halves_but_for_norms(full_size):
     assert 0.5 < found[torch.bfloat16].alone / found[torch.float32].alone < 0.8
 
 
+def test_an_autoencoder_that_asks_for_single_precision_takes_as_much():
+    settings = ["model=tiny_random_video", "dataset=spin", "method=temporal_decoder", "method.perceptual_weight=0"]
+    whole, halves, asked = (
+        parts(
+            load_config(["experiment=smoke", *settings, f"trainer.precision={precision}", f"model.vae_float32={own}"])
+        )
+        for precision, own in (("fp32", "false"), ("bf16", "false"), ("bf16", "true"))
+    )
+    assert halves["activations"] < 0.9 * whole["activations"]
+    assert asked["activations"] == whole["activations"]
+    assert asked["frozen weights"] == whole["frozen weights"]
+
+
 def test_attention_keeps_no_matrix_of_all_places_with_all(full_size):
     """4096 places in 8 heads would make 0.25 GiB a layer."""
     small, large = (
