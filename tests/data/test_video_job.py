@@ -138,7 +138,8 @@ def test_two_videos_with_all_their_stages(configure: Callable, lines: list, tmp_
     # The same seed makes the same video, whatever is made beside it; numbers go on.
     again = make_videos(configure("seed=6", "video.fps=4"))
     assert [video.path for video in again.videos] == [f"{folder}/00002.mp4"]
-    assert largest_difference(folder / "00001.mp4", folder / "00002.mp4") <= 1
+    # Of the sheets, which are not compressed: H.264 makes more of a difference that no eye sees.
+    assert difference(*(Image.open(folder / f"{number:05d}.png") for number in (1, 2))) <= 1
 
 
 def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
