@@ -67,6 +67,12 @@ embedded: $(STAMP)
 	python jobs/release_emoji.py runs/finish_vae_emoji_video/adapter
 	python jobs/train.py experiment=inflate_emoji
 	python jobs/release_emoji.py runs/inflate_emoji/adapter
+	python jobs/train.py experiment=temporal_emoji
+	python jobs/release_emoji.py runs/temporal_emoji/adapter
+	python jobs/train.py experiment=train_decoder_emoji_video
+	python jobs/release_emoji.py runs/train_decoder_emoji_video/adapter
+	python jobs/train.py experiment=train_interpolation_emoji
+	python jobs/release_emoji.py runs/train_interpolation_emoji/adapter
 	python jobs/prepare_emoji.py selection=large out=runs/data/emoji_large
 	python -m ray_sd.embedded.autoencoder runs/emoji_upscaler_vae_start upscaler
 	python jobs/train.py experiment=train_upscaler_vae_emoji
