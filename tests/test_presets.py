@@ -16,6 +16,7 @@ from ray_sd.errors import ConfigError
 
 GROUPS = preset_groups("train")
 ALL = [(group, name) for group, names in GROUPS.items() for name in names]
+CHAINS = [("chain", name) for name in preset_groups("text_to_video")["chain"]]
 COMPLETE = {"dataset": ["dataset.source.path=photos"], "experiment": ["dataset.source.path=photos"]}
 
 
@@ -24,11 +25,11 @@ def names(group: str) -> list[str]:
 
 
 def test_every_file_belongs_to_a_group():
-    known = {PRESETS / group / f"{name}.yaml" for group, name in ALL}
+    known = {PRESETS / group / f"{name}.yaml" for group, name in [*ALL, *CHAINS]}
     assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / f"{root}.yaml" for root in ROOTS.values()}
 
 
-@pytest.mark.parametrize(("group", "name"), ALL)
+@pytest.mark.parametrize(("group", "name"), [*ALL, *CHAINS])
 def test_preset_says_what_it_is(group: str, name: str):
     assert preset_description(PRESETS / group / f"{name}.yaml").endswith((".", "?"))
 

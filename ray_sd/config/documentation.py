@@ -66,7 +66,9 @@ def preset_description(file: Path) -> str:
 
 def _presets() -> str:
     lines = ["## Presets", ""]
-    groups = preset_groups(ROOTS[ExperimentConfig])
+    groups = {
+        group: names for root in ROOTS.values() for group, names in preset_groups(root).items() if "." not in group
+    }
     for group in sorted(groups, key=lambda group: (group != "experiment", group)):
         lines += [f"### `{group}`", "", "| Preset | What it is |", "| --- | --- |"]
         lines += [

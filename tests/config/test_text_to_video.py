@@ -17,9 +17,16 @@ def test_every_stage_chooses_among_the_presets_of_models():
     for stage in STAGES:
         assert groups[stage] == plain["model"]
         assert groups[f"{stage}/scheduler"] == plain["model/scheduler"]
-    assert set(groups) == {
-        f"{stage}{below}" for stage in STAGES for below in ("", "/scheduler", "/text_encoder", "/vae")
-    }
+    stages = {f"{stage}{below}" for stage in STAGES for below in ("", "/scheduler", "/text_encoder", "/vae")}
+    assert set(groups) == stages | {"chain"}
+
+
+def test_a_chain_names_a_model_for_each_stage_and_choices_win_over_it():
+    config = load("prompt=a cat", "chain=svd", "video.model=svd_xt")
+    models = [
+        stage and stage.model.name for stage in (config.image, config.video, config.interpolation, config.upscale)
+    ]
+    assert models == ["sd21", "svd_xt", None, "x4_upscaler"]
 
 
 def test_stages_are_chosen_apart():
