@@ -253,7 +253,7 @@ class EncodeConfig(Schema):
     dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored latents and embeddings."""
     rows_per_shard: int = Field(1024, ge=1)
-    """Rows in one Parquet file of the cache."""
+    """Largest number of rows in one Parquet file of the cache."""
 
 
 class DatasetConfig(Schema):

@@ -23,6 +23,8 @@ def ordered_dataset(blocks: list[pa.Table], *, block_bytes: int, bytes_under_way
     dataset = ray.data.from_blocks([block.combine_chunks() for block in blocks])
     dataset.context.target_max_block_size = block_bytes
     dataset.context.enable_progress_bars = False
+    # It asks twice a minute for a setting that says how much memory an encoder takes.
+    dataset.context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     dataset.context.custom_execution_callback_classes.append(Pace)
     options = dataset.context.execution_options
     options.preserve_order = True

@@ -32,8 +32,9 @@ KINDS = ("latents", "pixels", "text", "views", "class")
 FOLDER_FILE = "folder.json"
 ROW_GROUP_BYTES = 1 << 20
 """A row group is read whole to get at one of its rows, so it is small."""
-SHARD_BYTES = 128 << 20
-"""Largest shard; a shard is held in memory while it is written."""
+SHARD_BYTES = 24 << 20
+"""Largest shard; a shard is held in memory while it is written. All of it waits for that among the blocks that are under way:
+where these may not be as many, Ray Data lets one more pass only every ten seconds."""
 
 
 def row_key(*parts: str) -> bytes:

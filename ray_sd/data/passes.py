@@ -82,13 +82,13 @@ def encode_images(
         dtypes = {"mean": settings.dtype, "std": settings.dtype}
         dtypes |= {"condition_pixels": "uint8", "image_embeds": settings.dtype}
         kept = 3 * _largest(config.dataset) * len(rows.condition_frames)
-        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2 + kept)
+        tables = _write(dataset, config, folder, dtypes, row_bytes=latent_bytes(config, pixels) + kept)
     else:
         dataset = _encode(dataset, config, ImageEncoder)
         dtypes = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
         dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
         dtypes |= {LOW_RES: "uint8"} if config.model.upscales else {}
-        tables = _write(dataset, config, folder, dtypes, row_bytes=pixels // 2)
+        tables = _write(dataset, config, folder, dtypes, row_bytes=latent_bytes(config, pixels))
 
     heads, rejected, new = [_HEADS.empty_table()], [], [entries.slice(0, 0)]
     for table in tables:
@@ -207,6 +207,15 @@ def _largest(dataset: DatasetConfig) -> int:
 def _row_pixels(dataset: DatasetConfig) -> int:
     """Pixels of the largest picture, or of all frames of a clip."""
     return _largest(dataset) * (1 if dataset.video is None else dataset.video.num_frames)
+
+
+def latent_bytes(config: ExperimentConfig, pixels: int) -> int:
+    """What the posterior of so many pixels weighs in the cache: a mean and a standard deviation of each latent element."""
+    from ray_sd.models.components import read_config
+
+    autoencoder = read_config(config.model, "vae")
+    places = pixels // 4 ** (len(autoencoder["block_out_channels"]) - 1)
+    return 2 * np.dtype(config.dataset.encode.dtype).itemsize * autoencoder["latent_channels"] * places
 
 
 def _encode_clips(

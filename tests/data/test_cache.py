@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from ray_sd.config.cache import CachePruneConfig
-from ray_sd.config.load import run_job
-from ray_sd.data.cache import KEY, CacheFolder, Field, row_key
+from ray_sd.config.load import load_config, run_job
+from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder, Field, row_key
 from ray_sd.data.locations import locate
+from ray_sd.data.passes import BYTES_UNDER_WAY, latent_bytes
 from ray_sd.data.prune import DAY, cache_table, list_cache, prune_cache
 from ray_sd.data.reader import ShardReader
 from ray_sd.errors import DataError
@@ -55,6 +56,14 @@ def test_the_same_rows_make_the_same_shard(tmp_path: Path):
     assert folder.write(shard_of("a", "b"), [FIELD]) == folder.write(shard_of("a", "b"), [FIELD])
     assert folder.write(shard_of("a", "c"), [FIELD]) != folder.write(shard_of("a", "b"), [FIELD])
     assert len(folder.shards()) == 2
+
+
+@pytest.mark.parametrize(("model", "channels"), [("emoji", 24), ("tiny_random", 4)])
+def test_what_waits_to_be_a_shard_may_be_under_way(model: str, channels: int):
+    """Ray Data would hold blocks back that the shard waits for."""
+    config = load_config(["experiment=smoke", f"model={model}"])
+    assert latent_bytes(config, 64 * 64) == 2 * channels * (64 * 64 // 8**2) * 2  # mean and deviation, of two bytes
+    assert 4 * SHARD_BYTES <= BYTES_UNDER_WAY
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
