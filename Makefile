@@ -36,7 +36,7 @@ format: $(STAMP)
 types: $(STAMP)
 	mypy
 
-# Needs npm, which fetches the pictures that embedded_quality.py compares with.
+# In hours. Needs npm, which fetches the pictures that some compare with. svd_gpu.py does nothing without a GPU.
 bench: $(STAMP)
 	@failed=0; for program in $$(ls benchmarks/*.py | grep -v report.py); do \
 	    echo "== $$program"; python $$program || failed=1; done; exit $$failed
@@ -77,6 +77,9 @@ embedded: $(STAMP)
 	python -m ray_sd.embedded.autoencoder runs/emoji_upscaler_vae_start upscaler
 	python jobs/train.py experiment=train_upscaler_vae_emoji
 	python jobs/release_emoji.py runs/train_upscaler_vae_emoji/adapter
+	python -m ray_sd.embedded.upscaler runs/emoji_upscaler_unet_start
 	python jobs/train.py experiment=train_upscaler_emoji
 	python jobs/release_emoji.py runs/train_upscaler_emoji/adapter
 	python benchmarks/embedded_quality.py
+	python benchmarks/embedded_video.py
+	python benchmarks/motion_learning.py

@@ -29,15 +29,26 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_result(
-    name: str, figures: Figures, bars: Figures | None = None, settings: Mapping[str, object] | None = None
+    name: str,
+    figures: Figures,
+    bars: Figures | None = None,
+    settings: Mapping[str, object] | None = None,
+    *,
+    keep: bool = True,
 ) -> None:
-    """Print whether each bar was reached, keep the figures in `results/NAME.json`, and end with the line of JSON.
+    """Print whether each bar was reached, `keep` the figures in `results/NAME.json`, and end with the line of JSON.
 
     bars: the least value of a figure, by its name.
     """
     for figure, bar in (bars or {}).items():
         verdict = "reached" if figures[figure] >= bar else "MISSED"
         print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {verdict}")
+    if keep:
+        _keep(name, figures, settings)
+    print(json.dumps(dict(figures)))
+
+
+def _keep(name: str, figures: Figures, settings: Mapping[str, object] | None) -> None:
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
@@ -47,7 +58,6 @@ def write_result(
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(dict(figures)))
 
 
 def machine() -> dict[str, object]:

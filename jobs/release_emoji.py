@@ -3,7 +3,7 @@
 An autoencoder becomes `ray_sd/embedded/emoji/vae`. Its latents are rescaled so that every channel has a mean square of
 one over the training pictures: the scaling factor is then 1, and no channel drowns in noise before the others do.
 A U-Net and its text encoder, trained on that autoencoder, become the rest of the pipeline. What belongs to the upscaler
-becomes `ray_sd/embedded/emoji_upscaler`; its latents have the mean square that its pipeline's scaling factor asks for.
+becomes `ray_sd/embedded/emoji_upscaler`; its largest latents have the mean square that its pipeline's scaling factor asks for.
 What belongs to the video model becomes `ray_sd/embedded/emoji_video`, and a U-Net that draws frames between key frames
 `ray_sd/embedded/emoji_interpolation`; the video autoencoder's latents are the image model's and stay as they are.
 An adapter of the image model becomes `ray_sd/embedded/adapters/NAME`, by the name of its run or a second argument.
@@ -64,7 +64,12 @@ def release_autoencoder(adapter: Path, config: ExperimentConfig) -> None:
         pictures, folder, scaling_factor = LARGE_PICTURES, UPSCALER, UPSCALER_SCALE
     else:
         pictures, folder, scaling_factor = PICTURES, FOLDER, 1.0
-    rescale_latents(autoencoder, mean_square(autoencoder, pictures).sqrt() * scaling_factor, scaling_factor)
+    scale = mean_square(autoencoder, pictures).sqrt()
+    if config.model.upscales:
+        # Differences of neighbours stay as small as they are: no U-Net can guess most of them, and made as large as colours
+        # they would be most of what it learns from.
+        scale = scale.max().expand_as(scale)
+    rescale_latents(autoencoder, scale * scaling_factor, scaling_factor)
     save_component(autoencoder.half(), folder / "vae")
 
 
@@ -98,7 +103,8 @@ def release_video(adapter: Path, config: ExperimentConfig) -> None:
 
     of_pixels = config.method.name in ("autoencoder", "temporal_decoder")
     model = load_model(config.model, ("vae",) if of_pixels else None)
-    load_adapter(model, adapter)
+    # An autoencoder is whole, and what goes with it is released after it.
+    load_adapter(model, adapter, allow_other_base=of_pixels)
     if of_pixels:
         save_component(model.vae, VIDEO / "vae", dtype=torch.float16)
     elif config.method.name == "interpolation":

@@ -25,13 +25,24 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=False,
+        include_dashboard=True,  # what frees the workers of a killed trial asks it
         log_to_driver=False,
         logging_level="WARNING",
         object_store_memory=OBJECT_STORE_BYTES,
     )
     yield
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, one of these has all that fill the machine by themselves, the others the rest."""
+    heavy = {
+        item.path
+        for item in items
+        if "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cluster")
+    }
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cluster" if item.path in heavy else str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)

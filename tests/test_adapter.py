@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,40 @@ def test_a_damaged_folder_is_refused_in_words(tiny: Path, lora: Path, tmp_path: 
 def test_an_assembled_base_is_described_by_its_parts(tiny: Path, tmp_path: Path):  # noqa: F811
     manifest = export_adapter(tiny, tmp_path, {"name": "lora", "rank": 2}, vae=str(tiny / "vae"))
     assert manifest.base.source == f"{tiny}, vae={tiny / 'vae'}"
+
+
+@pytest.fixture(scope="module")
+def autoencoders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:  # noqa: F811
+    """The tiny model's autoencoder as a run with a teacher, or without one, leaves it."""
+    folder = tmp_path_factory.mktemp("autoencoders")
+
+    def export(teacher: str | None) -> Path:
+        path = folder / ("alone" if teacher is None else "taught")
+        if not path.exists():
+            export_adapter(tiny, path, {"name": "autoencoder", "teacher": teacher})
+        return path
+
+    return export
+
+
+def test_an_autoencoder_of_another_is_refused_unless_allowed(
+    tiny: Path,  # noqa: F811
+    autoencoders: Callable,
+    tmp_path: Path,
+):
+    taught = autoencoders(str(tiny))
+    other = tiny_config(tiny, vae=str(save_tiny_model(tmp_path, seed=1)), name="another")
+    with pytest.raises(
+        ArtifactError, match="the vae of 'another' is another; .* anyway by decode.allow_other_base=true"
+    ):
+        load_adapter(load_model(other, {"vae"}), taught, switch="decode.allow_other_base")
+    assert load_adapter(load_model(other, {"vae"}), taught, allow_other_base=True) > 50
+    assert load_adapter(load_model(tiny_config(tiny), {"vae"}), taught) > 50
+
+
+def test_an_autoencoder_with_latents_of_its_own_is_refused_unless_allowed(tiny: Path, autoencoders: Callable):  # noqa: F811
+    alone = autoencoders(None)
+    words = "had no method.teacher, and the U-Net of 'tiny' did not learn on them; .*model.vae=.*alone/vae.*allow_other_base"
+    with pytest.raises(ArtifactError, match=words):
+        load_adapter(load_model(tiny_config(tiny), {"vae"}), alone)
+    assert load_adapter(load_model(tiny_config(tiny), {"vae"}), alone, allow_other_base=True) > 50

@@ -10,6 +10,7 @@ from ray_sd.generate import read_parameters
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_the_demo_draws_before_and_after(tmp_path: Path):
     settings = [

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import av
 import pytest
 from pydantic import TypeAdapter
 
@@ -67,7 +68,7 @@ def _model(group: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", names("model"))
 def test_model_draws_from_a_prompt_or_says_why_not(name: str):
     command = [f"model={name}", "prompt=a cat"]
-    if not any(kind in name for kind in ("svd", "video", "upscale")):
+    if not any(kind in name for kind in ("svd", "video", "interpolation", "upscale")):
         assert load_config(command, GenerateConfig).model.name
         return
     with pytest.raises(ConfigError, match=r"jobs/text_to_video.py"):
@@ -81,6 +82,14 @@ def test_methods_go_with_trainers(method: str, trainer: str):
     of_clips = compose_presets("train", {"method": method})["method"]["name"] in CLIP_METHODS
     rows = ["model=tiny_random_video", "dataset=spin"] if of_clips else ["model=emoji", "dataset=owl"]
     load_config(["name=x", *rows, *chosen])
+
+
+@pytest.mark.parametrize("name", [name for name in names("experiment") if name.startswith("svd_")])
+def test_no_experiment_asks_for_more_frames_a_second_than_its_shipped_clips_have(name: str):
+    config = load_config([f"experiment={name}", "dataset.source.path=embedded/clips/spin"])
+    clip = next((PRESETS.parent / "embedded" / "clips" / "spin").glob("*.mp4"))
+    with av.open(str(clip)) as container:
+        assert config.dataset.video.fps <= container.streams.video[0].average_rate
 
 
 def test_zero_snr_schedule_turns_a_model_to_v_prediction():

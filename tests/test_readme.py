@@ -49,6 +49,16 @@ def test_error_in_the_documents_is_the_error_that_is_printed(
     assert capsys.readouterr().err.startswith(f"error: {beginning}")
 
 
+def test_what_the_recipe_of_the_embedded_models_releases_was_trained_before():
+    trained = {"runs"}
+    for line in (ROOT / "Makefile").read_text().partition("\nembedded:")[2].splitlines():
+        if "jobs/train.py" in line:
+            config = load_config(shlex.split(line)[2:], ExperimentConfig)
+            trained.add(f"{config.storage_path}/{config.name}/adapter")
+        elif "jobs/release_emoji.py" in line:
+            assert line.split()[-1] in trained
+
+
 def test_documents_show_commands_and_errors():
     assert len(RIGHT) > 5
     assert len(WRONG) > 1

@@ -372,6 +372,8 @@ def export_adapter(base: Path, folder: Path, method: dict, **model: object) -> A
         batch = random_batch(text=rows.text, seed=step)
         if rows.placeholders:
             batch |= trained.tokenize([" ".join(["a", *(token for token, _ in rows.placeholders)])] * 3)
+        if rows.images == "pixels":
+            batch["pixels"] = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
         verbs.objective(trained, batch).backward()
         optimizer.step()
     verbs.export(trained, folder)

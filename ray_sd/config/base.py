@@ -20,6 +20,8 @@ class Schema(BaseModel):
     )
     shorthand: ClassVar[str | None] = None
     """The field that a bare text stands for: `vae: some/folder` is `vae: {path: some/folder}`."""
+    local_paths: ClassVar[tuple[str, ...]] = ()
+    """Fields that may name what lies in the folder where the command runs; `paths.absolute_paths` makes them absolute."""
 
     @model_validator(mode="before")
     @classmethod

@@ -110,6 +110,7 @@ class DetectorConfig(Schema):
     """An object-detection model of transformers, run in a pool of Ray Data actors."""
 
     shorthand = "path"
+    local_paths = ("path",)
     path: str
     """Hub id (`hustvl/yolos-tiny`, `PekingU/rtdetr_r50vd`) or local folder, with safetensors weights."""
     revision: str | None = None

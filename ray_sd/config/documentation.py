@@ -12,7 +12,7 @@ from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import ROOTS
 from ray_sd.config.model import ModelConfig
-from ray_sd.config.settings import describe, options, schemas, variants
+from ray_sd.config.settings import describe, element, options, schemas, variants
 from ray_sd.config.text_to_video import TextToVideoConfig
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -121,6 +121,10 @@ def _flat(path: str, schema: type[Schema]) -> Iterator[str]:
             yield f"| `{here}` | {' · '.join(f'`{kind}`' for kind in kinds)} | {shown} | {_text(field.description)} |"
             for kind, kind_schema in kinds.items():
                 yield _kind(here, kind, kind_schema)
+        elif of_list := variants(element(field.annotation)):
+            yield _row(here, field)
+            for kind, kind_schema in of_list.items():
+                yield _kind(f"{here}[]", kind, kind_schema)
         elif nested == [ModelConfig]:
             yield f"| `{here}` | group | **required** | As in [the settings above](#model). |"
         elif nested:

@@ -15,9 +15,12 @@ from ray_sd.config.method import (
     PlaceholderTokens,
     TemporalDecoderMethod,
 )
+from ray_sd.config.metrics import LEAST_SIDE, Lpips
+from ray_sd.config.metrics import SETTING as METRICS
 from ray_sd.config.model import ModelConfig
 from ray_sd.config.tracker import TrackerConfig
 from ray_sd.config.trainer import TrainerConfig
+from ray_sd.config.words import unknown_setting
 
 
 def _bool_words(value: object) -> object:
@@ -81,6 +84,7 @@ class ExperimentConfig(Schema):
             self._check_upscaler()
         else:
             self._check_drawings(of_videos)
+        self._check_metrics()
         return self
 
     def _check_key_frames(self, key_frames: tuple[int, ...]) -> None:
@@ -107,6 +111,35 @@ class ExperimentConfig(Schema):
                 f"trainer.validation.images: {len(drawings.images)} pictures are no whole number of clips of {taken} key frames"
             )
 
+    def _check_metrics(self) -> None:
+        validation, model = self.trainer.validation, self.model
+        if not validation.metrics:
+            return
+        if model.makes_videos or model.upscales:
+            what = "clips" if model.makes_videos else "enlargements of pictures"
+            raise ValueError(
+                f"{METRICS} measure pictures that are drawn from prompts alone, and model '{model.name}' draws {what}; leave "
+                "them out"
+            )
+        if not validation.prompts:
+            raise ValueError(
+                f"{METRICS} measure the pictures of trainer.validation.prompts, and there are none; give some, as in "
+                "trainer.validation.prompts='[a photo of a sks dog, a photo of a cat]'"
+            )
+        for metric in validation.metrics:
+            if not any(map(metric.counts, validation.prompts)):
+                holds = [] if metric.prompts is None else [f"hold '{metric.prompts}'"]
+                holds += [] if metric.without is None else [f"do not hold '{metric.without}'"]
+                raise ValueError(
+                    f"{metric.setting} is measured on prompts that {' and '.join(holds)}, and none of trainer.validation.prompts "
+                    "does; add one, or change which it takes"
+                )
+            if isinstance(metric, Lpips) and min(self.dataset.height, self.dataset.width) < LEAST_SIDE:
+                raise ValueError(
+                    f"{metric.setting} needs pictures of at least {LEAST_SIDE} pixels a side, and dataset.resolution is "
+                    f"{self.dataset.height} x {self.dataset.width}"
+                )
+
     def _check_upscaler(self) -> None:
         drawings = self.trainer.validation
         if drawings.prompts and len(drawings.prompts) != len(drawings.images):
@@ -119,6 +152,14 @@ class ExperimentConfig(Schema):
                 f"method.class_prompt: model '{self.model.name}' cannot draw class pictures, since it draws from pictures; "
                 "leave it out"
             )
+
+    @model_validator(mode="after")
+    def _check_compare(self) -> "ExperimentConfig":
+        for path in self.tracker.compare:
+            problem = unknown_setting(path, ExperimentConfig)
+            if problem is not None:
+                raise ValueError(f"tracker.compare: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":

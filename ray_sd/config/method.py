@@ -252,6 +252,7 @@ class DreamBoothMethod(DiffusionMethod):
 class AutoencoderMethod(Schema):
     """The VAE itself, on pixels."""
 
+    local_paths = ("teacher",)
     name: Literal["autoencoder"] = "autoencoder"
     """Method."""
     kl_weight: float = Field(1e-4, ge=0)
@@ -262,6 +263,14 @@ class AutoencoderMethod(Schema):
     teacher: str | None = None
     """Model whose autoencoder's latents this one is to share: hub id, local folder or `embedded/NAME`. The encoder learns
     the teacher's posterior instead of the KL term, and the decoder reads the teacher's latents."""
+    decoder_only: bool = False
+    """Leave the encoder as it is, and with it the latents, so that U-Nets which know them still fit; there is no KL term."""
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> Self:
+        if self.decoder_only and self.teacher is not None:
+            raise ValueError("decoder_only leaves no encoder to learn from method.teacher; set one of them")
+        return self
 
 
 class ClipDiffusion(Schema):
@@ -331,6 +340,7 @@ class InterpolationMethod(TemporalLayers):
 class InflateMethod(ClipDiffusion):
     """An image model made into a video model: its U-Net's weights copied, layers over time new, everything trained."""
 
+    local_paths = ("image_model",)
     name: Literal["inflate"] = "inflate"
     """Method."""
     image_model: str

@@ -27,6 +27,7 @@ class ComponentSource(Schema):
     """A component that does not come from the base: saved weights, or an architecture with random weights."""
 
     shorthand = "path"
+    local_paths = ("path",)
     path: str | None = None
     """Hub id or local folder in the diffusers layout."""
     subfolder: str | None = None
@@ -52,8 +53,8 @@ class NoiseSchedule(Schema):
     """Last beta."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
     """Shape of the betas."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the U-Net predicts."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the U-Net predicts: noise, velocity, or the clean latents."""
     rescale_betas_zero_snr: bool | None = None
     """Rescale to zero terminal SNR (arXiv:2305.08891); needs v-prediction."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
@@ -71,6 +72,7 @@ class NoiseSchedule(Schema):
 class SchedulerConfig(Schema):
     """Noise schedule of training and sampler of generation."""
 
+    local_paths = ("path",)
     sampler: SchedulerName = "ddim"
     """Sampler used for generated pictures."""
     path: str | None = None
@@ -82,6 +84,7 @@ class SchedulerConfig(Schema):
 class ModelConfig(Schema):
     """A base model and its components."""
 
+    local_paths = ("base",)
     name: str
     """Short name, stored in every adapter made from this model."""
     family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_video_diffusion", "stable_diffusion_upscale"] = (
@@ -137,6 +140,13 @@ class ModelConfig(Schema):
     def upscales(self) -> bool:
         """Whether the model is given a small picture, and makes a large one of it."""
         return self.family in UPSCALERS
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it ships with ray_sd, or parts of it do."""
+        parts = (self.unet, self.vae, self.text_encoder, self.image_encoder)
+        sources = [self.base, *(part.path for part in parts if part is not None)]
+        return any(source is not None and source.startswith("embedded/") for source in sources)
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

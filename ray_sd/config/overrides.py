@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ray_sd.config.base import Schema
-from ray_sd.config.settings import allows_none, below, options, schema_at, variants
+from ray_sd.config.settings import allows_none, below, is_keyed, options, schema_at, variants
 from ray_sd.errors import ConfigError
 
 
@@ -22,7 +22,32 @@ def apply_overrides(data: dict[str, Any], overrides: dict[str, str], schema: typ
         _apply(data, path, overrides[path], schema)
 
 
+def apply_values(data: dict[str, Any], values: dict[str, Any], schema: type[Schema]) -> None:
+    """Write `values` (path -> value) into `data`, in their order, as `apply_overrides` writes what text means."""
+    for path, value in values.items():
+        node, key, annotation = _place(data, path, schema)
+        node[key] = _expand(value, annotation)
+
+
+def value_at(data: dict[str, Any], path: str) -> Any:
+    """The value at a path of a whole configuration; None where there is no such setting."""
+    value: Any = data
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _apply(data: dict[str, Any], path: str, text: str, schema: type[Schema]) -> None:
+    node, key, annotation = _place(data, path, schema)
+    try:
+        node[key] = read(text, annotation)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "it does not end"
+        raise ConfigError(f"{path}: {text!r} starts like a list or mapping but is none in YAML: {reason}") from None
+
+
+def _place(data: dict[str, Any], path: str, schema: type[Schema]) -> tuple[dict[str, Any], str, Any]:
+    """The mapping within `data` that holds a setting, made where it is missing, its key there, and its annotation."""
     *parents, key = path.split(".")
     annotation: Any = schema
     node = data
@@ -37,11 +62,10 @@ def _apply(data: dict[str, Any], path: str, text: str, schema: type[Schema]) -> 
             raise ConfigError(f"{path}: no such setting; {here} is a value and has none below it")
         node[parent] = _default_kind(owner, parent) | node[parent]
         node = node[parent]
-    try:
-        node[key] = read(text, below(annotation, node, key))
-    except yaml.YAMLError as error:
-        reason = getattr(error, "problem", None) or "it does not end"
-        raise ConfigError(f"{path}: {text!r} starts like a list or mapping but is none in YAML: {reason}") from None
+        if is_keyed(annotation):  # whose keys may have dots of their own, as paths have
+            key = ".".join([*parents[depth + 1 :], key])
+            break
+    return node, key, below(annotation, node, key)
 
 
 def _defaults(owner: type[Schema] | None, key: str) -> dict[str, Any]:

@@ -48,6 +48,14 @@ def variants(annotation: Any) -> dict[str, type[Schema]]:
     return {name: schema for schema in found for name in _names(schema)} if len(found) > 1 else {}
 
 
+def element(annotation: Any) -> Any:
+    """What a list of any length holds; None where the annotation allows none."""
+    for option in options(annotation):
+        if get_origin(option) is tuple and get_args(option)[-1] is Ellipsis:
+            return get_args(option)[0]
+    return None
+
+
 def schema_at(annotation: Any, value: Any) -> type[Schema] | None:
     """The schema that describes `value`, or None where there is none or `value` does not say which."""
     kinds = variants(annotation)
@@ -55,6 +63,12 @@ def schema_at(annotation: Any, value: Any) -> type[Schema] | None:
         return kinds.get(str(value.get("name"))) if isinstance(value, dict) else None
     found = schemas(annotation)
     return found[0] if found else None
+
+
+def is_keyed(annotation: Any) -> bool:
+    """Whether a setting maps keys of the user's to values of one type."""
+    kinds = [get_args(option) for option in options(annotation) if get_origin(option) is dict]
+    return any(value is not Any for _, value in kinds)
 
 
 def below(annotation: Any, value: Any, key: str) -> Any:

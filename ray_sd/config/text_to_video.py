@@ -1,9 +1,12 @@
 """What `jobs/text_to_video.py` takes: a chain of models, each a stage."""
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from ray_sd.config.base import Schema
 from ray_sd.config.model import UPSCALERS, ModelConfig
+from ray_sd.config.paths import EMBEDDED
 
 IMAGE_FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
 VIDEO_FAMILIES = ("stable_video_diffusion",)
@@ -13,6 +16,16 @@ METHODS_OF = {
     "decode": ("temporal_decoder", "autoencoder"),
 }
 """Methods whose adapters the stages of video models take."""
+
+
+SUITS_EMBEDDED: dict[str, dict[str, Any]] = {
+    "image": {"num_inference_steps": 20, "guidance_scale": 4},
+    # The first frame tells what comes: few steps find it, and more add what is not there.
+    "video": {"num_inference_steps": 3, "max_guidance_scale": 1},
+    "interpolation": {"num_inference_steps": 3, "max_guidance_scale": 1},
+    "upscale": {"num_inference_steps": 2, "guidance_scale": 1, "noise_level": 0, "batch_size": 4},
+}
+"""Defaults of the stages where an embedded model makes them; the schemas' own suit Stable Diffusion's size."""
 
 
 class StageModel(Schema):
@@ -29,7 +42,7 @@ class StageModel(Schema):
 
 
 class ImageStage(StageModel):
-    """The first picture, drawn from the prompt."""
+    """The first picture, drawn from the prompt. Embedded models take fewer steps and less guidance by default, in all stages."""
 
     negative_prompt: str = ""
     """What not to draw."""
@@ -79,6 +92,8 @@ class DecodeStage(Schema):
     """Frames decoded together; fewer take less memory and flicker more."""
     adapter: str | None = None
     """Decoder that method `temporal_decoder` trained, in place of the video model's."""
+    allow_other_base: bool = False
+    """Load a decoder that was made for another autoencoder than the video model's, if its layers fit."""
 
 
 class UpscaleStage(StageModel):
@@ -128,6 +143,21 @@ class TextToVideoConfig(Schema):
     """Seed of the first video."""
     output: str = "runs/videos"
     """Folder or URI for the videos, and for what each stage made of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_embedded(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        suited = {}
+        for stage, settings in SUITS_EMBEDDED.items():
+            chosen = data.get(stage)
+            if not isinstance(chosen, dict):
+                continue
+            model = chosen.get("model")
+            if isinstance(model, dict) and str(model.get("base")).startswith(EMBEDDED):
+                suited[stage] = settings | chosen
+        return data | suited
 
     @model_validator(mode="after")
     def _check(self) -> "TextToVideoConfig":

@@ -40,3 +40,7 @@ class TrackerConfig(Schema):
     """Weights & Biases, if given."""
     mlflow: MlflowConfig | None = None
     """MLflow, if given."""
+    group: str | None = None
+    """What the run belongs to: W&B's group, MLflow's tag `group`. A sweep sets its name."""
+    compare: tuple[str, ...] = ()
+    """Paths of settings in which runs of a group differ: TensorBoard's hparams. W&B calls such a run a trial. A sweep sets it."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.metrics import PREFIX, PictureMetric
 from ray_sd.config.optimizer import OF_WHOLE_WEIGHTS, AdamWOptimizer, Optimizer, ProdigyOptimizer
 
 
@@ -75,6 +76,7 @@ class CheckpointConfig(Schema):
 class ValidationConfig(Schema):
     """What is measured and drawn along the way."""
 
+    local_paths = ("images",)
     every_steps: int = Field(500, ge=1)
     """Steps between validation losses (where `dataset.holdout` keeps rows); drawn pictures come with checkpoints."""
     num_timesteps: int = Field(4, ge=1)
@@ -93,6 +95,20 @@ class ValidationConfig(Schema):
     """Denoising steps a picture."""
     guidance_scale: float = Field(5.0, ge=0)
     """Classifier-free guidance."""
+    metrics: tuple[PictureMetric, ...] = ()
+    """What is measured on the pictures of the prompts, each reported as `val/` and its label: `subject_similarity`,
+    `dino_similarity`, `prompt_similarity`, `base_drift` and `lpips`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ValidationConfig":
+        keys = [metric.key for metric in self.metrics]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"metrics: {keys.count(twice)} are reported as {twice}; give each a label of its own, such as "
+                f"label: {twice.removeprefix(PREFIX)}_2"
+            )
+        return self
 
 
 class TrainerConfig(Schema):
@@ -108,6 +124,8 @@ class TrainerConfig(Schema):
     """Training workers, each with one GPU where GPUs are used."""
     use_gpu: bool | None = None
     """Train on GPUs; null uses them if the cluster has any."""
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """GPUs reserved a worker; below 1 several share one, as small trials of a sweep may."""
     cpus_per_worker: float = Field(0.5, gt=0)
     """CPUs reserved a worker. Ray Data's tasks need what is left, so keep the sum below the machine's."""
     threads_per_worker: int | None = Field(None, ge=1)
@@ -126,8 +144,9 @@ class TrainerConfig(Schema):
     """Largest gradient norm over all workers; 0 never clips."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the moving average of what trains, exported instead of the last weights; null exports those."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "native"] = "auto"
+    """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs; `native` is bf16 on CPUs,
+    too, that multiply it themselves: others take many times as long as in fp32."""
     quantize_base: BaseFormat | None = None
     """Keep the U-Net's frozen linear layers in 4 bits (`nf4`, arXiv:2305.14314) or 8 (`int8`, arXiv:2208.07339), for
     adapters on GPUs that are too small otherwise. Needs a GPU and bitsandbytes; null keeps them in `precision`."""

@@ -51,7 +51,7 @@ class VideoConfig(Schema):
     """Motion that is bucket 127, in shares of the frame's longer side a second; the bucket grows with the root of the
     motion."""
     min_motion: float = Field(0.0, ge=0)
-    """Videos whose first clip moves less are left out; they do not count as rejected."""
+    """Clips that move less are left out, and videos all of whose clips do; they do not count as rejected."""
     max_seconds: float = Field(600.0, gt=0)
     """A video that lasts longer is rejected."""
     max_megabytes: int = Field(256, ge=1)

@@ -1,5 +1,6 @@
 """Validation errors as lines that a person can act on."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
@@ -25,7 +26,7 @@ def problems(error: ValidationError, schema: type[Schema], groups: dict[str, lis
             continue
         told.add(path)
         if kind == "extra_forbidden":
-            message = _no_such_setting(path, owner, schema)
+            message = _no_such_setting(path, list(owner.model_fields) if owner is not None else [], schema)
         elif kind == "missing":
             message = _required(path, owner, groups)
         elif kind == "union_tag_not_found":
@@ -52,6 +53,20 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'lora'?` or nothing."""
     close = get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def unknown_setting(path: str, schema: type[Schema]) -> str | None:
+    """What is wrong with a path that is no setting of a schema, whatever kinds are chosen; None where it is one."""
+    known = {setting.path: setting.field.annotation for setting in settings_below(schema)}
+    here = ""
+    for key in path.split("."):
+        above, here = here, f"{here}.{key}" if here else key
+        if here not in known:
+            siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == above]
+            return f"{here}: {_no_such_setting(here, siblings, schema)}"
+        if any(get_origin(option) is dict for option in options(known[here])):  # whose keys are the user's
+            return None
+    return None
 
 
 def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str, Any, type[Schema] | None, bool]:
@@ -83,9 +98,8 @@ def _locate(schema: type[Schema], location: tuple[int | str, ...]) -> tuple[str,
     return path, annotation, owner, False
 
 
-def _no_such_setting(path: str, owner: type[Schema] | None, schema: type[Schema]) -> str:
+def _no_such_setting(path: str, siblings: list[str], schema: type[Schema]) -> str:
     key = path.rpartition(".")[2]
-    siblings = list(owner.model_fields) if owner is not None else []
     hint = suggestion(key, siblings)
     if not hint:
         settings = list(settings_below(schema))
@@ -136,7 +150,8 @@ def _wrong(kind: str, context: dict[str, Any], value: Any, message: str, annotat
 
 
 def _noun(path: str) -> str:
-    return path.rpartition(".")[2]
+    """What one of a setting's kinds is called: of `trainer.validation.metrics[0]` a metric."""
+    return re.sub(r"s\[\d+\]$", "", path.rpartition(".")[2])
 
 
 def _shown(value: Any) -> str:

@@ -1,30 +1,22 @@
 """What a row's captions become before they are encoded: words replaced, tags shuffled and left out, prefix and suffix."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from ray_sd.config.dataset import CaptionConfig, TagConfig
+from ray_sd.config.rewording import reword
 
 
 def written_captions(captions: Sequence[str], config: CaptionConfig) -> list[str]:
     """All that a row may be trained with; the first is the first caption with its tags in place."""
-    replaced = [_replaced(caption, config.replace) for caption in captions]
+    replaced = [reword(caption, config.replace) for caption in captions]
     if config.tags is not None:
         versions = [_versions(caption, config.tags) for caption in replaced]
         replaced = [of_caption[0] for of_caption in versions]
         replaced += [version for of_caption in versions for version in of_caption[1:]]
     return [f"{config.prefix}{caption}{config.suffix}" for caption in replaced]
-
-
-def _replaced(caption: str, words: dict[str, str]) -> str:
-    """All words at once, so that two can change places; the longest that fits is taken."""
-    if not words:
-        return caption
-    found = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.sub(rf"(?<!\w)(?:{found})(?!\w)", lambda match: words[match.group()], caption)
 
 
 def _versions(caption: str, config: TagConfig) -> list[str]:

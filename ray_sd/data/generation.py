@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import GenerateConfig, TextToVideoConfig
+from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import connect, has_gpus
 from ray_sd.data.locations import Location, from_anywhere, local_copy, locate, writable_folder
@@ -81,8 +82,9 @@ class Painter:
     A model that cannot be loaded is told in words in `error`: Ray would wrap an exception in its worker's traceback.
     """
 
-    def __init__(self, config: GenerateConfig) -> None:
-        self.config = config
+    def __init__(self, config: GenerateConfig, given: GenerateConfig) -> None:
+        """config: `given` with paths that mean the same here as where the command runs."""
+        self.given = given
         self.error = ""
         try:
             self.model = load_for_generation(config)
@@ -96,22 +98,23 @@ class Painter:
         if self.error:
             return {"position": batch["position"], "png": [b""] * count, "error": [self.error] * count}
         requests = [ImageRequest(**request) for request in batch["request"]]
-        images = generate(self.model, requests, self.config.batch_size)
+        images = generate(self.model, requests, self.given.batch_size)
         pngs = [
-            png_bytes(image, parameters(self.config, request)) for image, request in zip(images, requests, strict=True)
+            png_bytes(image, parameters(self.given, request)) for image, request in zip(images, requests, strict=True)
         ]
         return {"position": batch["position"], "png": pngs, "error": [""] * count}
 
 
 def load_for_generation(
-    config: GenerateConfig | StageModel, components: Collection[str] | None = None
+    config: GenerateConfig | StageModel, components: Collection[str] | None = None, place: str = ""
 ) -> DiffusionModel:
     """The model, or the named components, with its adapter: in half precision on a GPU if this process has one, in fp32 on
-    the CPU otherwise."""
+    the CPU otherwise. `place` goes before settings' names in errors, such as `decode.`."""
     model = load_model(config.model, components)
     if config.adapter is not None:
-        with local_copy(config.adapter, "adapter") as adapter:
-            load_adapter(model, adapter, config.adapter_scale, config.allow_other_base)
+        with local_copy(config.adapter, f"{place}adapter") as adapter:
+            switch = f"{place}allow_other_base"
+            load_adapter(model, adapter, config.adapter_scale, config.allow_other_base, switch)
     model.requires_grad_(False)
     return model.to_half().to("cuda") if torch.cuda.is_available() else model
 
@@ -188,16 +191,17 @@ def _show(progress: Progress, task: TaskID, before: int, done: int, total: int) 
 
 def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:
     """Position and PNG of each request, drawn by `config.num_workers` workers of Ray Data."""
+    located = absolute_paths(config)
     if config.adapter is not None:
         with local_copy(config.adapter, "adapter") as adapter:
             check_adapter(config, adapter)
-        config = config.model_copy(update={"adapter": from_anywhere(config.adapter, "adapter")})
+        located = located.model_copy(update={"adapter": from_anywhere(config.adapter, "adapter")})
     connect()
     rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))
     pictures = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Painter,
-        fn_constructor_kwargs={"config": config},
+        fn_constructor_kwargs={"config": located, "given": config},
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.num_workers),
         num_gpus=1 if has_gpus() else 0,

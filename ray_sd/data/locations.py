@@ -13,11 +13,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 import ray_sd.embedded
+from ray_sd.config.paths import EMBEDDED
 from ray_sd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED = "embedded/"
 
 
 @dataclass(frozen=True)

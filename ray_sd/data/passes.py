@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
+from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
 from ray_sd.config.video import VideoConfig
 from ray_sd.data.blocks import ordered_dataset
@@ -30,7 +31,7 @@ from ray_sd.data.sources import Listing
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 4 << 20
-BYTES_UNDER_WAY = 96 << 20
+BYTES_UNDER_WAY = 192 << 20
 BATCHES_UNDER_WAY = 4
 """What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
@@ -179,7 +180,7 @@ def _examine(dataset: ray.data.Dataset, config: ExperimentConfig, examination: E
         SubjectDetector,
         batch_size=detector.batch_size,
         batch_format="pyarrow",
-        fn_constructor_args=(config.dataset.crop, num_actors),
+        fn_constructor_args=(absolute_paths(config.dataset.crop), num_actors),
         compute=ActorPoolStrategy(min_size=1, max_size=num_actors),
         num_cpus=DETECT_CPUS,
         num_gpus=_gpus(config),
@@ -245,7 +246,7 @@ def _encode(
         encoder,
         batch_size=batch_size or settings.batch_size,
         batch_format="pyarrow",
-        fn_constructor_args=(config.model, settings.dtype, settings.num_actors, *arguments),
+        fn_constructor_args=(absolute_paths(config.model), settings.dtype, settings.num_actors, *arguments),
         compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=ENCODE_CPUS,
         num_gpus=_gpus(config),
@@ -267,11 +268,12 @@ def _write(
 
 
 def _stream(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """The data set's blocks as they come, logging how many rows came."""
-    rows, told = 0, time.monotonic()
+    """The data set's blocks as they come, logging how many records were encoded."""
+    encoded, told = 0, time.monotonic()
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield table
-        rows += len(table)
+        # What was rejected has no key, nor has what is of a whole source row.
+        encoded += len(table) - table["key"].null_count
         if time.monotonic() - told > LOG_SECONDS:
             told = time.monotonic()
-            logger.info("data: %d done", rows)
+            logger.info("data: %d encoded", encoded)

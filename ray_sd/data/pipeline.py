@@ -87,7 +87,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     usable = _has_all(images.rows, view.kinds, images.entries["key"])
     rejected = [(name, UNFIT) for name in images.rows["id"].filter(pa.array(~usable)).to_pylist()]
     if dataset.video is not None:
-        still = _still(images, view.kinds[:1], dataset.video.min_motion)
+        still = _still(images, view.kinds, dataset.video.min_motion)
         rejected += [reason for reason, fits in zip(still, usable, strict=True) if fits and reason is not None]
         usable &= np.array([reason is None for reason in still], dtype=bool)
     reasons = _write_rejected(view, [*images.rejected, *rejected])
@@ -102,12 +102,13 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
 
     columns = {name: table[name] for name in ("id", "captions", "bucket")}
     metadata: dict[str, Any] = {}
-    places, metadata["image"] = place(images.entries, _image_keys(table, view.kinds), view.images.name)
-    columns |= {f"image_{name}": column for name, column in places.items()}
-    motion = None
+    keys, motion = _image_keys(table, view.kinds), None
     if dataset.video is not None:
-        columns["motion"] = motions = _motions(table, view.kinds, images.entries)
+        keys = _moving(keys, images.entries, dataset.video.min_motion)
+        columns["motion"] = motions = _motions(keys, images.entries)
         motion = write_motions(view.folder.location, table, motions, dataset.video)
+    places, metadata["image"] = place(images.entries, keys, view.images.name)
+    columns |= {f"image_{name}": column for name, column in places.items()}
 
     captions = table["captions"].combine_chunks()
     unique = pc.unique(pa.concat_arrays([pa.array([""]), captions.values]))
@@ -142,10 +143,12 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         not_found=not_found,
         contact_sheet=sheet,
         still=left_out,
+        still_clips=(len(table) * len(view.kinds) - len(keys.values))
+        // (1 + dataset.flip),  # mirrored ones are no others
         motion=motion,
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
-    return PreparedData(train, validation, _fingerprint(table, view), summary)
+    return PreparedData(train, validation, _fingerprint(table, view, keys), summary)
 
 
 def _has_all(table: pa.Table, kinds: list[Variant], present: pa.ChunkedArray) -> np.ndarray:
@@ -169,11 +172,17 @@ def _image_keys(table: pa.Table, kinds: list[Variant]) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32) * len(kinds), pa.array(keys, KEY))
 
 
-def _motions(table: pa.Table, kinds: list[Variant], entries: pa.Table) -> pa.ListArray:
+def _motions(keys: pa.ListArray, entries: pa.Table) -> pa.ListArray:
     """For each row of clips the motion of these variants, null where the cache does not have one."""
-    keys = _image_keys(table, kinds)
     motions = entries["motion"].take(pc.index_in(keys.values, value_set=entries["key"])).combine_chunks()
     return pa.ListArray.from_arrays(keys.offsets, motions)
+
+
+def _moving(keys: pa.ListArray, entries: pa.Table, min_motion: float) -> pa.ListArray:
+    """For each row of clips those of its keys whose clips move enough."""
+    moving = pc.greater_equal(_motions(keys, entries).values, min_motion)
+    before = np.concatenate([[0], np.cumsum(moving.to_numpy(zero_copy_only=False))])
+    return pa.ListArray.from_arrays(before[keys.offsets.to_numpy()].astype(np.int32), keys.values.filter(moving))
 
 
 def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
@@ -182,14 +191,15 @@ def _text_keys(captions: pa.ListArray, unique: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(captions.offsets, keys.take(pc.index_in(captions.values, value_set=unique)))
 
 
-def _still(images: ImagePass, first: list[Variant], min_motion: float) -> list[tuple[str, str] | None]:
-    """For each row of clips its name and a reason where its first clip moves too little."""
-    motions = _motions(images.rows, first, images.entries).flatten().to_pylist()
+def _still(images: ImagePass, kinds: list[Variant], min_motion: float) -> list[tuple[str, str] | None]:
+    """For each row of clips its name and a reason where all of its clips move too little."""
+    motions = _motions(_image_keys(images.rows, kinds), images.entries)
+    largest = [max((value for value in values if value is not None), default=None) for values in motions.to_pylist()]
     return [
         (name, f"{STILL}: {motion:.4f}, dataset.video.min_motion is {min_motion:g}")
         if motion is not None and motion < min_motion
         else None
-        for name, motion in zip(images.rows["id"].to_pylist(), motions, strict=True)
+        for name, motion in zip(images.rows["id"].to_pylist(), largest, strict=True)
     ]
 
 
@@ -261,9 +271,11 @@ def _write_indices(
     return train, write_index(view.root, f"{view.folder.name}/validation.index", held_out, metadata)
 
 
-def _fingerprint(table: pa.Table, view: View) -> str:
+def _fingerprint(table: pa.Table, view: View, keys: pa.ListArray) -> str:
     kinds = " ".join(map(str, view.kinds))
     digest = hashlib.blake2b(f"{view.images.name} {view.texts and view.texts.name} {kinds}".encode(), digest_size=16)
     for row in table.to_batches(max_chunksize=4096):
         digest.update(json.dumps(row.select(["id", "image", "captions"]).to_pylist()).encode())
+    if len(keys.values) < len(table) * len(view.kinds):
+        digest.update(b"".join(keys.values.to_pylist()))
     return digest.hexdigest()

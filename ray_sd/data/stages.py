@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
 from ray_sd.config import TextToVideoConfig
+from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.cluster import possible_resources
 from ray_sd.data.generation import load_for_generation
@@ -94,12 +95,12 @@ class _Stage:
         """settings: what of `config` is this stage's."""
         self._config, self._settings, self._plan, self._board = config, settings, planned, board
 
-    def prepare(self, stage: StageModel) -> None:
-        """Load the model of a stage."""
+    def prepare(self, name: str, stage: StageModel) -> None:
+        """Load the model of the stage whose settings are called `name`."""
         if not torch.cuda.is_available():
             # On a small machine two stages are at work most of the time.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        self._model = load_for_generation(stage, self.components)
+        self._model = load_for_generation(stage, self.components, f"{name}.")
         self._begin()
 
     def _begin(self) -> None:
@@ -198,7 +199,7 @@ class Line:
             for name in stages
         }
         logger.info("stages: %s; each has %g GPUs", ", ".join(stages), gpus)
-        get([self._actors[name].prepare.remote(_from_anywhere(name, stage)) for name, stage in stages.items()])
+        get([self._actors[name].prepare.remote(name, _from_anywhere(name, stage)) for name, stage in stages.items()])
 
     def make(self, requests: Sequence[VideoRequest]) -> Iterator[Made]:
         """For each request what becomes of it: by stage, the parts that it makes, in order.
@@ -261,12 +262,16 @@ def stage_models(config: TextToVideoConfig) -> dict[str, StageModel]:
         if name != "decode":
             stages |= {} if getattr(config, name) is None else {name: getattr(config, name)}
         elif config.video is not None and config.decode is not None:
-            stages["decode"] = StageModel(model=config.video.model, adapter=config.decode.adapter)
+            own = config.decode
+            stages["decode"] = StageModel(
+                model=config.video.model, adapter=own.adapter, allow_other_base=own.allow_other_base
+            )
     return stages
 
 
 def _from_anywhere(name: str, stage: StageModel) -> StageModel:
-    """A stage with its adapter where actors find it, which may run in another folder."""
+    """A stage with its model and its adapter where actors find them, which may run in another folder."""
+    stage = absolute_paths(stage)
     if stage.adapter is None:
         return stage
     return stage.model_copy(update={"adapter": from_anywhere(stage.adapter, f"{name}.adapter")})

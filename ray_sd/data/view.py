@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 3
 """Raise it when the same configuration would encode other values."""
+CLIP_FORMAT = 2
+"""The same, of clips alone: raise it when other frames would be chosen or cut."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class EncodeSummary:
     """File that shows what a subject crop found; None where no picture could be shown."""
     still: int = 0
     """Videos that dataset.video.min_motion leaves out; not among the rejected ones, but in their file."""
+    still_clips: int = 0
+    """Clips of other videos that it leaves out."""
     motion: str | None = None
     """How much clips move, in words."""
 
@@ -70,6 +74,8 @@ class EncodeSummary:
             parts.append(self.motion)
         if self.still:
             parts.append(f"{self.still} move too little and are left out, listed in {self.rejected_file}")
+        if self.still_clips:
+            parts.append(f"{self.still_clips} still clips of videos that move elsewhere are left out")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         return "; ".join(parts)
@@ -172,6 +178,8 @@ def _image_description(config: ExperimentConfig, rows: RowSpec) -> dict[str, Any
         "background": dataset.background.lower().removeprefix("#"),
         "mask": None if dataset.mask is None else dataset.mask.name,
     }
+    if dataset.video is not None:
+        description["clip_format"] = CLIP_FORMAT
     if rows.images == "latents" and dataset.video is not None:
         description["condition_frames"] = rows.condition_frames
         description["image_encoder"] = fingerprint(config.model, "image_encoder")

@@ -6,7 +6,7 @@ through. Here every residual branch starts at zero, and what is left keeps as mu
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
@@ -23,11 +23,20 @@ Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLTemporalDecoder
 LATENT_CHANNELS = 24
 LATENT_GAIN = 3.0
 POSTERIOR_LOGVAR = -4.0  # std 0.14; at 1, where diffusers starts, the noise drowns the latents
+UPSCALER_LOGVAR = -6.0  # std 0.05, a tenth of most differences
 PICTURES_AT_ONCE = 128
 PIXELS_AT_ONCE = 128 * 64 * 64
+DIFFERENCE_GAIN = 4.0
+"""Neighbours differ by little."""
+ENCODER_OFFSET = 10.0
+DECODER_OFFSET = 4.0
+"""Small enough for learning rates: what a layer that is trained adds to it moves everything."""
+NORM_GROUPS = 4
+"""More take the mean of too few channels away, and with it the colour."""
 BLOCKS = (16, 32, 64, 128)
-UPSCALER_CHANNELS = 8
-UPSCALER_BLOCKS = (16, 32, 64)
+UPSCALER_CHANNELS = 48
+"""As many as a latent has pixels and colours: nothing is lost, and the decoder has only to put it together."""
+UPSCALER_BLOCKS = (16, 48, 64)
 UPSCALER_SCALE = 0.08333
 """The only scaling factor that diffusers' upscale pipeline takes."""
 VIDEO_BLOCKS = (64, 96, 128, 128)
@@ -44,7 +53,7 @@ def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> Autoen
             block_out_channels=BLOCKS,
             layers_per_block=1,
             latent_channels=latent_channels,
-            norm_num_groups=4,  # more groups take the mean of too few channels away, and with it the colour
+            norm_num_groups=NORM_GROUPS,
             sample_size=64,
             use_post_quant_conv=False,  # Stable Video Diffusion's decoder has none
         )
@@ -52,8 +61,9 @@ def build_start(latent_channels: int = LATENT_CHANNELS, seed: int = 0) -> Autoen
     return autoencoder
 
 
-def build_upscaler_start(latent_channels: int = UPSCALER_CHANNELS, seed: int = 0) -> AutoencoderKL:
-    """The same of factor 4, for windows of 128x128 pixels, with the layer before the decoder that its pipeline asks for."""
+def build_upscaler_start(seed: int = 0) -> AutoencoderKL:
+    """One of factor 4 for windows of 128x128 pixels, whose first latents are the small picture itself, so that a U-Net which is
+    given that has only the rest to find; with the layer before the decoder that its pipeline asks for. Its encoder is done."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = AutoencoderKL(
@@ -61,14 +71,14 @@ def build_upscaler_start(latent_channels: int = UPSCALER_CHANNELS, seed: int = 0
             up_block_types=("UpDecoderBlock2D",) * len(UPSCALER_BLOCKS),
             block_out_channels=UPSCALER_BLOCKS,
             layers_per_block=1,
-            latent_channels=latent_channels,
-            norm_num_groups=4,
+            latent_channels=UPSCALER_CHANNELS,
+            norm_num_groups=NORM_GROUPS,
             sample_size=128,
             scaling_factor=UPSCALER_SCALE,
+            mid_block_add_attention=False,  # how pixels lie in a latent is the same everywhere
         )
         prepare(autoencoder)
-        nn.init.dirac_(autoencoder.post_quant_conv.weight)
-        nn.init.zeros_(autoencoder.post_quant_conv.bias)
+        open_small_picture(autoencoder)
     return autoencoder
 
 
@@ -132,6 +142,91 @@ def open_main_path(autoencoder: Autoencoder) -> None:
         elif name.endswith(".conv_shortcut"):
             module.weight[:, :, 0, 0] = isometry(module)
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def open_small_picture(autoencoder: AutoencoderKL) -> None:
+    """Latents are linear in the pixels: Haar's averages and differences of 2x2, twice. Averages come first, and are decoded to a
+    smooth enlargement; the differences wait for the decoder to use them."""
+    for name, module in autoencoder.named_modules():
+        if name.endswith((".conv_in", ".conv_shortcut", "post_quant_conv")):
+            nn.init.dirac_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith(".conv_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith(".downsamplers.0.conv"):
+            haar_blocks(module)
+        elif name.endswith(".upsamplers.0.conv"):
+            nn.init.zeros_(module.weight)
+            line = torch.tensor([0.25, 0.5, 0.25])  # of pixels that were doubled: linear interpolation
+            module.weight.diagonal().copy_(torch.outer(line, line)[..., None].expand(-1, -1, module.out_channels))
+    autoencoder.quant_conv.bias[UPSCALER_CHANNELS:] = UPSCALER_LOGVAR
+    autoencoder.post_quant_conv.weight /= LATENT_GAIN
+    lift_latents(autoencoder.encoder)
+    split_colours(autoencoder.decoder)
+
+
+def lift_latents(encoder: nn.Module) -> None:
+    """Let the last normalisation pass latents on: large constants beside them decide each group's deviation, and all are lifted
+    to where SiLU is the identity. Averages, whose mean a group would lose, are there with both signs in a group of their own."""
+    norm, last = encoder.conv_norm_out, encoder.conv_out
+    shortcut = encoder.down_blocks[-1].resnets[0].conv_shortcut
+    size, averages, differences = norm.num_channels // NORM_GROUPS, torch.arange(3), torch.arange(3, UPSCALER_CHANNELS)
+    held = len(differences) // (NORM_GROUPS - 1)
+    places = size + (differences - 3) // held * size + (differences - 3) % held
+    shortcut.weight.zero_()
+    shortcut.weight[averages, averages] = 1
+    shortcut.weight[averages + 3, averages] = -1
+    shortcut.weight[places, differences] = 1
+    last.weight[averages, averages, 1, 1] = 1
+    last.weight[differences, places, 1, 1] = 1
+    last.bias[:UPSCALER_CHANNELS] = -ENCODER_OFFSET
+    constants = torch.zeros(NORM_GROUPS, size)
+    constants[0, 6:] = ENCODER_OFFSET * torch.tensor([1.0, -1.0]).repeat(size // 2 - 3)
+    constants[1:, held:] = 4 * ENCODER_OFFSET
+    fix_norm(encoder.mid_block.resnets[-1].conv2, norm, constants)
+    norm.bias += ENCODER_OFFSET
+
+
+def split_colours(decoder: nn.Module) -> None:
+    """Let the last normalisation pass colours on, each in a group of its own beside constants, and twice, since
+    SiLU(x) - SiLU(-x) = x."""
+    norm, last = decoder.conv_norm_out, decoder.conv_out
+    size, colours = norm.num_channels // NORM_GROUPS, torch.arange(3)
+    shortcut = decoder.up_blocks[-1].resnets[0].conv_shortcut
+    shortcut.weight.zero_()
+    for place, sign in enumerate((1.0, -1.0)):
+        shortcut.weight[colours * size + place, colours] = sign
+        last.weight[colours, colours * size + place, 1, 1] = sign
+    constants = torch.zeros(NORM_GROUPS, size)
+    constants[:, 2:4] = DECODER_OFFSET * torch.tensor([1.0, -1.0])
+    fix_norm(decoder.up_blocks[-1].resnets[-1].conv2, norm, constants)
+
+
+def fix_norm(before: nn.Conv2d, norm: nn.GroupNorm, constants: torch.Tensor) -> None:
+    """Make constants [groups, channels] by the layer `before`, and put back what the normalisation takes on their account."""
+    before.bias.copy_(constants.flatten())
+    deviation, mean = torch.std_mean(constants, dim=1, correction=0, keepdim=True)
+    norm.weight.copy_(deviation.expand_as(constants).flatten())
+    norm.bias.copy_(mean.expand_as(constants).flatten())
+
+
+def haar_blocks(downsample: nn.Conv2d) -> None:
+    """Averages of every channel's 2x2 blocks, then their differences from left to right, from top to bottom and crosswise, as
+    far as there is room. Padding is at the right and below, so that a kernel's first two rows and columns lie on one block."""
+    signs = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 2, 2)
+    nn.init.zeros_(downsample.weight)
+    nn.init.zeros_(downsample.bias)
+    pairs = [
+        (channel, kind)
+        for first in range(0, downsample.in_channels, 3)
+        for kind in range(4)
+        for channel in range(first, first + 3)
+    ]
+    for place, (channel, kind) in enumerate(pairs[: downsample.out_channels]):
+        if channel < downsample.in_channels:
+            downsample.weight[place, channel, :2, :2] = signs[kind] / 4 * (DIFFERENCE_GAIN if kind else 1)
 
 
 def orthogonal_blocks(downsample: nn.Conv2d) -> None:
@@ -199,6 +294,6 @@ def _batches(pictures: Path) -> Iterator[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    starts = {"video": build_video_start, "upscaler": build_upscaler_start}
-    build = starts[sys.argv[2]] if sys.argv[2:] else build_start
-    build().save_pretrained(Path(sys.argv[1]))
+    starts: dict[str, Callable[[], Autoencoder]] = {"video": build_video_start, "upscaler": build_upscaler_start}
+    begin = starts[sys.argv[2]] if sys.argv[2:] else build_start
+    begin().save_pretrained(Path(sys.argv[1]))

@@ -21,14 +21,14 @@ from ray_sd.embedded.sprites import Sprite, select, unseen_sprites
 
 SIZE = 128  # H.264 halves the resolution of colour, and training that of the frames
 FPS = 28
-FRAMES = 43  # 1.5 seconds: a second at 7 frames a second, and room for where it starts
+FRAMES = 29  # a second, first and last frame included
 SECONDS = (FRAMES - 1) / FPS
 QUALITY = "14"  # x264's constant rate factor
-TWO_SHARE = 0.3
-SIZE_OF_ONE = (0.45, 0.8)  # widths
-SIZE_OF_TWO = (0.35, 0.5)
+TWO_SHARE = 0.2
+HOME_OF_ONE = (0.5, 0.5)
+HOMES_OF_TWO = ((0.27, 0.5), (0.73, 0.5))
 # Spinning is in none: a fine-tune needs a motion that it can teach.
-KINDS: dict[Kind, float] = {"moving": 0.45, "bouncing": 0.25, "growing": 0.135, "shrinking": 0.135, "still": 0.03}
+KINDS: dict[Kind, float] = {"moving": 0.4, "bouncing": 0.2, "growing": 0.18, "shrinking": 0.18, "still": 0.04}
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,10 @@ def draw_clips(sprites: list[Sprite], count: int, seed: int) -> list[Clip]:
 
 
 def draw_motions(draw: random.Random, count: int) -> list[Motion]:
-    """One motion, or two that start side by side."""
-    while True:
-        sizes = SIZE_OF_ONE if count == 1 else SIZE_OF_TWO
-        kinds = draw.choices(list(KINDS), list(KINDS.values()), k=count)
-        motions = [draw_motion(draw, kind, sizes, SECONDS) for kind in kinds]
-        starts = [motion.start for motion in motions]
-        if count == 1 or math.dist(*((pose.x, pose.y) for pose in starts)) > sum(pose.size for pose in starts) / 2:
-            return motions
+    """One motion, or two side by side."""
+    homes = [HOME_OF_ONE] if count == 1 else HOMES_OF_TWO
+    kinds = draw.choices(list(KINDS), list(KINDS.values()), k=count)
+    return [draw_motion(draw, kind, home, 1 / count, SECONDS) for kind, home in zip(kinds, homes, strict=True)]
 
 
 def clip_row(clip: Clip) -> dict:

@@ -41,8 +41,9 @@ class PrepareConfig(Schema):
     """Where the two npm packages lie as tarballs; what is missing is fetched there by `npm pack`."""
     subject: str = "owl"
     """The held-out subject that `pictures` shows."""
-    poses: Literal["varied", "upright"] = "varied"
-    """Whether `pictures` shows it mirrored, turned and smaller, too, or always alike."""
+    poses: Literal["varied", "upright", "turned"] = "varied"
+    """Whether `pictures` shows it mirrored, turned and smaller, too, or always alike: `upright`, or `turned` as far as the
+    spins turn in a seventh of a second."""
     clips: int = Field(6000, ge=1)
     """How many `clips` to render."""
     processes: int = Field(2, ge=1)

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from ray_sd.embedded.backgrounds import Background
 from ray_sd.embedded.clips import FPS, Actor, Clip, encode, render
+from ray_sd.embedded.clips import FRAMES as CLIP_FRAMES
 from ray_sd.embedded.motion import Kind, Motion, Pose
 from ray_sd.embedded.sprites import Sprite, catalogue, unseen_sprites
 from ray_sd.errors import DataError
 
 SPINNING: Kind = "spinning"
-DEGREES_PER_SECOND = 90.0  # clockwise
+DEGREES_PER_SECOND = 30.0  # clockwise
 FIRST_DEGREES = 20.0
 SIZE = 0.8  # widths; turned, no corner leaves the picture
-FRAMES = 43 + round(360 / DEGREES_PER_SECOND) * FPS  # once around, so that clips of it begin at every angle
+FRAMES = CLIP_FRAMES + round(360 / DEGREES_PER_SECOND) * FPS  # once around, so that clips of it begin at every angle
 QUALITY = "21"  # small enough to ship
 
 

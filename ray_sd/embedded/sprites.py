@@ -39,6 +39,8 @@ PICTURABLE = frozenset({"smileys", "nature", "food", "travel", "activities", "ob
 UNSEEN_GROUPS = frozenset({"travel", "activities", "objects"})
 
 # (background, mirrored, scale, degrees) of each picture of a held-out subject in varied poses
+UPRIGHT = {"upright": 0.0, "turned": -30 / 7}
+"""Degrees, counter-clockwise, of pictures that show their subject always alike."""
 PICTURES = (
     ("blue", False, 1.0, 0),
     ("green", True, 1.0, 0),
@@ -247,7 +249,7 @@ def write_pictures(sprites: list[Sprite], subject: str, poses: str, out: Path) -
         raise DataError(f"no held-out sprite is named '{subject}'; they are: {', '.join(catalogue().held_out)}")
     out.mkdir(parents=True, exist_ok=True)
     for number, (colour, *pose) in enumerate(PICTURES, start=1):
-        mirrored, scale, degrees = pose if poses == "varied" else (False, 1.0, 0)
+        mirrored, scale, degrees = pose if poses == "varied" else (False, 1.0, UPRIGHT[poses])
         sprite = found[0].rgba()
         if mirrored:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

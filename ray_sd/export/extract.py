@@ -68,7 +68,7 @@ def _tuned(config: ExtractConfig) -> ModelConfig:
         parts = dict.fromkeys(("unet", *config.model.text_parts), config.tuned)
     else:
         skeleton = load_model(config.model, ("unet", "text_encoder"), skeleton=True)
-        check_base(skeleton, folder, read_manifest(folder), allow_other_base=False)
+        check_base(skeleton, folder, read_manifest(folder), allow_other_base=False, switch=None)
         weights = read_contents(folder, skeleton).weights
         parts = {component: str(path) for component, path in weights.items() if component != "vae"}
         if not parts:

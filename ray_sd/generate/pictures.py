@@ -6,13 +6,16 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 PARAMETERS = "ray_sd"
 """Keyword of the PNG text chunk that holds the parameters as JSON."""
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+"""Where files of other formats hold them."""
+ImageFormat = Literal["png", "webp", "jpeg"]
 MARGIN = 8
 FONT_SIZE = 14
 MIN_CELL = 160
@@ -34,11 +37,26 @@ def png_bytes(image: Image.Image, parameters: dict[str, Any]) -> bytes:
     return content.getvalue()
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters in a PNG file's metadata."""
-    with Image.open(path) as image:
+def image_bytes(image: Image.Image, format: ImageFormat, parameters: dict[str, Any], quality: int = 100) -> bytes:
+    """A file's content, with the parameters in its metadata; quality: 0 to 100, of jpeg and webp, where 100 loses nothing."""
+    if format == "png":
+        return png_bytes(image, parameters)
+    exif = Image.Exif()
+    comment = b"UNICODE\x00" + json.dumps(parameters, ensure_ascii=False).encode("utf-16-be")
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = comment
+    content = io.BytesIO()
+    lossless = {"lossless": True} if format == "webp" and quality == 100 else {}
+    image.save(content, format.upper(), quality=quality, exif=exif, **lossless)
+    return content.getvalue()
+
+
+def read_parameters(file: Path | IO[bytes]) -> dict[str, Any]:
+    """The parameters in a picture file's metadata."""
+    with Image.open(file) as image:
         image.load()
-        return json.loads(image.info[PARAMETERS])
+        if PARAMETERS in image.info:
+            return json.loads(image.info[PARAMETERS])
+        return json.loads(image.getexif().get_ifd(EXIF_IFD)[USER_COMMENT][8:].decode("utf-16-be"))
 
 
 def contact_sheet(

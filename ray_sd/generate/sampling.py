@@ -18,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from ray_sd.config.model import SchedulerName
 from ray_sd.errors import ConfigError
-from ray_sd.models import DiffusionModel
+from ray_sd.models import DiffusionModel, noise
 from ray_sd.models.prompt_weights import encode_weighted_text
 
 
@@ -39,6 +40,8 @@ class TextRequest:
     guidance_scale: float = 7.5
     prompt_weighting: bool = False
     """Read weights such as `(red)1.5` in both prompts, instead of taking them as words."""
+    scheduler: SchedulerName | None = None
+    """Sampler; None takes the model's."""
 
     @property
     def guided(self) -> bool:
@@ -60,6 +63,22 @@ class ImageRequest(TextRequest):
     width: int | None = None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What of a picture stays as it is while the rest is drawn."""
+
+    mask: Tensor  # [1, 1, h, w], 1 where it is drawn
+    latents: Tensor  # [1, C, h, w], scaled
+    noise: Tensor  # [1, C, h, w]
+
+    def restore(self, drawn: Tensor, scheduler: SchedulerMixin, timestep: Tensor | None) -> Tensor:
+        """Latents with what stays in its place, as noisy as at a timestep; None means clean."""
+        stays = self.latents
+        if timestep is not None:
+            stays = scheduler.add_noise(stays, self.noise, timestep.reshape(1))
+        return (1 - self.mask) * stays + self.mask * drawn
+
+
 @dataclass
 class Drawing:
     """A picture on its way."""
@@ -69,7 +88,13 @@ class Drawing:
     latents: Tensor  # [1, C, h, w]
     scheduler: SchedulerMixin
     generator: torch.Generator
+    first_step: int = 0
+    """Steps that are left out, because it begins as a picture with noise."""
     step: int = 0
+    """Of the scheduler's, the next one."""
+    kept: Kept | None = None
+    last: tuple[Tensor, Tensor, Tensor] | None = None
+    """What the U-Net was given at the last step, what it said, and the timestep."""
 
     @property
     def rows(self) -> int:
@@ -79,6 +104,10 @@ class Drawing:
     @property
     def steps(self) -> int:
         return len(self.scheduler.timesteps)
+
+    @property
+    def remaining(self) -> int:
+        return self.steps - self.step
 
     @property
     def done(self) -> bool:
@@ -130,19 +159,24 @@ def picture_size(model: DiffusionModel, request: ImageRequest) -> tuple[int, int
 def start(model: DiffusionModel, requests: Sequence[ImageRequest]) -> list[Drawing]:
     """Encode the prompts and draw the first noise of each picture."""
     return [
-        _start_one(model, request, conditions)
+        start_one(model, request, conditions)
         for request, conditions in zip(requests, encode_prompts(model, requests), strict=True)
     ]
 
 
 def encode_prompts(model: DiffusionModel, requests: Sequence[TextRequest]) -> list[dict[str, Tensor]]:
     """Text conditions of each request: [2, …] (negative prompt, prompt) with guidance, else [1, …]."""
-    encoded = _encode(model, list(dict.fromkeys(prompt for request in requests for prompt in request.prompts)))
-    of_requests = [[encoded[prompt] for prompt in request.prompts] for request in requests]
-    return [{name: torch.cat([rows[name] for rows in of_one]) for name in of_one[0]} for of_one in of_requests]
+    encoded = encode(model, list(dict.fromkeys(prompt for request in requests for prompt in request.prompts)))
+    return [stack([encoded[prompt] for prompt in request.prompts]) for request in requests]
 
 
-def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[str, Tensor]]:
+def stack(conditions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Conditions [1, …] of several rows as one batch's [B, …]."""
+    return {name: torch.cat([rows[name] for rows in conditions]) for name in conditions[0]}
+
+
+@torch.no_grad()
+def encode(model: DiffusionModel, prompts: Sequence[Prompt]) -> dict[Prompt, dict[str, Tensor]]:
     """Text conditions [1, …] of each prompt."""
     encoded = {}
     for weighted in (False, True):
@@ -159,14 +193,26 @@ def _encode(model: DiffusionModel, prompts: list[Prompt]) -> dict[Prompt, dict[s
     return encoded
 
 
-def _start_one(model: DiffusionModel, request: ImageRequest, conditions: dict[str, Tensor]) -> Drawing:
-    """conditions: of text."""
+@torch.no_grad()
+def start_one(model: DiffusionModel, request: ImageRequest, conditions: dict[str, Tensor]) -> Drawing:
+    """The first noise of a picture whose prompts are encoded."""
+    shape = latent_shape(model, request)
+    generator = torch.Generator().manual_seed(request.seed)
+    return begin(model, request, with_sizes(model, request, conditions), generator, shape)
+
+
+def with_sizes(model: DiffusionModel, request: ImageRequest, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A request's conditions of text, and those of the picture's size where the model takes any."""
     height, width = picture_size(model, request)
     sizes = model.size_conditions(height, width)
     rows = len(request.prompts)
-    conditions = conditions | {name: tensor.to(model.unet.device).expand(rows, -1) for name, tensor in sizes.items()}
-    shape = (height // model.latent_factor, width // model.latent_factor)
-    return begin(model, request, conditions, torch.Generator().manual_seed(request.seed), shape)
+    return conditions | {name: tensor.to(model.unet.device).expand(rows, -1) for name, tensor in sizes.items()}
+
+
+def latent_shape(model: DiffusionModel, request: ImageRequest) -> tuple[int, int]:
+    """Height and width in latents. Raises ConfigError for a size that has no whole latents."""
+    height, width = picture_size(model, request)
+    return height // model.latent_factor, width // model.latent_factor
 
 
 def begin(
@@ -178,13 +224,22 @@ def begin(
 ) -> Drawing:
     """A drawing with its first noise, latents of `shape` (h, w). Raises ConfigError for steps that the sampler cannot take."""
     device, dtype = model.unet.device, model.unet.dtype
-    scheduler = model.sampler()
+    scheduler = sampler(model, request)
+    drawn = randn_tensor((1, model.unet.config.out_channels, *shape), generator=generator, device=device, dtype=dtype)
+    return Drawing(request, conditions, drawn * scheduler.init_noise_sigma, scheduler, generator)
+
+
+def sampler(model: DiffusionModel, request: TextRequest) -> SchedulerMixin:
+    """A scheduler of its own with the timesteps of a request. Raises ConfigError for steps that it cannot take."""
+    scheduler = model.sampler(request.scheduler)
     try:
-        scheduler.set_timesteps(request.num_inference_steps, device=device)
+        scheduler.set_timesteps(request.num_inference_steps, device=model.unet.device)
     except ValueError as error:
         raise ConfigError(f"the sampler cannot take {request.num_inference_steps} steps: {error}") from error
-    noise = randn_tensor((1, model.unet.config.out_channels, *shape), generator=generator, device=device, dtype=dtype)
-    return Drawing(request, conditions, noise * scheduler.init_noise_sigma, scheduler, generator)
+    known = scheduler.config.num_train_timesteps
+    if scheduler.timesteps.max() >= known:  # with an offset, as many steps as the model knows are one too many
+        raise ConfigError(f"the sampler cannot take {request.num_inference_steps} steps: the model knows {known}")
+    return scheduler
 
 
 @torch.no_grad()
@@ -196,31 +251,48 @@ def advance(model: DiffusionModel, drawings: Sequence[Drawing]) -> None:
         scaled = drawing.scheduler.scale_model_input(drawing.latents, timestep)
         inputs.append(scaled.expand(drawing.rows, -1, -1, -1))
         timesteps.append(timestep.expand(drawing.rows))
-    conditions = {
-        name: torch.cat([drawing.conditions[name] for drawing in drawings]) for name in drawings[0].conditions
-    }
+    conditions = stack([drawing.conditions for drawing in drawings])
     predictions = model.denoise(torch.cat(inputs), torch.cat(timesteps), conditions)
     sizes = [drawing.rows for drawing in drawings]
-    for drawing, prediction in zip(drawings, predictions.split(sizes), strict=True):
-        _step(drawing, prediction)
+    for drawing, given, prediction in zip(drawings, inputs, predictions.split(sizes), strict=True):
+        _step(drawing, given[:1], prediction)
 
 
-def _step(drawing: Drawing, prediction: Tensor) -> None:
+def _step(drawing: Drawing, given: Tensor, prediction: Tensor) -> None:
     if drawing.request.guided:
         unconditional, conditional = prediction.chunk(2)
         prediction = unconditional + drawing.request.guidance_scale * (conditional - unconditional)
     scheduler = drawing.scheduler
-    noise = {} if isinstance(scheduler, UniPCMultistepScheduler) else {"generator": drawing.generator}
+    own = {} if isinstance(scheduler, UniPCMultistepScheduler) else {"generator": drawing.generator}
     timestep = scheduler.timesteps[drawing.step]
-    drawing.latents = scheduler.step(prediction, timestep, drawing.latents, return_dict=False, **noise)[0]
+    drawing.last = (given, prediction, timestep)
+    drawing.latents = scheduler.step(prediction, timestep, drawing.latents, return_dict=False, **own)[0]
     drawing.step += 1
+    if drawing.kept is not None:
+        following = None if drawing.done else scheduler.timesteps[drawing.step]
+        drawing.latents = drawing.kept.restore(drawing.latents, scheduler, following)
+
+
+def foreseen(model: DiffusionModel, drawing: Drawing) -> Tensor:
+    """Latents [1, C, h, w] of the picture as the last step foresaw it: without the noise that is still in it."""
+    if drawing.last is None:
+        return drawing.latents
+    given, prediction, timestep = drawing.last
+    schedule = model.noise_scheduler
+    alpha_bar = noise.at_timesteps(schedule.alphas_cumprod, timestep.round().long().reshape(1))
+    return noise.clean(schedule.config.prediction_type, given.float(), prediction.float(), alpha_bar)
 
 
 @torch.no_grad()
 def decode(model: DiffusionModel, drawings: Sequence[Drawing]) -> list[Image.Image]:
     """The pictures as they stand now; all have one size."""
-    latents = torch.cat([drawing.latents for drawing in drawings]) / model.latent_scale
-    return VaeImageProcessor().postprocess(model.decode_images(latents), output_type="pil")
+    return decode_latents(model, torch.cat([drawing.latents for drawing in drawings]))
+
+
+@torch.no_grad()
+def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
+    """Pictures of a sampler's latents [B, C, h, w]."""
+    return VaeImageProcessor().postprocess(model.decode_images(latents / model.latent_scale), output_type="pil")
 
 
 @contextmanager

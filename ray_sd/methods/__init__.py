@@ -43,12 +43,19 @@ def build_method(settings: config.Method) -> Method:
     return METHODS[settings.name](settings)
 
 
-def load_adapter(model: DiffusionModel, path: Path | str, scale: float = 1.0, allow_other_base: bool = False) -> int:
+def load_adapter(
+    model: DiffusionModel,
+    path: Path | str,
+    scale: float = 1.0,
+    allow_other_base: bool = False,
+    switch: str = "allow_other_base",
+) -> int:
     """Load an adapter into a model for generation; returns the number of tensors taken.
 
     It is a folder that training wrote, or a LoRA or embedding of another tool, as a file or a folder. Raises
     ArtifactError for what is incomplete or damaged, for an adapter of another base, unless `allow_other_base` is given
-    and its layers fit, and for a file of which not all belongs to the model.
+    and its layers fit, and for a file of which not all belongs to the model. `switch` is the setting that errors name for
+    `allow_other_base`.
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
@@ -65,7 +72,7 @@ def load_adapter(model: DiffusionModel, path: Path | str, scale: float = 1.0, al
         raise ArtifactError(
             f"{path} holds an adapter of kind '{manifest.kind}'; this version knows {', '.join(METHODS)}"
         )
-    check_base(model, path, manifest, allow_other_base)
+    check_base(model, path, manifest, allow_other_base, switch)
     count = build_method(_settings(path, manifest)).attach(model, path, scale)
     if count == 0:
         raise ArtifactError(f"{path} holds no weights")
@@ -85,18 +92,34 @@ def _settings(folder: Path, manifest: AdapterManifest) -> config.Method:
         ) from error
 
 
-def check_base(model: DiffusionModel, folder: Path, manifest: AdapterManifest, allow_other_base: bool) -> None:
-    """Raise ArtifactError for an adapter that was made for another base than `model`."""
+def check_base(
+    model: DiffusionModel,
+    folder: Path,
+    manifest: AdapterManifest,
+    allow_other_base: bool,
+    switch: str | None = "allow_other_base",
+) -> None:
+    """Raise ArtifactError for an adapter that was made for another base than `model`.
+
+    switch: the setting that takes it anyway; None where there is none, and where an autoencoder's latents do not matter.
+    """
     if manifest.family != model.config.family:
         raise ArtifactError(f"{folder} was made for a model of family {manifest.family}, not {model.config.family}")
     if allow_other_base:
         return
+    anyway = "" if switch is None else f", or try it anyway by {switch}=true"
     for component, made_for in manifest.base.fingerprints.items():
         if fingerprint(model.config, component) != made_for:
             raise ArtifactError(
                 f"{folder} was made for the base '{manifest.base.name}' ({manifest.base.source}), and the {component} of "
-                f"'{model.config.name}' is another; use that base, or try it anyway by allow_other_base=true"
+                f"'{model.config.name}' is another; use that base{anyway}"
             )
+    if switch is not None and build_method(_settings(folder, manifest)).moves_latents:
+        raise ArtifactError(
+            f"{folder} is an autoencoder with latents of its own, since it had no method.teacher, and the U-Net of "
+            f"'{model.config.name}' did not learn on them; train a U-Net on it by model.vae={folder}/vae, take an autoencoder "
+            f"that had a teacher{anyway}"
+        )
 
 
 __all__ = ["METHODS", "Method", "build_method", "check_base", "load_adapter"]

@@ -29,6 +29,10 @@ class Autoencoder(Method):
         model.requires_grad_(False)
         model.train()
         model.vae.requires_grad_(True)
+        if self.config.decoder_only:
+            for part in ("encoder", "quant_conv"):
+                if (module := getattr(model.vae, part, None)) is not None:
+                    module.requires_grad_(False)
         if self.config.teacher is not None:
             skeleton = next(model.vae.parameters()).is_meta
             teacher = load_model(ModelConfig(name="teacher", base=self.config.teacher), {"vae"}, skeleton=skeleton)
@@ -38,14 +42,15 @@ class Autoencoder(Method):
             enable_gradient_checkpointing(model)
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
-        return [{"name": "vae", "params": list(model.vae.parameters()), "lr": trainer.learning_rate}]
+        trained = [p for p in model.vae.parameters() if p.requires_grad]
+        return [{"name": "vae", "params": trained, "lr": trainer.learning_rate}]
 
     def row_losses(self, model: DiffusionModel, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute plus mean squared error over pixels in [-1, 1], plus `kl_weight` times the mean KL divergence
         from the standard normal over latent elements (equation 25 of arXiv:2112.10752's appendix in mean form).
 
         With a teacher, the decoder is given the teacher's latents, and in place of the divergence stands the mean squared
-        Wasserstein distance of the posterior from the teacher's."""
+        Wasserstein distance of the posterior from the teacher's; nothing does where the decoder alone is trained."""
         generators = row_generators(batch["row_seed"])
         pixels = batch["pixels"]
         if self.config.crop_size is not None:
@@ -58,7 +63,7 @@ class Autoencoder(Method):
         if self.config.teacher is None:
             latents = mean + (0.5 * logvar).exp() * eps
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
-            penalty = self.config.kl_weight * divergence
+            penalty = 0 if self.config.decoder_only else self.config.kl_weight * divergence
         else:
             with torch.no_grad():
                 teacher_mean, teacher_std = model.teacher.encode_images(pixels)
@@ -69,7 +74,11 @@ class Autoencoder(Method):
         return (error.abs() + error.square()).mean(dim=(1, 2, 3)) + penalty
 
     def relies_on(self) -> tuple[str, ...]:
-        return ()
+        return ("vae",)
+
+    @property
+    def moves_latents(self) -> bool:
+        return self.config.teacher is None and not self.config.decoder_only
 
     def export(self, model: DiffusionModel, folder: Path) -> None:
         weights.save_component(model.vae, folder / "vae")

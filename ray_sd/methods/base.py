@@ -55,6 +55,11 @@ class Method(ABC):
     def relies_on(self) -> tuple[str, ...]:
         """Components of the base that an export only works with."""
 
+    @property
+    def moves_latents(self) -> bool:
+        """Whether an export's latents are others than those that the base's U-Net learnt on."""
+        return False
+
     @abstractmethod
     def export(self, model: DiffusionModel, folder: Path) -> None:
         """Write what was learnt, as safetensors that plain diffusers and transformers load."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.unets.unet_3d_blocks import UNetMidBlockSpatioTemporal
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -111,11 +112,14 @@ def is_temporal(name: str) -> bool:
 
 
 def checkpoint_clips(model: DiffusionModel) -> None:
-    """Recompute activations in the backward pass, also those of temporal transformers, which diffusers leaves out."""
+    """Recompute activations in the backward pass, also those that diffusers keeps: of temporal transformers and of the
+    middle's first residual block."""
     enable_gradient_checkpointing(model)
     for block in model.unet.modules():
         if isinstance(block, TemporalBasicTransformerBlock):
             _checkpoint(block)
+        elif isinstance(block, UNetMidBlockSpatioTemporal):
+            _checkpoint(block.resnets[0])
 
 
 def _checkpoint(block: nn.Module) -> None:

@@ -54,7 +54,7 @@ class TemporalDecoder(Method):
         return loss
 
     def relies_on(self) -> tuple[str, ...]:
-        return ()
+        return ("vae",)
 
     def export(self, model: DiffusionModel, folder: Path) -> None:
         weights.save_component(model.vae, folder / "vae")

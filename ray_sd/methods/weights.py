@@ -1,7 +1,7 @@
 """Whole components as folders of an export, in the layout that plain diffusers and transformers load."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,34 @@ def save_component(
             weights = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
         save_file(weights, folder / TEXT_WEIGHTS, metadata={"format": "pt"})
     else:
-        module.save_config(folder)
+        _save_config(module, folder)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _save_config(module: Any, folder: Path) -> None:
+    """What diffusers' `save_config` writes, but for where the base lay on this machine."""
+    content = json.loads(module.to_json_string())
+    content.pop("_name_or_path", None)
+    (folder / module.config_name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def load_component(module: nn.Module, folder: Path) -> int:
     """Replace a component's weights by those in the folder; returns their number."""
+    weights = read_weights(module, folder, module.state_dict())
+    module.load_state_dict(weights)
+    if not isinstance(module, PreTrainedModel):
+        saved = json.loads((folder / "config.json").read_text())
+        if "scaling_factor" in saved:
+            module.register_to_config(scaling_factor=saved["scaling_factor"])
+    return len(weights)
+
+
+def read_weights(module: nn.Module, folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the folder. Raises ArtifactError where names and shapes are not those of a component's `own`."""
     path = folder / (TEXT_WEIGHTS if isinstance(module, PreTrainedModel) else WEIGHTS)
     weights, _ = read_tensors(path)
     if isinstance(module, CLIPTextModel):
         weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
-    own = module.state_dict()
     _check_names(path, set(own), set(weights))
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
@@ -56,12 +73,7 @@ def load_component(module: nn.Module, folder: Path) -> int:
                 f"{path}: {name} has shape {tuple(tensor.shape)}, the base's {tuple(own[name].shape)}; "
                 "it was made for another base"
             )
-    module.load_state_dict(weights)
-    if not isinstance(module, PreTrainedModel):
-        saved = json.loads((folder / "config.json").read_text())
-        if "scaling_factor" in saved:
-            module.register_to_config(scaling_factor=saved["scaling_factor"])
-    return len(weights)
+    return weights
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -144,9 +144,9 @@ class DiffusionModel(nn.Module, ABC):
         each place.
         """
 
-    def to_half(self) -> Self:
-        """The model in fp16 for generation, but for parts that need more."""
-        self.to(torch.float16)
+    def to_half(self, dtype: torch.dtype = torch.float16) -> Self:
+        """The model in half precision for generation, but for parts that need more."""
+        self.to(dtype)
         for part in self.float32_parts():
             part.to(torch.float32)
         return self

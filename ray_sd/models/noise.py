@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 LOW_RES = 0x5CA1AB1E
 """Makes of a row's seed that of its small picture's noise."""
@@ -115,10 +115,21 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(prediction_type: PredictionType, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should output: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (appendix D of arXiv:2202.00512)."""
+    """What the network should output: ε, x0, or v = √ᾱ·ε − √(1−ᾱ)·x0 (appendix D of arXiv:2202.00512)."""
     if prediction_type == "epsilon":
         return eps
+    if prediction_type == "sample":
+        return x0
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+
+def clean(prediction_type: PredictionType, noisy: Tensor, predicted: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x0 by what the network says of x_t: `target` solved for it."""
+    if prediction_type == "epsilon":
+        return (noisy - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
+    if prediction_type == "sample":
+        return predicted
+    return alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * predicted
 
 
 def edm_noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
@@ -149,6 +160,7 @@ def snr(alpha_bar: Tensor) -> Tensor:
 
 
 def min_snr_weights(prediction_type: PredictionType, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Loss weights of arXiv:2303.09556, shaped like ᾱ: min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v."""
+    """Loss weights of arXiv:2303.09556, shaped like ᾱ: min(SNR, γ) for x0, by SNR for ε, by SNR + 1 for v."""
     ratio = snr(alpha_bar)
-    return ratio.clamp(max=gamma) / (ratio if prediction_type == "epsilon" else ratio + 1)
+    divisors = {"sample": torch.ones_like(ratio), "epsilon": ratio, "v_prediction": ratio + 1}
+    return ratio.clamp(max=gamma) / divisors[prediction_type]

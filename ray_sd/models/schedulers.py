@@ -1,6 +1,6 @@
 """The noise schedule of training and the samplers of generation."""
 
-from typing import Any
+from typing import Any, get_args
 
 from diffusers import (
     DDIMScheduler,
@@ -17,6 +17,7 @@ from ray_sd.config import ModelConfig
 from ray_sd.config.model import SchedulerName
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.models.components import read_config
+from ray_sd.models.noise import PredictionType
 
 SAMPLERS: dict[SchedulerName, type[SchedulerMixin]] = {
     "ddim": DDIMScheduler,
@@ -89,10 +90,10 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     saved = {key: value for key, value in saved.items() if key != "skip_prk_steps"}  # of PNDM alone; LCM warns of it
     scheduler = DDPMScheduler.from_config({**DEFAULTS, **saved, **IMPOSED[config.family]}, **_overrides(config))
     prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in get_args(PredictionType):
         raise ArtifactError(
             f"model '{config.name}': its scheduler predicts '{prediction_type}'; "
-            "only epsilon and v_prediction are trained (scheduler.noise.prediction_type)"
+            f"only {', '.join(get_args(PredictionType))} are trained (scheduler.noise.prediction_type)"
         )
     if scheduler.config.rescale_betas_zero_snr and prediction_type == "epsilon":
         raise ConfigError(
@@ -132,4 +133,9 @@ def _overrides(config: ModelConfig) -> dict[str, Any]:
 
 
 def build_sampler(name: SchedulerName, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
+    """Raises ConfigError for one that diffusers has not written for what the model predicts."""
+    if name == "euler_ancestral" and noise_scheduler.config.prediction_type == "sample":
+        raise ConfigError(
+            "scheduler.sampler: euler_ancestral samples no model that predicts 'sample'; take euler or another"
+        )
     return SAMPLERS[name].from_config(noise_scheduler.config)

@@ -50,7 +50,8 @@ class StableDiffusionUpscale(StableDiffusion):
     @cached_property
     def max_noise_level(self) -> int:
         """Training draws the small picture's noise level from 0 to this; generation takes none above."""
-        return read_index(self.config).get("max_noise_level", MAX_NOISE_LEVEL)
+        known = MAX_NOISE_LEVEL if self.unet is None else self.unet.config.num_class_embeds - 1
+        return read_index(self.config).get("max_noise_level", min(known, MAX_NOISE_LEVEL))
 
     def _check_conditions(self) -> None:
         if self.unet is None:

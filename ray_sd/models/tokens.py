@@ -87,6 +87,16 @@ def take_out(encoder: Any) -> None:
         encoder.set_input_embeddings(embedding.vocabulary)
 
 
+def parameters_without_words(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A component's parameters by the names that they had before `splice`, without the rows of words."""
+    added = {f"{name}.rows" for name, part in module.named_modules() if isinstance(part, SplicedEmbedding)}
+    named = {name: parameter for name, parameter in module.named_parameters() if name not in added}
+    for name in added:
+        embedding = name.removesuffix(".rows")
+        named[f"{embedding}.weight"] = named.pop(f"{embedding}.vocabulary.weight")
+    return named
+
+
 def set_end_of_text(encoder: Any, tokenizer: Any) -> None:
     """Tell a text encoder the end-of-text id, by which it finds the pooled embedding.
 

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -26,6 +26,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_sd.config import TrainerConfig
 from ray_sd.models import DiffusionModel
@@ -85,10 +86,13 @@ class Engine:
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """The module's output for one batch, moved to this worker's device."""
-        return self._deepspeed({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+        with attention_kernels(self.compute_dtype, self.device):
+            return self._deepspeed({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
 
     def backward(self, loss: Tensor) -> None:
-        self._deepspeed.backward(loss)
+        # Gradient checkpointing runs layers again here, and must find the kernels that it found before.
+        with attention_kernels(self.compute_dtype, self.device):
+            self._deepspeed.backward(loss)
 
     def step(self) -> None:
         """Count one micro-batch; the last of an accumulation updates the parameters."""
@@ -268,10 +272,26 @@ class Engine:
 
 
 def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
-    """`trainer.precision` as a dtype; `auto` is bf16 on a GPU and fp32 on a CPU."""
-    if trainer.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[trainer.precision]
+    """`trainer.precision` as a dtype on a device."""
+    match trainer.precision:
+        case "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        case "native":
+            return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+        case precision:
+            return _DTYPES[precision]
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this machine's CPU has instructions for it."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def attention_kernels(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """In half precision on a CPU, attention by matrix products: the fused kernel of torch 2.13 takes longer there."""
+    if device.type == "cpu" and dtype != torch.float32:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+from math import isfinite
 from pathlib import Path
 
 import ray.train
@@ -39,8 +40,8 @@ class Objective(nn.Module):
         return self.method.validation_losses(self.model, batch)
 
 
-def train(job: TrainingJob) -> None:
-    """Train from the latest checkpoint to `trainer.max_steps`."""
+def train(job: TrainingJob) -> str | None:
+    """Train from the latest checkpoint to `trainer.max_steps`; returns why not, where the weights were lost on the way."""
     config, trainer = job.config, job.config.trainer
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -59,10 +60,11 @@ def train(job: TrainingJob) -> None:
     start = _restore(engine, job)
 
     run = RunFolder(config.storage_path, config.name)
-    monitor = Monitor(engine, config, run, start=start, rank=rank)
+    monitor = Monitor(engine, job.given, run, start=start, rank=rank, has_bar=job.has_bar)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
     batches = training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps)
 
+    lost = None
     for step in range(start + 1, trainer.max_steps + 1):
         engine.set_learning_rate(factor(step - 1))
         # Dropout is the one draw that belongs to no row; seeded a step, it is the same after a resume.
@@ -78,12 +80,24 @@ def train(job: TrainingJob) -> None:
             held_out = validation_batches(job.data.validation, config, method.rows(), rank, world_size)
             monitor.log({"validation_loss": validation_loss(engine, held_out)}, step)
         if _due(step, trainer.checkpoint.every_steps, trainer.max_steps):
-            _report(engine, config, monitor, step, rank, world_size)
+            lost = _lost(monitor.latest, step)
+            if lost is not None:
+                break
+            _report(engine, job.given, monitor, step, rank, world_size)
 
     if rank == 0:
         # Waits for pictures that are still being drawn, so that trackers get the last ones, too.
         ray.train.get_all_reported_checkpoints()
     monitor.close()
+    return lost
+
+
+def _lost(metrics: dict[str, float], step: int) -> str | None:
+    """Says so where weights have become useless, before they are saved."""
+    for name in ("loss", "validation_loss"):
+        if not isfinite(metrics.get(name, 0.0)):
+            return f"step {step}: {name} is {metrics[name]}, and the weights are lost; lower trainer.learning_rate"
+    return None
 
 
 def _device(config: ExperimentConfig, local_world_size: int) -> torch.device:

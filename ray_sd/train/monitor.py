@@ -1,5 +1,6 @@
 """What a person sees of a running job: a progress bar, log lines, trackers."""
 
+import json
 import logging
 import tempfile
 import time
@@ -11,9 +12,10 @@ from ray.experimental import tqdm_ray
 from torch import Tensor
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.metrics import PREFIX
 from ray_sd.train.engine import Engine
 from ray_sd.train.storage import RunFolder
-from ray_sd.train.trackers import open_trackers
+from ray_sd.train.trackers import open_trackers, recorded_steps
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +23,29 @@ PICTURES = "samples"
 LOGS = "logs"
 
 
+def metric_names(config: ExperimentConfig) -> tuple[str, ...]:
+    """What a run reports with its checkpoints."""
+    names = ("loss", "learning_rate", f"{_unit(config)}s_per_second", "gradient_norm")
+    held_out = ("validation_loss",) if config.dataset.holdout else ()
+    return (*names, *held_out, *(metric.key for metric in config.trainer.validation.metrics))
+
+
 class Monitor:
     """Collects losses on every rank; rank 0 shows and records them."""
 
-    def __init__(self, engine: Engine, config: ExperimentConfig, run: RunFolder, *, start: int, rank: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ExperimentConfig,
+        run: RunFolder,
+        *,
+        start: int,
+        rank: int,
+        has_bar: bool = True,
+    ) -> None:
         self._engine = engine
         self._trainer = config.trainer
-        self._unit = "image" if config.dataset.video is None else "clip"
+        self._unit = _unit(config)
         self._run = run
         self._sum = torch.zeros((), device=engine.device)
         self._count = 0
@@ -35,15 +53,19 @@ class Monitor:
         self._steps = 0
         self._latest: dict[str, float] = {}
         self._shows = rank == 0
+        self._bar = None
         if self._shows:
             self._logs = run.local / LOGS if run.local else Path(tempfile.mkdtemp(prefix="ray_sd-logs-"))
             if run.local is None:
                 run.download(LOGS, self._logs)
             self._trackers = open_trackers(config, self._logs, start)
             self._seen = set(self._pictures())
+            self._measured = recorded_steps(self._logs, PREFIX)
+            self._forget_measurements_after(start)
             # Counts what this start has to do: images done before would make the rate and the time left wrong.
             images = (self._trainer.max_steps - start) * self._trainer.batch_size
-            self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit=self._unit)
+            if has_bar:
+                self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit=self._unit)
 
     def record(self, loss: Tensor) -> None:
         """Add one micro-batch's loss."""
@@ -53,7 +75,7 @@ class Monitor:
     def after_step(self, step: int) -> None:
         """Count a finished step and log when it is due. Collective."""
         self._steps += 1
-        if self._shows:
+        if self._bar is not None:
             self._bar.update(self._trainer.batch_size)
         if step % self._trainer.log_every == 0 or step == self._trainer.max_steps:
             self._log(step)
@@ -72,7 +94,7 @@ class Monitor:
         return dict(self._latest)
 
     def after_checkpoint(self) -> None:
-        """Pass on pictures that were drawn meanwhile, and copy logs to remote storage."""
+        """Pass on pictures that were drawn meanwhile and what was measured on them, and copy logs to remote storage."""
         if not self._shows:
             return
         for path in self._pictures():
@@ -81,13 +103,21 @@ class Monitor:
                 step = int(path.stem.removeprefix("step-"))
                 for tracker in self._trackers:
                     tracker.log_picture(PICTURES, path, step)
+        for step, name in self._measurements().items():
+            if step not in self._measured:
+                self._measured.add(step)
+                metrics = json.loads(self._run.read(name) or b"{}")
+                metrics.pop("step")
+                for tracker in self._trackers:
+                    tracker.log_later(metrics, step)
         if self._run.local is None:
             self._run.upload(self._logs, LOGS)
 
     def close(self) -> None:
         if self._shows:
             self.after_checkpoint()
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()
             for tracker in self._trackers:
                 tracker.close()
             if self._run.local is None:
@@ -113,3 +143,18 @@ class Monitor:
     def _pictures(self) -> list[Path]:
         # Trackers take local files; pictures behind a URI stay where they are.
         return sorted((self._run.local / PICTURES).glob("step-*.png")) if self._run.local else []
+
+    def _measurements(self) -> dict[int, str]:
+        """Files of what was measured on pictures, by their steps."""
+        names = [name for name in self._run.names(PICTURES) if name.endswith(".json")]
+        return {int(Path(name).stem.removeprefix("step-")): f"{PICTURES}/{name}" for name in names}
+
+    def _forget_measurements_after(self, start: int) -> None:
+        """A run that goes on from an earlier checkpoint measures anew; what it did before could be passed on twice."""
+        for step, name in self._measurements().items():
+            if step > start:
+                self._run.delete(name)
+
+
+def _unit(config: ExperimentConfig) -> str:
+    return "image" if config.dataset.video is None else "clip"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import TemporalDecoderMethod
+from ray_sd.config.overrides import value_at
+from ray_sd.config.paths import absolute_paths
+from ray_sd.config.rows import RowSpec
 from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
 from ray_sd.data import (
     READER_CPUS,
@@ -34,11 +39,13 @@ from ray_sd.data import (
     possible_resources,
     prepare,
 )
+from ray_sd.data.sources import Listing
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError, first_line
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
 from ray_sd.train.job import TrainingJob, draw, train_loop
+from ray_sd.train.metrics import check_metrics
 from ray_sd.train.optimizers import build_rule, check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
@@ -73,6 +80,8 @@ WHAT_A_RUN_IS = (
     ),
 )
 """Settings that cannot change while a run goes on. Data may move."""
+PUBLISHED = "svd"
+"""The chain that goes with every video model and upscaler that is not embedded."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -100,59 +109,90 @@ class TrainingResult:
         return f"trained {self.step} steps{measured}\nadapter:  {self.adapter}\nuse it:   {self.usage}"
 
 
-def fit(config: ExperimentConfig) -> TrainingResult:
+def fit(
+    config: ExperimentConfig,
+    *,
+    prepare: Callable[[ExperimentConfig, RowSpec, Listing], PreparedData] = prepare,
+    reports: Queue | None = None,
+) -> TrainingResult:
     """Encode the data, train, and export an adapter.
 
+    prepare: encodes the data, where many runs share them. reports: is told of every checkpoint, by its `step`: the metrics
+    with which training reported it and its path (`checkpoint`), and, where anything is drawn, also what came of drawing;
+    there is no progress bar then.
     Raises ConfigError before Ray starts where the run's name is taken, storage cannot be written, a run would go on as
     another, or the method does not fit the model, and DataError where there is nothing to read; ConfigError before
     anything is encoded where the cluster is too small; and any other RaySdError for what goes wrong later.
     """
-    check_installed(config.tracker)
-    check_package(config.trainer.optimizer)
     run = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": run.storage_path})
     beginning = _check_resume(config, run)
     run.check_writable()
-    # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
-    check_memory(config)
-
+    check(config)
     method = build_method(config.method)
-    check_class_folder(method.rows())
-    check_crop(config.dataset)
-    check_images(config)
-    check_masks(config.dataset)
     listing = list_rows(config.dataset, method.rows())
     connect()
     check_quantization(config.trainer, has_gpus())
     scaling = _scaling(config)
     _check_resources(scaling)
     data = prepare(config, method.rows(), listing)
-    _note_data(data, run)
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
+    _note_data(data, run)
     # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
     os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
     # Ray Train would log what workers print, and so tear progress bars, which travel as printed lines.
     os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")
+    located = absolute_paths(config)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=TrainingJob(config, data, beginning.checkpoint),
+        train_loop_config=TrainingJob(located, config, data, beginning.checkpoint, has_bar=reports is None),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.storage_path,
             failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
+            callbacks=None if reports is None else [_Reporter(reports)],
         ),
         validation_config=ray.train.ValidationConfig(
-            draw, ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json")}), _drawing(config)
+            draw,
+            ray.train.ValidationTaskConfig(fn_kwargs={"config": located.model_dump(mode="json"), "reports": reports}),
+            _drawing(config),
         ),
     )
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
         raise _in_words(error, run) from error
+    if result.return_value is not None:
+        raise RaySdError(f"{result.return_value}; resume=true goes on from the last checkpoint before, in {run.path}")
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.
     return _export(config, data, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
+
+
+def check(config: ExperimentConfig) -> None:
+    """Raise ConfigError for what a run would stumble on later, as far as it can be told without Ray and without weights."""
+    check_installed(config.tracker)
+    check_package(config.trainer.optimizer)
+    # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
+    check_memory(config)
+    check_class_folder(build_method(config.method).rows())
+    check_crop(config.dataset)
+    check_images(config)
+    check_metrics(config)
+    check_masks(config.dataset)
+
+
+class _Reporter(ray.train.UserCallback):
+    """Tells of every checkpoint of a run, from Ray Train's controller."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
 
 
 @dataclass(frozen=True)
@@ -167,7 +207,7 @@ class Beginning:
 
 def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     if config.resume is True:
-        stored = _stored_config(run)
+        stored = stored_config(run)
         if stored is None:
             raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
         _check_unchanged(config, stored)
@@ -188,7 +228,7 @@ def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
     return Beginning(origin, origin)
 
 
-def _stored_config(run: RunFolder) -> dict | None:
+def stored_config(run: RunFolder) -> dict | None:
     """The configuration of a run that began; None where there is none."""
     content = run.read(CONFIG)
     if content is None:
@@ -205,34 +245,27 @@ def _stored_config(run: RunFolder) -> dict | None:
 def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
     """Refuse to go on with a run under settings that would make it another run; tell what else has changed."""
     now = config.model_dump(mode="json")
-    changed = [path for path in _differences(stored, now) if path != "resume"]
+    changed = [path for path in differences(stored, now) if path != "resume"]
     other_run = [path for path in changed if path.startswith(WHAT_A_RUN_IS)]
     if other_run:
         raise ConfigError(
             "\n".join(
-                f"resume: {path} was {_at(stored, path)} and is {_at(now, path)}; set it back, "
+                f"resume: {path} was {value_at(stored, path)} and is {value_at(now, path)}; set it back, "
                 f"or start another run with name=… resume={config.storage_path}/{config.name}/checkpoint-…"
                 for path in other_run
             )
         )
     for path in changed:
-        logger.info("resume: %s was %s and is %s", path, _at(stored, path), _at(now, path))
+        logger.info("resume: %s was %s and is %s", path, value_at(stored, path), value_at(now, path))
 
 
-def _differences(left: Any, right: Any, path: str = "") -> list[str]:
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
     """Paths of the values that differ."""
     if not (isinstance(left, dict) and isinstance(right, dict)):
         return [] if left == right else [path]
     keys = dict.fromkeys([*left, *right])
-    below = [_differences(left.get(key), right.get(key), f"{path}.{key}" if path else key) for key in keys]
+    below = [differences(left.get(key), right.get(key), f"{path}.{key}" if path else key) for key in keys]
     return [difference for differences in below for difference in differences]
-
-
-def _at(config: dict, path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _read_index(checkpoint: str) -> dict:
@@ -287,10 +320,12 @@ def _check_resources(scaling: ray.train.ScalingConfig) -> None:
     """Raise ConfigError where the cluster is too small for the workers, which would wait for ever."""
     workers, found = scaling.num_workers, possible_resources()
     gpus, cpus = found.get("GPU", 0), found.get("CPU", 0)
-    if scaling.use_gpu and gpus < workers:
+    share = scaling.resources_per_worker.get("GPU", 0)
+    if workers * share > gpus:
+        each = "a GPU" if share == 1 else f"{share:g} GPUs"
         raise ConfigError(
-            f"trainer.num_workers: {workers} workers need a GPU each, and the cluster has {gpus:g}; "
-            f"take {'trainer.use_gpu=false' if gpus < 1 else f'trainer.num_workers={gpus:g}'}"
+            f"trainer.num_workers: {workers} workers need {each} each, and the cluster has {gpus:g}; "
+            f"take {'trainer.use_gpu=false' if gpus < share else f'trainer.num_workers={int(gpus / share)}'}"
         )
     each = scaling.resources_per_worker["CPU"]
     if workers * (each + READER_CPUS) > cpus:
@@ -305,17 +340,18 @@ def _check_resources(scaling: ray.train.ScalingConfig) -> None:
 def _scaling(config: ExperimentConfig) -> ray.train.ScalingConfig:
     trainer = config.trainer
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
-    resources = {"CPU": trainer.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    resources = {"CPU": trainer.cpus_per_worker} | ({"GPU": trainer.gpus_per_worker} if use_gpu else {})
     return ray.train.ScalingConfig(num_workers=trainer.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
 def _drawing(config: ExperimentConfig) -> dict:
     """Resources of a drawing task: a GPU where training leaves one."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    spare = gpus > config.trainer.num_workers
+    spare = gpus - config.trainer.num_workers * config.trainer.gpus_per_worker >= 1
     if draws(config):
         logger.info("validation samples are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
-    return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0}
+    # In a trial of a sweep it would otherwise have to fit into what the trial's own process takes.
+    return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0, "scheduling_strategy": "DEFAULT"}
 
 
 def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
@@ -350,8 +386,13 @@ def _export(
 
 
 def usage(config: ExperimentConfig, adapter: str) -> str:
-    """The command that draws with an adapter; of a video's stages it names those that it takes and leaves out the others."""
+    """The command that draws with an adapter, or trains on an autoencoder that no U-Net knows yet.
+
+    Of a video's stages it names those that it takes and leaves out the others.
+    """
     model, method = config.model, config.method.name
+    if build_method(config.method).moves_latents:
+        return f"python jobs/train.py model={model.name} model.vae={adapter}/vae …"
     if not (model.makes_videos or model.upscales):
         return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
     learnt = "upscale"
@@ -359,9 +400,13 @@ def usage(config: ExperimentConfig, adapter: str) -> str:
         learnt = next(stage for stage, methods in METHODS_OF.items() if method in methods)
     # Frames are drawn between key frames of the model that learnt to, and decoded where there are any.
     taken = {"interpolation": ("video", "interpolation"), "decode": ("video",)}.get(learnt, (learnt,))
-    settings = ["picture=FILE", "image=null"]
+    settings = [] if model.is_embedded else [f"chain={PUBLISHED}"]
+    settings += ["picture=FILE", "image=null"]
     for stage in ("video", "interpolation", "upscale"):
-        settings.append(f"{stage}.model={model.name}" if stage in taken else f"{stage}=null")
+        if stage not in taken:
+            settings.append(f"{stage}=null")
+        elif stage == learnt or not model.is_embedded:  # the embedded models are of one stage each, and the default
+            settings.append(f"{stage}.model={model.name}")
     settings += [f"{learnt}.adapter={adapter}", *_as_trained(config, learnt)]
     return f"python jobs/text_to_video.py {' '.join(settings)}"
 

@@ -1,10 +1,12 @@
-"""What a checkpoint's weights draw: pictures of validation prompts, or clips or enlargements of validation images."""
+"""What a checkpoint's weights draw, and what is measured on it: pictures of validation prompts, or clips or enlargements of
+validation images."""
 
 import io
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ray_sd.generate import ImageRequest, clips_sheet, contact_sheet, generate, 
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.generate.upscaling import UpscaleRequest, upscale
 from ray_sd.models import DiffusionModel
+from ray_sd.train.metrics import measure_pictures, picture_name
 from ray_sd.train.monitor import PICTURES
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import load_trained
@@ -57,30 +60,59 @@ class _Drawn:
     frames: list[Image.Image] = field(default_factory=list)
     """Of one clip that shows all clips at once; none of pictures."""
     fps: float = 1.0
+    requests: list[ImageRequest] = field(default_factory=list)
+    """Of pictures that prompts alone guide, which can be measured; none of others."""
+    pictures: list[Image.Image] = field(default_factory=list)
+    """Each of these by itself."""
 
     @property
     def what(self) -> str:
         return f"{self.count} {self.kind}" + ("s" if self.count > 1 else "")
 
 
-def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig) -> dict[str, str]:
-    """Draw the validation prompts or images with a checkpoint's weights; returns where the sheet is, under `samples`."""
+def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig) -> dict[str, str | float]:
+    """Draw the validation prompts or images with a checkpoint's weights, and measure what was drawn.
+
+    Returns the checkpoint's `step`, where the sheet is, under `samples`, and every metric under its key.
+    """
+    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    drawn, step = _draw(checkpoint, experiment, device)
+    run = RunFolder(experiment.storage_path, experiment.name)
+    where = _keep(drawn, step, experiment, run)
+    logger.info("drew %s at step %d: %s", drawn.what, step, where)
+    metrics = measure_pictures(experiment, drawn.requests, drawn.pictures, device)
+    if metrics:
+        run.write(f"{PICTURES}/{_name(step)}.json", json.dumps({"step": step, **metrics}).encode())
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info("measured %s at step %d: %s", drawn.what, step, measured)
+    return {"step": step, "samples": where, **metrics}
+
+
+def _draw(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig, device: str) -> tuple[_Drawn, int]:
+    """With the checkpoint's step. The model is gone afterwards, for those that measure."""
     with checkpoint.as_directory() as folder:
         model, step = load_trained(experiment, Path(folder))
-    model.to("cuda" if ray.get_gpu_ids() else "cpu")
+    model.to(device)
     if experiment.model.upscales:
-        drawn = _draw_enlarged(model, experiment)
-    elif experiment.model.makes_videos:
-        drawn = _draw_clips(model, experiment)
-    else:
-        drawn = _draw_pictures(model, experiment)
+        return _draw_enlarged(model, experiment), step
+    if experiment.model.makes_videos:
+        return _draw_clips(model, experiment), step
+    return _draw_pictures(model, experiment), step
+
+
+def _keep(drawn: _Drawn, step: int, experiment: ExperimentConfig, run: RunFolder) -> str:
+    """Write what was drawn into the run's folder; returns where the sheet is."""
     settings = experiment.trainer.validation
     given = {"prompts": list(settings.prompts), "images": list(settings.images)}
     parameters = {"step": step, "run": experiment.name} | {name: values for name, values in given.items() if values}
-    run = RunFolder(experiment.storage_path, experiment.name)
     last = step == experiment.trainer.max_steps
     with tempfile.TemporaryDirectory() as scratch:
-        sheet, clip = Path(scratch) / f"step-{step:08d}.png", Path(scratch) / f"step-{step:08d}.mp4"
+        single = Path(scratch) / _name(step)
+        for number, (request, picture) in enumerate(zip(drawn.requests, drawn.pictures, strict=True)):
+            save_png(picture, single / picture_name(number), asdict(request) | {"step": step, "run": experiment.name})
+        if drawn.pictures:
+            run.upload(single, f"{PICTURES}/{single.name}")
+        sheet, clip = Path(scratch) / f"{_name(step)}.png", Path(scratch) / f"{_name(step)}.mp4"
         save_png(drawn.sheet, sheet, parameters)
         files = {sheet: LAST_PICTURES}
         if drawn.frames:
@@ -90,9 +122,12 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
             run.upload(file, f"{PICTURES}/{file.name}")
             if last:
                 run.upload(file, last_name)
-    where = f"{run.path}/{PICTURES}/{sheet.name}"
-    logger.info("drew %s at step %d: %s", drawn.what, step, where)
-    return {"samples": where}
+    return f"{run.path}/{PICTURES}/{sheet.name}"
+
+
+def _name(step: int) -> str:
+    """What files of a checkpoint's pictures begin with."""
+    return f"step-{step:08d}"
 
 
 def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:
@@ -109,8 +144,9 @@ def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> _Draw
         )
         for i, prompt in enumerate(settings.prompts)
     ]
-    sheet = contact_sheet(generate(model, requests), labels=list(settings.prompts))
-    return _Drawn("picture", len(requests), sheet)
+    pictures = generate(model, requests)
+    sheet = contact_sheet(pictures, labels=list(settings.prompts))
+    return _Drawn("picture", len(requests), sheet, requests=requests, pictures=pictures)
 
 
 def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:

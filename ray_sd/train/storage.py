@@ -11,6 +11,8 @@ class RunFolder:
     """The folder of one run: `{storage_path}/{name}`."""
 
     def __init__(self, storage_path: str, name: str) -> None:
+        self.given = f"{storage_path.rstrip('/')}/{name}" if "://" in storage_path else str(Path(storage_path) / name)
+        """Where it is, as the storage path was given: for commands that a person types in the same place."""
         self.storage_path = storage_path if "://" in storage_path else str(Path(storage_path).resolve())
         self.path = f"{self.storage_path.rstrip('/')}/{name}"
         self._filesystem, self._root = _filesystem(self.path)
@@ -30,6 +32,12 @@ class RunFolder:
         found = self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
         return sorted((info.base_name for info in found if info.base_name.startswith("checkpoint-")), reverse=True)
 
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder of the run, sorted; none where there is no folder."""
+        found = self._filesystem.get_file_info(fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True))
+        # What begins with a dot is being written.
+        return sorted(info.base_name for info in found if info.is_file and not info.base_name.startswith("."))
+
     def read(self, name: str) -> bytes | None:
         """Content of a file, or None where there is none."""
         try:
@@ -48,10 +56,11 @@ class RunFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all, since a disk may fill up meanwhile."""
-        self._filesystem.create_dir(self._root, recursive=True)
-        with self._filesystem.open_output_stream(f"{self._root}/.{name}") as stream:
+        folder, _, file = f"{self._root}/{name}".rpartition("/")
+        self._filesystem.create_dir(folder, recursive=True)
+        with self._filesystem.open_output_stream(f"{folder}/.{file}") as stream:
             stream.write(content)
-        self._filesystem.move(f"{self._root}/.{name}", f"{self._root}/{name}")
+        self._filesystem.move(f"{folder}/.{file}", f"{folder}/{file}")
 
     def delete(self, name: str) -> None:
         self._filesystem.delete_file(f"{self._root}/{name}")

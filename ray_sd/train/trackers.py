@@ -8,8 +8,14 @@ from pathlib import Path
 from uuid import uuid4
 
 from ray_sd.config import ExperimentConfig, TrackerConfig
+from ray_sd.config.metrics import PREFIX
+from ray_sd.config.overrides import value_at
 from ray_sd.config.tracker import MlflowConfig, TensorBoardConfig, WandbConfig
 from ray_sd.errors import ConfigError
+
+HISTORY = "metrics.jsonl"
+PICTURES_STEP = "pictures_step"
+"""W&B's axis of what is measured on pictures."""
 
 
 class Tracker(ABC):
@@ -18,6 +24,10 @@ class Tracker(ABC):
     @abstractmethod
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record numbers."""
+
+    def log_later(self, metrics: dict[str, float], step: int) -> None:
+        """Record numbers of a step before the last that was recorded, as those are that are measured on pictures."""
+        self.log(metrics, step)
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
         """Record a PNG file."""
@@ -48,19 +58,30 @@ class History(Tracker):
     """`metrics.jsonl`: one object a line. Lines that a resumed run repeats are dropped first."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        self._path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
+        self._path = folder / HISTORY
+        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= start]
         self._path.write_text("".join(kept))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def _lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        # A killed run can leave a last line without its end.
-        return [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+def recorded_steps(folder: Path, prefix: str) -> set[int]:
+    """Steps of which a run's log folder has a number whose name begins so."""
+    lines = [json.loads(line) for line in _whole_lines(folder / HISTORY)]
+    return {line["step"] for line in lines if any(name.startswith(prefix) for name in line)}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # A killed run can leave a last line without its end.
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _number_or_text(value: object) -> bool | float | str:
+    return value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
 class TensorBoard(Tracker):
@@ -69,9 +90,24 @@ class TensorBoard(Tracker):
     def __init__(self, settings: TensorBoardConfig, config: ExperimentConfig, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # A run that begins with another's weights begins after step 0.
+        is_new = not any((folder / "tensorboard").glob("events.out.tfevents.*"))
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-        if start == 0:
+        if is_new or start == 0:
             self._writer.add_text("config", f"```json\n{config.model_dump_json(indent=2)}\n```")
+            self._add_hparams(config)
+
+    def _add_hparams(self, config: ExperimentConfig) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = config.model_dump(mode="json")
+        settings = {path: _number_or_text(value_at(plain, path)) for path in config.tracker.compare}
+        held_out = ("validation_loss",) if config.dataset.holdout else ()
+        names = ("loss", *held_out, *(metric.key for metric in config.trainer.validation.metrics))
+        if settings:
+            # SummaryWriter.add_hparams would open another run beside this one.
+            for summary in hparams(settings, dict.fromkeys(names, 0)):
+                self._writer.file_writer.add_summary(summary)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -102,15 +138,28 @@ class Wandb(Tracker):
             entity=settings.entity,
             mode=settings.mode,
             tags=list(settings.tags),
+            group=config.tracker.group,
+            job_type="trial" if config.tracker.compare else "train",
             name=config.name,
             id=identity.read_text(),
             resume="allow",
             dir=str(folder),
             config=config.model_dump(mode="json"),
         )
+        # W&B drops what is logged of a step before its last, but takes an axis of its own.
+        self._run.define_metric(f"{PREFIX}*", step_metric=PICTURES_STEP)
+        self._waits = False
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
+        self._waits = False
+
+    def log_later(self, metrics: dict[str, float], step: int) -> None:
+        if self._waits:
+            self._run.log({}, commit=True)
+        # Joins the row of the next step: one of its own would take that step's number.
+        self._run.log({PICTURES_STEP: step, **metrics}, commit=False)
+        self._waits = True
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
         self._run.log({name: self._wandb.Image(str(path), caption=f"step {step}")})
@@ -135,7 +184,8 @@ class Mlflow(Tracker):
             experiment_id = self._client.create_experiment(settings.experiment, artifact_location=artifacts)
         identity = folder / "mlflow_id"
         if not identity.exists():
-            run = self._client.create_run(experiment_id, run_name=config.name)
+            tags = {"group": config.tracker.group} if config.tracker.group else {}
+            run = self._client.create_run(experiment_id, run_name=config.name, tags=tags)
             identity.write_text(run.info.run_id)
             self._client.log_dict(run.info.run_id, config.model_dump(mode="json"), "config.json")
         self._run_id = identity.read_text()

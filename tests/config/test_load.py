@@ -196,6 +196,24 @@ def test_job_prints_a_line_a_problem_and_returns_2(capsys: pytest.CaptureFixture
     ]
 
 
+def test_a_comparison_of_settings_that_are_none_ends_before_anything_runs(capsys: pytest.CaptureFixture[str]):
+    assert run_job(load_config, [*DEMO, "tracker.compare=[seed, trainer.learning_rat]"]) == 2
+    assert capsys.readouterr().err == (
+        "error: tracker.compare: trainer.learning_rat: no such setting; did you mean 'learning_rate'?\n"
+    )
+
+
+def test_settings_of_kinds_that_were_not_chosen_can_be_compared():
+    """Runs of a group may differ in which kind they have."""
+    paths = (
+        "trainer.schedule",
+        "trainer.schedule.num_cycles",
+        "method.num_vectors",
+        "model.unet.architecture.sample_size",
+    )
+    assert load_config([*DEMO, f"tracker.compare=[{', '.join(paths)}]"]).tracker.compare == paths
+
+
 def test_job_returns_1_for_other_errors_in_words(capsys: pytest.CaptureFixture[str]):
     def main(arguments: object) -> None:
         raise DataError("photos: no pictures")

@@ -66,7 +66,7 @@ def test_null_empties_only_what_may_be_null():
         ("trainer.optimizer.betas=[0.8, 0.99]", (0.8, 0.99)),
         ("trainer.validation.prompts=a cat, it's (blue:1.2)", ("a cat, it's (blue:1.2)",)),
         ('trainer.validation.prompts=[a cat, "a dog, asleep", 7, null]', ("a cat", "a dog, asleep", "7", "null")),
-        ("trainer.validation.prompts=[]", ()),
+        ("trainer.validation.metrics=[]", ()),
         ("method.target_modules=to_q", ("to_q",)),
         ("resume=true", True),
         ("resume=TRUE", True),

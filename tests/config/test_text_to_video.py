@@ -29,6 +29,21 @@ def test_a_chain_names_a_model_for_each_stage_and_choices_win_over_it():
     assert models == ["sd21", "svd_xt", None, "x4_upscaler"]
 
 
+def test_without_a_choice_the_embedded_models_make_the_video():
+    config = load("prompt=a tiger face on a blue background")
+    stages = (config.image, config.video, config.interpolation, config.upscale)
+    assert [stage.model.name for stage in stages] == ["emoji", "emoji_video", "emoji_interpolation", "emoji_upscaler"]
+
+
+@pytest.mark.parametrize("stage", ["image", "video", "interpolation", "upscale"])
+def test_steps_suit_the_model_that_is_chosen_and_not_the_chain(stage: str):
+    published = {"image": "sd21", "video": "svd", "interpolation": "svd", "upscale": "x4_upscaler"}[stage]
+    chosen, embedded = (getattr(load("prompt=a cat", *more), stage) for more in ([f"{stage}.model={published}"], []))
+    assert chosen.num_inference_steps == type(chosen).model_fields["num_inference_steps"].default
+    assert embedded.num_inference_steps < chosen.num_inference_steps
+    assert getattr(load("prompt=a cat", f"{stage}.num_inference_steps=17"), stage).num_inference_steps == 17
+
+
 def test_stages_are_chosen_apart():
     config = load(
         "prompt=a cat",
@@ -51,7 +66,7 @@ def test_stages_can_be_left_out():
     config = load("prompt=a cat", "upscale=null", "interpolation=null")
     assert (config.upscale, config.interpolation) == (None, None)
     assert load("picture=cat.png", "image=null").image is None
-    assert load("prompt=a cat", "video=null").video is None
+    assert load("prompt=a cat", "chain=svd", "video=null").video is None
     assert [load("prompt=a cat", decode).chunk_size for decode in ("decode=null", "decode.chunk_size=3")] == [1, 3]
 
 
@@ -73,13 +88,22 @@ def test_a_preset_of_ones_own_serves_every_stage(tmp_path):
         ([], "nothing to show; give prompt="),
         (["prompt=a cat", "image=null"], "image: without this stage there is nothing to begin with; give picture=FILE"),
         (["prompt=a cat", "picture=cat.png"], "picture: stage 'image' draws the first picture; leave one out"),
-        (["prompt=a cat", "video=null", "upscale=null"], "video: without this stage and 'upscale' a picture is all"),
+        (
+            ["prompt=a cat", "video=null", "interpolation=null", "upscale=null"],
+            "video: without this stage and 'upscale' a picture is all",
+        ),
         (
             ["prompt=a cat", "video=null", "interpolation.model=svd"],
             "interpolation: without stage 'video' there are no key frames to draw between",
         ),
-        (["prompt=a cat", "video=null", "decode.adapter=x"], "decode.adapter: without stage 'video' there is nothing to decode"),
-        (["prompt=a cat", "interpolation.num_frames=5"], "interpolation.model: required; choose one with interpolation.model="),
+        (
+            ["chain=svd", "prompt=a cat", "video=null", "decode.adapter=x"],
+            "decode.adapter: without stage 'video' there is nothing to decode",
+        ),
+        (
+            ["chain=svd", "prompt=a cat", "interpolation.num_frames=5"],
+            "interpolation.model: required; choose one with interpolation.model=",
+        ),
         (["prompt=a cat", "image.model=svd"], "image.model: 'svd' is of family stable_video_diffusion; this stage takes"),
         (["prompt=a cat", "video.model=sd15"], "video.model: 'sd15' is of family stable_diffusion; this stage takes"),
         (["prompt=a cat", "interpolation.model=sd15"], "interpolation.model: 'sd15' is of family"),

@@ -15,6 +15,15 @@ from ray_sd.errors import ConfigError
         ("trainer.rank=1", "trainer.rank: no such setting; did you mean 'method.rank'?"),
         ("tracker.zzz=1", "tracker.zzz: no such setting; the settings here are: tensorboard, wandb, mlflow"),
         ("a.b.c=1", "a: no such setting"),
+        (
+            "tracker.compare=[seed, trainer.learning_rat]",
+            "tracker.compare: trainer.learning_rat: no such setting; did you mean 'learning_rate'?",
+        ),
+        ("tracker.compare=[trainr.seed]", "tracker.compare: trainr: no such setting; did you mean 'trainer'?"),
+        (
+            "tracker.compare=[learning_rate]",
+            "tracker.compare: learning_rate: no such setting; did you mean 'trainer.lear",
+        ),
         ("dataset.crop.detector=a/b", "dataset.crop.detector: no such setting; it belongs to dataset.crop=subject"),
         (
             "method.name=lorra",

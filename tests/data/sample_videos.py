@@ -55,14 +55,16 @@ def video(
     rotation: int | None = None,
     mirrored: bool = False,
     sound: float = 0,
+    options: dict[str, str] | None = None,
     **context: Any,
 ) -> bytes:
     """An encoded video.
 
     times: of each frame in milliseconds, where they are not `fps` a second. sound: seconds of silence, in another track.
+    options: of the container.
     """
     stream = io.BytesIO()
-    with av.open(stream, "w", format=kind) as container:
+    with av.open(stream, "w", format=kind, options=options) as container:
         track = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         track.pix_fmt = pixels
         if rotation is not None:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,19 @@ def test_workers_read_the_same_clips_whatever_their_number(folder: Path, configu
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_progress_counts_clips_alone(
+    folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ray_sd.data.passes.LOG_SECONDS", -1)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    settings = ("dataset.video.start={name: random, num_variants: 3}", "dataset.max_rejected_fraction=0.5")
+    with caplog.at_level(logging.INFO):
+        summary = prepare(configure(folder, *settings, method="temporal_decoder"), PIXELS).summary
+    told = [int(count) for count in re.findall(r"data: (\d+) encoded", caplog.text)]
+    assert told[-1] == 3 * summary.encoded == 18
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_only_what_changes_frames_is_encoded_again(folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture):
     def counts(*settings: str) -> tuple[int, int]:
         summary = prepare(configure(folder, *settings, method="temporal_decoder"), PIXELS).summary
@@ -230,6 +244,22 @@ def test_clips_of_another_image_encoder_or_processor_share_nothing(
     assert len(set(names)) == 3
 
 
+@pytest.mark.parametrize("rows", [PIXELS, CLIPS], ids=["pixels", "latents"])
+def test_clips_of_another_format_share_nothing(
+    rows: RowSpec, folder: Path, tmp_path: Path, configure: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    config = configure(folder)
+
+    def folders() -> list[str]:
+        view = View(config, rows, locate(str(tmp_path), "cache_path"), list_source(config.dataset))
+        return [view.images.name, view.folder.name]
+
+    before = folders()
+    assert folders() == before
+    monkeypatch.setattr("ray_sd.data.view.CLIP_FORMAT", 0)
+    assert not set(folders()) & set(before)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_is_cached_is_held_against_the_limits_as_well(folder: Path, configure: Callable, rejected: Callable):
     (folder / "long.mp4").write_bytes(counted(60))
@@ -267,6 +297,44 @@ def test_still_videos_are_left_out_without_counting_as_rejected(
         assert prepare(moving, PIXELS).summary.rows == kept  # also when nothing is read again
     with pytest.raises(DataError, match="3 of 3 rows were rejected, so nothing is left; most often .3.: moves too lit"):
         prepare(configure(folder, "dataset.video.min_motion=2", method="temporal_decoder"), PIXELS)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_each_clip_is_judged_by_its_own_motion(tmp_path: Path, configure: Callable, rejected: Callable):
+    """Videos of which a half stands still, the first one or the second, and one that stands still as a whole."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    moving = shifting(40, 4)
+    for name, frames in {
+        "late": [*moving[:1] * 40, *moving],
+        "early": [*moving, *moving[-1:] * 40],
+        "never": moving[:1] * 80,
+    }.items():
+        (folder / f"{name}.mp4").write_bytes(video(frames))
+    settings = ("dataset.video.start={name: random, num_variants: 12}", "dataset.video.cut_threshold=null")
+    whole = prepare(configure(folder, *settings), CLIPS)
+    before = whole.train.load()
+    motions = dict(zip(before.ids.to_pylist(), before.motions.to_pylist(), strict=True))
+    assert all(min(motions[name]) < 0.05 < max(motions[name]) for name in ("late.mp4", "early.mp4"))
+
+    config = configure(folder, *settings, "dataset.video.min_motion=0.05")
+    data = prepare(config, CLIPS)
+    index = data.train.load()
+    kept = {name: [motion for motion in motions[name] if motion >= 0.05] for name in ("early.mp4", "late.mp4")}
+    assert dict(zip(index.ids.to_pylist(), index.motions.to_pylist(), strict=True)) == kept
+    assert [index.images.count(i) for i in range(2)] == [len(values) for values in kept.values()]
+    left_out = 24 - sum(map(len, kept.values()))
+    assert (data.summary.still, data.summary.still_clips, data.summary.encoded) == (1, left_out, 0)
+    assert f"; {left_out} still clips of videos that move elsewhere are left out" in str(data.summary)
+    assert rejected(data.summary) == {"never.mp4": "moves too little: 0.0000, dataset.video.min_motion is 0.05"}
+    assert prepare(config, CLIPS).fingerprint == data.fingerprint != whole.fingerprint
+    mirrored = prepare(configure(folder, *settings, "dataset.video.min_motion=0.05", "dataset.flip=true"), CLIPS)
+    assert mirrored.summary.still_clips == left_out
+
+    reader = RowReader(data.train, CLIPS, config)
+    buckets = reader.read([0] * 100 + [1] * 100, list(range(200)))["motion_bucket_id"]
+    assert len(set(buckets.tolist())) > 2
+    assert buckets.min() >= config.dataset.video.motion_bucket(0.05)
 
 
 @pytest.mark.usefixtures("ray_cluster")

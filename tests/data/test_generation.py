@@ -109,6 +109,20 @@ def test_a_file_of_prompts_is_drawn_by_a_pool_like_one_by_one(base: Path, tmp_pa
         assert difference(Image.open(path), draw(pipeline, prompt, seed)) <= 1
 
 
+def test_a_pool_finds_models_and_adapters_from_the_folder_where_the_command_runs(
+    base: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Its workers run in another one; pictures say what was given."""
+    export_adapter(base, tmp_path / "adapter", {"name": "lora", "rank": 4})
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "models").symlink_to(base.parent)
+    monkeypatch.chdir(tmp_path)
+    given = Path("models/tiny")
+    job = config(given, Path("drawn"), prompts_file="prompts.txt", adapter="adapter", allow_other_base=True)
+    found = read_parameters(Path(generation.draw(job).pictures[0]))
+    assert (found["base"], found["adapter"]) == ("models/tiny", "adapter")
+
+
 def test_a_model_that_workers_cannot_load_is_told_in_words(base: Path, tmp_path: Path, ray_cluster):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")

@@ -209,6 +209,17 @@ def test_an_encoder_that_cannot_be_loaded_is_told_in_words(folder: Path, configu
         prepare(config.model_copy(update={"model": model}), LATENTS)
 
 
+def test_encoders_are_found_from_the_folder_where_the_command_runs(
+    folder: Path, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Actors run in another one."""
+    save_tiny_model(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    config = configure(folder)
+    model = config.model.model_copy(update={"vae": ComponentSource(path="models/tiny")})
+    assert prepare(config.model_copy(update={"model": model}), LATENTS).summary.encoded > 0
+
+
 def test_flips_are_added_to_what_the_cache_has(folder: Path, configure: Callable):
     plain = prepare(configure(folder), PIXELS)
     flipped = configure(folder, flip=True)

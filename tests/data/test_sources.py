@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import tarfile
@@ -31,8 +32,8 @@ def captions(rows: dict[str, SourceRow]) -> dict[str, list[str]]:
     return {name: row.captions for name, row in rows.items() if row.reason is None}
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
+def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.DEFAULT_FORMAT) -> None:
+    with tarfile.open(path, "w", format=form) as tar:
         for name, content in members.items():
             file = path.parent / "member"
             file.write_bytes(content)
@@ -291,6 +292,50 @@ def test_a_truncated_tar_gives_what_is_before_the_damage(tmp_path: Path):
     assert len(rows) >= 2
     assert rows[-1].reason.startswith(f"cannot be read after {len(rows) - 1} rows: ")
     assert {row.reason for row in rows[:-1]} == {None}
+
+
+def damage_header(shard: Path, name: str, content: bytes) -> None:
+    """Overwrite the beginning of a member's header."""
+    data = shard.read_bytes()
+    place = data.index(name.encode() + b"\0")
+    shard.write_bytes(data[:place] + content + data[place + len(content) :])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff" * 100, "the header of a member is damaged: bad checksum"),
+        (bytes(512), "more follows the zeros that end a tar file"),
+    ],
+    ids=["garbage", "zeros"],
+)
+@pytest.mark.parametrize(("kind", "video"), [("png", None), ("mp4", {})], ids=["pictures", "videos"])
+def test_a_tar_with_a_damaged_header_tells_so_and_gives_what_is_before(
+    kind: str, video: dict | None, content: bytes, reason: str, tmp_path: Path
+):
+    shard = tmp_path / "x.tar"
+    members = {f"{i}.{end}": f"{end} {i}".encode() for i in range(5) for end in (kind, "txt")}
+    write_tar(shard, members, tarfile.USTAR_FORMAT)
+    damage_header(shard, f"3.{kind}", content)
+    listing = list_source(
+        DatasetConfig.model_validate({"source": {"name": "webdataset", "path": str(tmp_path)}, "video": video})
+    )
+    *rows, last = source_rows(listing.read, listing.units[0])
+    assert [(row.id, row.image, row.captions, row.reason) for row in rows] == [
+        (f"x.tar/{i}", f"{kind} {i}".encode(), [f"txt {i}"], None) for i in range(3)
+    ]
+    assert (last.path, last.reason) == (str(shard), f"cannot be read after 3 rows: ReadError: {reason}")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+@pytest.mark.parametrize("end", [0, 1, 2, 20, 2000], ids="{} blocks of zeros".format)
+def test_a_tar_may_end_with_any_number_of_zeros(end: int, suffix: str, tmp_path: Path):
+    write_tar(tmp_path / "x", {f"{i}.png": noise_png(i) for i in range(3)})
+    data = (tmp_path / "x").read_bytes().rstrip(b"\0")
+    data += bytes(-len(data) % 512 + 512 * end)
+    (tmp_path / f"x.{suffix}").write_bytes(data if suffix == "tar" else gzip.compress(data))
+    listing = list_source(DatasetConfig(source={"name": "webdataset", "path": str(tmp_path)}))
+    assert [row.reason for row in source_rows(listing.read, listing.units[0])] == [None] * 3
 
 
 def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path):

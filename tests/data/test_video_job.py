@@ -1,6 +1,8 @@
 """Whole videos, from a prompt to files, by actors."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,18 +33,20 @@ MODELS = {
     "interpolation": "tiny_random_video",
     "upscale": "tiny_random_upscale",
 }
+STEPS = {"image": 4, "video": 3, "interpolation": 2, "upscale": 1}
+"""Of denoising, so many for each stage that none can have another's settings."""
 FRAMES = {"video.num_frames": 3, "interpolation.num_frames": 3}
 
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
-    """Videos of 24 x 16 pixels by the tiny models of some stages, two steps each."""
+    """Videos of 24 x 16 pixels by the tiny models of some stages."""
 
     def build(*settings: str, of: tuple[str, ...] = tuple(MODELS)) -> TextToVideoConfig:
         common = ["prompt=a cat", "height=16", "width=24", f"output={tmp_path / 'videos'}"]
         common += ["decode=null"] if "decode=null" in settings else ["decode.chunk_size=2"]
         for stage, model in MODELS.items():
-            common += [f"{stage}.model={model}", f"{stage}.num_inference_steps=2"] if stage in of else []
+            common += [f"{stage}.model={model}", f"{stage}.num_inference_steps={STEPS[stage]}"] if stage in of else []
             common += [] if stage in of else [f"{stage}=null"]
         common += [f"{name}={count}" for name, count in FRAMES.items() if name.partition(".")[0] in of]
         return load_config([*common, *settings], TextToVideoConfig)
@@ -64,7 +68,26 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[stages.Line]:
     return kept
 
 
-def adapter(folder: Path, method: dict, **parts: nn.Module) -> Path:
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The progress bars of all commands, kept to be asked what they have shown."""
+    kept: list[Any] = []
+
+    class Kept(text_to_video._Bars):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(text_to_video, "_Bars", Kept)
+    return kept
+
+
+def shown(bars: Any) -> dict[str, tuple[float, float | None]]:
+    """What each bar has come to, and what is all of it."""
+    return {task.description: (task.completed, task.total) for task in bars._progress.tasks}
+
+
+def adapter(folder: Path, method: dict, fingerprints: dict[str, str] | None = None, **parts: nn.Module) -> Path:
     """An adapter of the tiny video model, as a run on clips of three frames leaves it."""
     for name, part in parts.items():
         weights.save_component(part, folder / name)
@@ -73,7 +96,7 @@ def adapter(folder: Path, method: dict, **parts: nn.Module) -> Path:
         folder,
         kind=method["name"],
         family="stable_video_diffusion",
-        base=Base(name="tiny_random_video", source="random weights", fingerprints={}),
+        base=Base(name="tiny_random_video", source="random weights", fingerprints=fingerprints or {}),
         config={"method": method, "dataset": {"video": {"num_frames": 3}}},
     )
     return folder
@@ -92,10 +115,15 @@ def first(result: VideosResult, stage: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_two_videos_with_all_their_stages(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
+def test_two_videos_with_all_their_stages(
+    configure: Callable, lines: list, bars: list, tmp_path: Path, ray_cluster: None
+):
     config = configure("num_videos=2", "seed=5", "video.fps=4")
     result = make_videos(config)
-    assert lines[0].done() == {stage: 2 * count for stage, count in lines[0].work().items()}
+    work = {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 2 * 2, DECODED: 5, UPSCALED: 5}  # of each video
+    assert lines[0].work() == work
+    assert lines[0].done() == {stage: 2 * count for stage, count in work.items()}
+    assert shown(bars[0]) == {stage.replace("_", " "): (2 * count, 2 * count) for stage, count in work.items()}
     folder = tmp_path / "videos"
     assert [video.path for video in result.videos] == [f"{folder}/00000.mp4", f"{folder}/00001.mp4"]
     sizes = {
@@ -144,7 +172,7 @@ def test_two_videos_with_all_their_stages(configure: Callable, lines: list, tmp_
 
 def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     result = make_videos(configure("prompt=a dog", of=("image", "video")))
-    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, DECODED: 3}
+    assert lines[0].done() == lines[0].work() == {PICTURE: 4, KEY_FRAMES: 3, DECODED: 3}
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
     assert len(read_frames(tmp_path / "videos/00000.mp4")) == 3
     assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
@@ -154,22 +182,84 @@ def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
     configure: Callable, lines: list, ray_cluster: None
 ):
     alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
-    assert lines[0].done() == lines[0].work() == {PICTURE: 2, KEY_FRAMES: 2, INTERPOLATED: 4}
+    assert lines[0].done() == lines[0].work() == {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4}
     assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
     assert Path(alone.path).read_bytes() == Path(alone.stages[INTERPOLATED]).read_bytes()
 
 
-def test_an_adapter_is_found_from_the_folder_where_the_command_runs(
+@pytest.mark.parametrize(
+    ("left_out", "work", "made"),
+    [
+        (
+            {"image"},
+            {KEY_FRAMES: 3, INTERPOLATED: 4, DECODED: 5, UPSCALED: 5},
+            {PICTURE: 1, KEY_FRAMES: 3, INTERPOLATED: 5, DECODED: 5, UPSCALED: 5},
+        ),
+        ({"video", "interpolation"}, {PICTURE: 4, UPSCALED: 1}, {PICTURE: 1, UPSCALED: 1}),
+        (
+            {"interpolation"},
+            {PICTURE: 4, KEY_FRAMES: 3, DECODED: 3, UPSCALED: 3},
+            {PICTURE: 1, KEY_FRAMES: 3, DECODED: 3, UPSCALED: 3},
+        ),
+        (
+            {"decode"},
+            {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4, UPSCALED: 5},
+            {PICTURE: 1, KEY_FRAMES: 3, INTERPOLATED: 5, UPSCALED: 5},
+        ),
+        (
+            {"upscale"},
+            {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4, DECODED: 5},
+            {PICTURE: 1, KEY_FRAMES: 3, INTERPOLATED: 5, DECODED: 5},
+        ),
+    ],
+    ids=lambda part: "-".join(sorted(part)) if isinstance(part, set) else "",
+)
+def test_a_stage_that_is_left_out_leaves_the_others(
+    configure: Callable,
+    lines: list,
+    bars: list,
+    tmp_path: Path,
+    ray_cluster: None,
+    left_out: set[str],
+    work: dict[str, int],
+    made: dict[str, int],
+):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    settings = [f"picture={tmp_path / 'red.png'}"] if "image" in left_out else []
+    settings += ["decode=null"] if "decode" in left_out else []
+    [video] = make_videos(configure(*settings, of=tuple(MODELS.keys() - left_out))).videos
+    assert lines[0].done() == lines[0].work() == work
+    assert shown(bars[0]) == {stage.replace("_", " "): (count, count) for stage, count in work.items()}
+    frames = {
+        stage: [Image.open(path)] if path.endswith(".png") else read_frames(path)
+        for stage, path in video.stages.items()
+    }
+    assert {stage: len(pictures) for stage, pictures in frames.items()} == made
+    assert {stage: pictures[0].size for stage, pictures in frames.items()} == {
+        stage: (96, 64) if stage == UPSCALED else (24, 16) for stage in made
+    }
+    assert (frames[PICTURE][0].getpixel((5, 5)) == (255, 0, 0)) == ("image" in left_out)
+    assert Path(video.path).read_bytes() == Path(video.stages[list(made)[-1]]).read_bytes()
+
+
+def test_models_and_adapters_are_found_from_the_folder_where_the_command_runs(
     configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
 ):
     """Actors run in another one, as they do in a cluster that was joined."""
     monkeypatch.chdir(tmp_path)
     vae = load_model(configure().video.model, {"vae"}).vae
+    weights.save_component(vae, Path("models/vae"))
     with torch.no_grad():
         vae.decoder.time_conv_out.weight.zero_()
         vae.decoder.time_conv_out.bias.fill_(1)
-    adapter(Path("white"), {"name": "temporal_decoder"}, vae=vae)
-    result = make_videos(configure("decode.adapter=white", of=("image", "video")))
+    adapter(Path("white"), {"name": "temporal_decoder"}, {"vae": "of another"}, vae=vae)
+    settings = ["decode.adapter=white", "video.model.vae=models/vae"]
+    words = "the vae of 'tiny_random_video' is another; .* try it anyway by decode.allow_other_base=true"
+    with pytest.raises(RaySdError, match=words):
+        make_videos(configure(*settings, of=("image", "video")))
+    result = make_videos(configure(*settings, "decode.allow_other_base=true", of=("image", "video")))
+    video = read_video_parameters(Path(result.videos[0].path))["config"]["video"]
+    assert video["model"]["vae"]["path"] == "models/vae"
     frames = {stage: read_frames(path) for stage, path in result.videos[0].stages.items() if stage != PICTURE}
     assert min(frames[DECODED][1].convert("L").getdata()) > 250
     assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
@@ -178,7 +268,7 @@ def test_an_adapter_is_found_from_the_folder_where_the_command_runs(
 def test_a_picture_of_ones_own_is_made_larger(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
     result = make_videos(configure(f"picture={tmp_path / 'red.png'}", "prompt=", "num_videos=2", of=("upscale",)))
-    assert (lines[0].work(), lines[0].done()) == ({UPSCALED: 2}, {UPSCALED: 4})  # of one video, and of both
+    assert (lines[0].work(), lines[0].done()) == ({UPSCALED: 1}, {UPSCALED: 2})  # of one video, and of both
     assert result.videos[0].stages.keys() == {PICTURE, UPSCALED}
     paths = [Path(video.path) for video in result.videos]
     assert [path.name for path in paths] == ["00000.png", "00001.png"]
@@ -244,7 +334,7 @@ def test_an_adapter_of_another_stage_is_told_before_anything_starts(
     ("stage", "method"),
     [
         ("video", {"name": "inflate", "image_model": "x"}),
-        ("decode", {"name": "autoencoder"}),
+        ("decode", {"name": "autoencoder", "teacher": "x"}),
         ("interpolation", {"name": "interpolation", "key_frames": [0, -1]}),
         ("interpolation", {"name": "interpolation", "key_frames": [0, 2]}),
     ],
@@ -271,6 +361,37 @@ def test_gpus_are_divided_so_that_every_stage_has_a_part(
 ):
     monkeypatch.setattr(stages, "possible_resources", lambda: {"CPU": 8, "GPU": gpus})
     assert gpu_share(actors) == share
+
+
+ASKED_FOR = """
+import json, sys
+import ray
+from ray_sd.config import TextToVideoConfig
+from ray_sd.config.load import load_config
+from ray_sd.data.stages import Line
+from ray_sd.generate.text_to_video import Plan
+
+ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+config = load_config(sys.argv[1:], TextToVideoConfig)
+line = Line(config, Plan(height=16, width=24, num_key_frames=3, window=2, factor=1), None)
+ask = lambda actor: ray.get_runtime_context().get_assigned_resources()
+asked = {name: ray.get(actor.__ray_call__.remote(ask)) for name, actor in line._actors.items()}
+print(json.dumps(asked))
+"""
+"""Starts the actors of a command in a Ray instance that counts two GPUs, and prints what each asked for."""
+
+
+def test_actors_of_stages_ask_for_their_part_of_the_gpus():
+    settings = ["prompt=a cat", "image.model=tiny_random", "video.model=tiny_random_video"]
+    settings += ["interpolation=null", "upscale=null"]
+    done = subprocess.run([sys.executable, "-c", ASKED_FOR, *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = json.loads(done.stdout.splitlines()[-1])
+    assert {name: resources.get("GPU") for name, resources in asked.items()} == {
+        "image": 0.5,
+        "video": 0.5,
+        "decode": 0.5,
+    }
 
 
 def test_a_stage_whose_process_dies_is_told_in_words(ray_cluster: None):

@@ -166,6 +166,30 @@ def test_a_truncated_video_with_sound_is_told_from_one_whose_sound_lasts_longer(
         survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
 
 
+@pytest.mark.parametrize("begins", [0, 5])
+@pytest.mark.parametrize("sound", [2, 8, 12])
+@pytest.mark.parametrize("kind", [WEBM, MKV], ids=["webm", "mkv"])
+def test_a_truncated_video_whose_tracks_do_not_say_how_long_they_are_is_told_by_the_longest(
+    kind: dict, sound: int, begins: int
+):
+    """Some programs write no such tags."""
+    data = noisy(40, sound=sound, times=range(1000 * begins, 1000 * begins + 4000, 100), **kind)
+    data = data.replace(b"DURATION", b"NOTATION")
+    assert survey(EncodedVideo(data, settings()), settings()).end == pytest.approx(4, abs=0.01)
+    seconds = max(4, sound - begins)
+    with pytest.raises(RejectedError, match=rf"is truncated: it ends after \d\.\d\d of {seconds}\.0\d s"):
+        survey(EncodedVideo(data[: len(data) * 2 // 3], settings()), settings())
+
+
+@pytest.mark.parametrize("kind", [WEBM, MKV], ids=["webm", "mkv"])
+def test_a_video_that_nowhere_says_how_long_it_is_lasts_as_long_as_it_does(kind: dict):
+    """As browsers record it."""
+    data = noisy(40, sound=8, options={"live": "1"}, **kind)
+    footage = EncodedVideo(data, settings())
+    assert survey(footage, settings()).end == pytest.approx(4, abs=0.01)
+    assert footage.stated_seconds is None
+
+
 @pytest.mark.parametrize("sound", [0, 9])
 @pytest.mark.parametrize("kind", [WEBM, MKV, {}], ids=["webm", "mkv", "mp4"])
 def test_a_video_may_begin_after_zero(kind: dict, sound: float):

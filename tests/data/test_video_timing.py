@@ -14,7 +14,7 @@ from ray_sd.data.decode import RejectedError
 from ray_sd.data.examine import image_key
 from ray_sd.data.sources import SourceRow
 from ray_sd.data.video.clips import cut_clips, open_footage
-from ray_sd.data.video.timing import survey
+from ray_sd.data.video.timing import Survey, choose_window, survey
 
 
 def settings(source: dict[str, Any] | None = None, crop: Any = "center", **clip: Any) -> DatasetConfig:
@@ -88,6 +88,51 @@ def test_random_starts_follow_the_content_and_not_their_number():
     starts = [clips(data, start={"name": "random", "num_variants": 1}, seed=f"{i}")[0][0] for i in range(40)]
     assert min(starts) < 40
     assert max(starts) > 150
+
+
+def random_windows(data: bytes) -> tuple[Survey, list[tuple[int, ...]]]:
+    """A look at a video, and the frames of 1000 clips of it."""
+    config = settings(start="random")
+    found = survey(open_footage(SourceRow("x", "x", data, []), config), config)
+    return found, [choose_window(found, config.video, seed=f"{i}", index=0).frames for i in range(1000)]
+
+
+CONTAINERS = [
+    {},
+    {"max_b_frames": 0},
+    {"kind": "webm", "codec": "libvpx-vp9"},
+    {"kind": "matroska", "codec": "libx264"},
+    {"kind": "avi", "codec": "mpeg4"},
+]
+CONTAINER_NAMES = ["mp4", "mp4 without b-frames", "webm", "mkv", "avi"]
+
+
+@pytest.mark.parametrize("kind", CONTAINERS, ids=CONTAINER_NAMES)
+@pytest.mark.parametrize(
+    "times",
+    [
+        [*range(0, 1000, 20), 1800, 2800, 3800],
+        [0, 1000, 2000, 3000, *range(3020, 3800, 20)],
+        [0, 100, 150, 200, 900, 1000, 1500, 1600],
+    ],
+    ids=["slow end", "fast end", "mixed"],
+)
+def test_random_starts_follow_the_times_of_a_variable_rate(kind: dict, times: list[int]):
+    """Clips of 0.6 s are all within the video, and begin and end with every frame that they may."""
+    found, windows = random_windows(counted(len(times), times=times, **kind))
+    seconds = np.array(times) / 1000
+    assert found.times == pytest.approx(seconds, abs=0.0011)
+    assert seconds[-1] <= found.end <= seconds[-1] + 0.11
+    assert max(window[-1] for window in windows) == len(times) - 1
+    assert not any(set(window) == {len(times) - 1} for window in windows)
+    assert {window[0] for window in windows} >= set(np.flatnonzero(seconds < seconds[-1] - 0.601).tolist())
+    assert {window[-1] for window in windows} >= set(np.flatnonzero(seconds > 0.7).tolist())
+
+
+def test_a_clip_may_begin_in_the_midst_of_a_frame_that_is_long_shown():
+    """The tenth is shown from 0.9 to 5 s."""
+    _, windows = random_windows(counted(20, times=[*range(0, 1000, 100), *range(5000, 6000, 100)]))
+    assert {window[-1] for window in windows if window[0] == 9} == {9, *range(10, 16)}
 
 
 def test_short_videos_are_rejected_repeated_or_held():

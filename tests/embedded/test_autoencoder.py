@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from ray_sd.embedded.autoencoder import build_start, build_upscaler_start, build_video_start
@@ -75,16 +76,21 @@ def test_a_saved_start_loads(start, tmp_path):
 
 
 @torch.no_grad()
-def test_the_upscalers_start_halves_twice_and_is_what_its_pipeline_takes():
+def test_the_upscalers_start_is_the_small_picture_and_what_it_lacks():
     start = build_upscaler_start()
     assert all(torch.equal(*pair) for pair in zip(start.parameters(), build_upscaler_start().parameters(), strict=True))
     assert start.config.scaling_factor == 0.08333
-    posterior = start.encode(torch.cat([pixels(seed) for seed in range(4)])).latent_dist
-    assert posterior.mean.shape == (16, 8, 16, 16)
-    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.1353), atol=1e-4, rtol=0)
-    assert posterior.mean.std() > 4 * 0.1353
-    latents = torch.randn(1, 8, 4, 4)
-    torch.testing.assert_close(start.post_quant_conv(latents), latents)
+    pictures = torch.cat([pixels(seed) for seed in range(4)])
+    posterior = start.encode(pictures).latent_dist
+    assert posterior.mean.shape == (16, 48, 16, 16)
+    torch.testing.assert_close(posterior.std, torch.full_like(posterior.std, 0.0498), atol=1e-4, rtol=0)
+    small = F.avg_pool2d(pictures, 4)
+    torch.testing.assert_close(posterior.mean[:, :3], 3 * small, atol=0.15, rtol=0)
+    half = F.avg_pool2d(pictures, 2)
+    across = half[..., ::2, ::2] - half[..., ::2, 1::2] + half[..., 1::2, ::2] - half[..., 1::2, 1::2]
+    torch.testing.assert_close(posterior.mean[:, 3:6], 3 * across, atol=0.15, rtol=0)
+    smooth = F.interpolate(small, scale_factor=4, mode="bilinear")
+    assert F.mse_loss(start.decode(posterior.mean).sample, smooth) < 0.1 * smooth.var()
 
 
 def test_the_video_start_decodes_each_frame_as_if_it_were_alone(video_start):

@@ -31,7 +31,7 @@ def test_an_upscalers_latents_are_scaled_for_its_pipeline_before_the_layer_that_
         scale = before.mean.square().mean(dim=(0, 2, 3)).sqrt()
         rescale_latents(autoencoder, scale * 0.08333, 0.08333)
         after = autoencoder.encode(pixels).latent_dist
-        torch.testing.assert_close((0.08333 * after.mean).square().mean(dim=(0, 2, 3)), torch.ones(8))
+        torch.testing.assert_close((0.08333 * after.mean).square().mean(dim=(0, 2, 3)), torch.ones(48))
         torch.testing.assert_close(autoencoder.decode(after.mean).sample, reconstruction, rtol=1e-3, atol=1e-4)
     assert autoencoder.config.scaling_factor == 0.08333
 

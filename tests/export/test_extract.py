@@ -6,6 +6,8 @@ from pictures import picture
 from random_loras import random_updates
 from tiny_models import difference, draw, tiny_config, tiny_xl_config
 
+from jobs.export import main
+from ray_sd.config.load import run_job
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers
 from ray_sd.methods.weights import save_component
@@ -73,3 +75,13 @@ def test_a_full_rank_extraction_of_a_fully_tuned_model_is_exact_but_for_what_a_l
 def test_rounding_to_half_precision_is_no_change(tiny: Path, adapters: dict[str, Path], job: Callable):
     job("fuse", f"adapters={adapters['lora']}", "output=half")
     assert "text_encoder" not in job("extract", "tuned=half", "rank=4", "output=x.safetensors")
+
+
+def test_a_model_tuned_from_another_base_is_refused_without_a_switch_that_is_not_there(
+    adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+):
+    settings = ["extract", "model=tiny_random", f"tuned={adapters['full']}", "output=x.safetensors"]
+    assert run_job(main, settings) == 1
+    error = capsys.readouterr().err
+    assert "is another; use that base" in error
+    assert "allow_other_base" not in error

@@ -44,6 +44,7 @@ def test_a_fused_model_draws_what_its_adapters_draw(
     fused = tiny_config(target, **tokenizer).model_copy(update={"layout": str(layout)})
     assert difference(draw(load_model(fused).pipeline(), "a <cat>"), expected) <= 2
     if target.is_dir():
+        assert not [path for path in target.rglob("*.json") if str(tiny) in path.read_text()]
         plain = DiffusionPipeline.from_pretrained(target)
         text = load_file(target / "text_encoder" / "model.safetensors")
         assert all(name.startswith("text_model.") for name in text)

@@ -11,6 +11,7 @@ from tiny_models import difference
 
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
+from ray_sd.config.text_to_video import StageModel
 from ray_sd.errors import ConfigError
 from ray_sd.generate.clips import decode_latents
 from ray_sd.generate.text_to_video import (
@@ -169,6 +170,71 @@ def test_windows_join_into_a_sequence_that_keeps_its_key_frames(tell: Callable, 
         draw_window(video, config.interpolation, made, latents, same, number, 3, 21.0, tell) for number in range(2)
     )
     assert not torch.allclose(one[1:3], two[1:3], rtol=1e-3)
+
+
+OTHER = {
+    "image": {
+        "negative_prompt": "a dog",
+        "prompt_weighting": "true",
+        "num_inference_steps": 3,
+        "guidance_scale": 2,
+    },
+    "video": {
+        "fps": 30,
+        "motion_bucket_id": 1,
+        "noise_aug_strength": 1,
+        "num_inference_steps": 3,
+        "min_guidance_scale": 2,
+        "max_guidance_scale": 8,
+    },
+    "interpolation": {
+        "motion_bucket_id": 1,
+        "noise_aug_strength": 1,
+        "num_inference_steps": 3,
+        "min_guidance_scale": 2,
+        "max_guidance_scale": 8,
+    },
+    "upscale": {
+        "negative_prompt": "a dog",
+        "noise_level": 300,
+        "num_inference_steps": 3,
+        "guidance_scale": 2,
+    },
+}
+"""Other values than the defaults of what changes what a stage makes."""
+ELSEWHERE = {*StageModel.model_fields, "num_frames", "batch_size", "tiling"}
+"""Settings that have tests of their own."""
+
+
+@cache
+def made_by(stage: str, *changed: str) -> np.ndarray:
+    """What a stage makes of the same pictures, with settings that are changed."""
+    config = configure(*changed)
+    settings, model, made = getattr(config, stage), tiny_model(stage), planned(config)
+    request = VideoRequest("a (cat)1.8", seed=3)
+    match stage:
+        case "image":
+            return np.asarray(draw_picture(model, settings, made, request, lambda _: None))
+        case "video":
+            return draw_key_frames(model, settings, made, picture(), 3, 8, lambda _: None)[0].numpy()
+        case "interpolation":
+            keys, frames = torch.zeros(3, 4, 4, 6), [picture(seed) for seed in range(3)]
+            return draw_window(model, settings, made, keys, frames, 0, 3, 21.0, lambda _: None).numpy()
+        case _:
+            return np.asarray(enlarge(model, settings, [picture()], request, lambda _: None)[0])
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"), [(stage, setting) for stage, settings in OTHER.items() for setting in settings]
+)
+def test_every_setting_of_a_stage_changes_what_it_makes(stage: str, setting: str):
+    assert not np.array_equal(made_by(stage, f"{stage}.{setting}={OTHER[stage][setting]}"), made_by(stage))
+
+
+@pytest.mark.parametrize("stage", OTHER)
+def test_the_same_settings_of_a_stage_make_the_same_and_none_is_without_a_test(stage: str):
+    assert np.array_equal(made_by.__wrapped__(stage), made_by(stage))
+    assert set(type(getattr(configure(), stage)).model_fields) - ELSEWHERE == set(OTHER[stage])
 
 
 @pytest.mark.parametrize("windows", [[7], [3, 4], [1, 5, 1]])

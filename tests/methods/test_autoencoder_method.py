@@ -25,6 +25,14 @@ def pixel_batch(rows: int = 3) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "row_seed": torch.arange(rows) + 5}
 
 
+def train(method: Method, model: DiffusionModel, batch: dict[str, torch.Tensor]) -> None:
+    optimizer = torch.optim.AdamW(method.parameter_groups(model, TrainerConfig(learning_rate=3e-3)))
+    for _ in range(10):
+        optimizer.zero_grad()
+        method.objective(model, batch).backward()
+        optimizer.step()
+
+
 def test_the_loss_equals_the_formula(tiny: Path):
     method, model = prepared(tiny, kl_weight=0.3)
     batch = pixel_batch()
@@ -71,11 +79,7 @@ def test_training_reconstructs_better_and_exports_what_diffusers_loads(tiny: Pat
     method, model = prepared(tiny, crop_size=32)
     batch = pixel_batch()
     first = method.validation_losses(model, batch).mean()
-    optimizer = torch.optim.AdamW(method.parameter_groups(model, TrainerConfig(learning_rate=3e-3)))
-    for _ in range(10):
-        optimizer.zero_grad()
-        method.objective(model, batch).backward()
-        optimizer.step()
+    train(method, model, batch)
     assert method.validation_losses(model, batch).mean() < first - 0.1
 
     model.eval()
@@ -90,6 +94,23 @@ def test_training_reconstructs_better_and_exports_what_diffusers_loads(tiny: Pat
     assert difference(draw(ours.pipeline()), before) > 5
     with pytest.raises(ArtifactError, match="no strength"):
         method.attach(ours, tmp_path, 0.5)
+
+
+def test_the_decoder_alone_learns_and_leaves_the_latents(tiny: Path):
+    method, model = prepared(tiny, decoder_only=True, kl_weight=10.0)
+    assert not method.moves_latents
+    batch = pixel_batch()
+    latents = [p.clone() for part in (model.vae.encoder, model.vae.quant_conv) for p in part.parameters()]
+    first = method.validation_losses(model, batch).mean()
+    train(method, model, batch)
+    assert method.validation_losses(model, batch).mean() < first - 0.05
+    after = [p for part in (model.vae.encoder, model.vae.quant_conv) for p in part.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(latents, after, strict=True))
+
+
+def test_a_teacher_of_an_encoder_that_does_not_learn_is_refused():
+    with pytest.raises(ValueError, match=r"decoder_only leaves no encoder to learn from method\.teacher"):
+        AutoencoderMethod(decoder_only=True, teacher="embedded/emoji")
 
 
 def test_checkpointing_gives_the_same_gradients(tiny: Path):

@@ -8,7 +8,7 @@ from tiny_models import UNET, difference, draw, random_batch, tiny_config
 from transformers import CLIPTextModel
 
 from ray_sd.config import TrainerConfig
-from ray_sd.config.method import FullMethod
+from ray_sd.config.method import AutoencoderMethod, FullMethod
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
@@ -50,6 +50,15 @@ def test_an_export_draws_alike_in_plain_diffusers_and_here(tiny: Path, tmp_path:
 
     config = tiny_config(tiny, **{part: str(tmp_path / part) for part in parts})  # as the base of more training
     assert difference(draw(load_model(config).pipeline()), expected) == 0
+
+
+@pytest.mark.parametrize("method", [FullMethod(text_encoder=True), AutoencoderMethod()])
+def test_an_export_does_not_tell_where_its_base_lay(tiny: Path, tmp_path: Path, method: FullMethod | AutoencoderMethod):
+    verbs = build_method(method)
+    verbs.export(load_model(tiny_config(tiny), verbs.components()), tmp_path)
+    texts = {path: path.read_text() for path in tmp_path.rglob("*.json")}
+    assert texts
+    assert not [path for path, text in texts.items() if str(tiny) in text]
 
 
 def test_a_text_encoder_is_saved_under_the_prefix_that_older_transformers_read(tiny: Path, tmp_path: Path):

@@ -1,9 +1,11 @@
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.resnet import SpatioTemporalResBlock
 from tiny_models import UNET_VIDEO, random_clips, tiny_video_config
 
 from ray_sd.config import TrainerConfig
@@ -110,6 +112,14 @@ def test_a_lora_trains_temporal_layers_only_and_is_exported_fused(tiny_video: Pa
     assert set(plain.state_dict()) == set(UNetSpatioTemporalConditionModel(**UNET_VIDEO).state_dict())
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (8, 2.0)])
+def test_alpha_scales_a_loras_updates(tiny_video: Path, alpha: float | None, scale: float):
+    _, model = prepared(tiny_video, TemporalMethod(lora={"rank": 4, "alpha": alpha}))
+    layers = [module for module in model.unet.modules() if hasattr(module, "scaling")]
+    assert layers
+    assert {value for layer in layers for value in layer.scaling.values()} == {scale}
+
+
 def test_queries_and_keys_of_cross_attention_to_one_token_get_no_gradient(tiny_video: Path):
     method, model = prepared(tiny_video, TemporalMethod())
     method.objective(model, random_clips()).backward()
@@ -121,17 +131,19 @@ def test_queries_and_keys_of_cross_attention_to_one_token_get_no_gradient(tiny_v
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_recomputes_temporal_blocks_with_the_same_gradients(
-    tiny_video: Path, checkpointing: bool
-):
+def test_gradient_checkpointing_recomputes_every_block_with_the_same_gradients(tiny_video: Path, checkpointing: bool):
     method, model = prepared(tiny_video, TemporalMethod(), gradient_checkpointing=checkpointing)
-    calls = []
-    blocks = [block for block in model.unet.modules() if isinstance(block, TemporalBasicTransformerBlock)]
-    for block in blocks:
-        block.ff_in.register_forward_hook(lambda *_: calls.append(1))
+    calls: Counter[str] = Counter()
+    inner = {TemporalBasicTransformerBlock: "ff_in", SpatioTemporalResBlock: "spatial_res_block"}
+    blocks = [
+        f"{name}.{inner[type(block)]}" for name, block in model.unet.named_modules() if isinstance(block, tuple(inner))
+    ]
+    for name in blocks:
+        model.unet.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
     batch = random_clips()
     method.objective(model, batch).backward()
-    assert len(calls) == len(blocks) * (2 if checkpointing else 1)
+    assert "mid_block.resnets.0.spatial_res_block" in blocks
+    assert calls == dict.fromkeys(blocks, 2 if checkpointing else 1)
     plain_method, plain = prepared(tiny_video, TemporalMethod())
     plain_method.objective(plain, batch).backward()
     gradients = {name: p.grad for name, p in plain.unet.named_parameters() if p.grad is not None}
@@ -141,14 +153,16 @@ def test_gradient_checkpointing_recomputes_temporal_blocks_with_the_same_gradien
     calls.clear()
     with torch.no_grad():
         method.validation_losses(model, batch)
-    assert len(calls) == len(blocks)
+    assert calls == dict.fromkeys(blocks, 1)
 
 
 def test_settings_of_the_noise_reach_the_loss_and_validation_drops_nothing(tiny_video: Path):
-    settings = TemporalMethod(sigma_mean=-1, sigma_std=0.5, augmentation_mean=-2, conditioning_dropout=0.3)
+    settings = TemporalMethod(
+        sigma_mean=-1, sigma_std=0.5, augmentation_mean=-2, augmentation_std=0.25, conditioning_dropout=0.3
+    )
     method, model = prepared(tiny_video, settings)
     batch = random_clips()
-    asked = {"sigma_mean": -1.0, "sigma_std": 0.5, "augmentation_mean": -2.0}
+    asked = {"sigma_mean": -1.0, "sigma_std": 0.5, "augmentation_mean": -2.0, "augmentation_std": 0.25}
     torch.testing.assert_close(method.row_losses(model, batch), model.loss(batch, VideoLoss(**asked, dropout=0.3)))
     torch.testing.assert_close(method.validation_losses(model, batch), model.loss(batch, VideoLoss(**asked)))
 

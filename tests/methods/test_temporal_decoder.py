@@ -3,13 +3,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
-from tiny_models import tiny_video_config
+from tiny_models import VAE_VIDEO, tiny_video_config
 
+from ray_sd.adapter import describe_base, describe_folder
 from ray_sd.config import TrainerConfig
+from ray_sd.config.load import to_dict
 from ray_sd.config.method import TemporalDecoderMethod
-from ray_sd.methods import build_method
+from ray_sd.errors import ArtifactError
+from ray_sd.methods import build_method, load_adapter
 from ray_sd.methods.temporal_decoder import feature_distances
-from ray_sd.models import load_model
+from ray_sd.models import fingerprint, load_model
 from ray_sd.train.engine import cast_frozen
 
 
@@ -94,3 +97,19 @@ def test_without_the_perceptual_part_no_image_encoder_is_loaded(tiny_video: Path
     method, model = prepared(tiny_video, perceptual_weight=0)
     assert model.image_encoder is None
     method.objective(model, clips()).backward()
+
+
+def test_a_decoder_goes_with_the_autoencoder_that_it_was_trained_on(tiny_video: Path, tmp_path: Path):
+    method, model = prepared(tiny_video)
+    method.export(model, tmp_path)
+    base = describe_base(model.config, {part: fingerprint(model.config, part) for part in method.relies_on()})
+    made = {"kind": "temporal_decoder", "family": model.config.family, "config": {"method": to_dict(method.config)}}
+    describe_folder(tmp_path, base=base, **made)
+    own, other = (
+        load_model(tiny_video_config(tiny_video, **settings), {"vae"})
+        for settings in ({}, {"vae": {"architecture": VAE_VIDEO}})
+    )
+    assert load_adapter(own, tmp_path) == len(own.vae.state_dict())
+    with pytest.raises(ArtifactError, match="the vae of 'tiny_video' is another; use that base"):
+        load_adapter(other, tmp_path)
+    assert load_adapter(other, tmp_path, allow_other_base=True) == len(own.vae.state_dict())

@@ -25,19 +25,22 @@ def test_the_velocity_equals_the_schedulers():
     )
 
 
-def test_the_target_of_epsilon_is_the_noise():
+def test_the_target_of_epsilon_is_the_noise_and_of_sample_the_latents():
     x0, eps = torch.randn(2, 4, 4, 8, 8)
     assert noise.target("epsilon", x0, eps, alpha_bar()) is eps
+    assert noise.target("sample", x0, eps, alpha_bar()) is x0
 
 
 @pytest.mark.parametrize(
-    ("ratio", "epsilon_weight", "v_weight"), [(0.25, 1.0, 0.2), (5.0, 1.0, 5 / 6), (20.0, 0.25, 5 / 21)]
+    ("ratio", "epsilon_weight", "v_weight", "sample_weight"),
+    [(0.25, 1.0, 0.2, 0.25), (5.0, 1.0, 5 / 6, 5.0), (20.0, 0.25, 5 / 21, 5.0)],
 )
-def test_min_snr_weights_by_hand(ratio: float, epsilon_weight: float, v_weight: float):
+def test_min_snr_weights_by_hand(ratio: float, epsilon_weight: float, v_weight: float, sample_weight: float):
     alpha = torch.tensor(ratio / (1 + ratio), dtype=torch.float64)  # SNR = ᾱ / (1 − ᾱ)
     assert noise.snr(alpha).item() == pytest.approx(ratio)
     assert noise.min_snr_weights("epsilon", alpha, 5.0).item() == pytest.approx(epsilon_weight)
     assert noise.min_snr_weights("v_prediction", alpha, 5.0).item() == pytest.approx(v_weight)
+    assert noise.min_snr_weights("sample", alpha, 5.0).item() == pytest.approx(sample_weight)
 
 
 def test_v_weights_stay_finite_at_zero_terminal_snr():

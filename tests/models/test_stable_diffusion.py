@@ -28,18 +28,19 @@ def reference_losses(model: DiffusionModel, batch: dict, prediction_type: str, g
         latents = (batch["latent_mean"][row] + batch["latent_std"][row] * posterior)[None] * 0.5
         noise, timestep = noise[None], timestep[None]
         noisy = scheduler.add_noise(latents, noise, timestep)
-        target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timestep)
+        targets = {"epsilon": noise, "sample": latents}
+        target = targets.get(prediction_type, scheduler.get_velocity(latents, noise, timestep))
         output = model.unet(noisy, timestep, batch["text_embeds"][row : row + 1]).sample
         loss = torch.nn.functional.mse_loss(output, target)
         if gamma is not None:
             alpha = scheduler.alphas_cumprod[timestep]
             snr = alpha / (1 - alpha)
-            loss = loss * min(snr.item(), gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+            loss = loss * min(snr.item(), gamma) / {"epsilon": snr, "sample": 1}.get(prediction_type, snr + 1)
         losses.append(loss.squeeze())
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("gamma", "offset"), [(None, 0.0), (5.0, 0.0), (1.0, 0.1)])
 def test_the_loss_equals_the_reference(tiny: Path, prediction_type: str, gamma: float | None, offset: float):
     config = tiny_config(tiny, scheduler={"noise": {"prediction_type": prediction_type}})
@@ -155,10 +156,16 @@ def test_zero_terminal_snr_with_a_base_that_predicts_the_noise_is_refused(tiny: 
     assert model.loss(last, DiffusionLoss(min_snr_gamma=5.0)).isfinite().all()
 
 
-def test_a_base_that_predicts_the_sample_is_refused(tmp_path: Path):
-    save_tiny_model(tmp_path, prediction_type="sample")
-    with pytest.raises(ArtifactError, match="its scheduler predicts 'sample'"):
+def test_a_base_that_predicts_something_else_is_refused(tmp_path: Path):
+    save_tiny_model(tmp_path, prediction_type="flow_prediction")
+    with pytest.raises(ArtifactError, match="its scheduler predicts 'flow_prediction'"):
         load_model(tiny_config(tmp_path), ("scheduler",))
+
+
+def test_a_sampler_that_cannot_use_clean_latents_is_refused(tiny: Path):
+    config = tiny_config(tiny, scheduler={"noise": {"prediction_type": "sample"}, "sampler": "euler_ancestral"})
+    with pytest.raises(ConfigError, match="euler_ancestral samples no model that predicts 'sample'"):
+        load_model(config, ("scheduler",)).sampler()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

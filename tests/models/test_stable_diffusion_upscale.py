@@ -14,7 +14,8 @@ from tiny_models import (
     tiny_upscale_config,
 )
 
-from ray_sd.config import ModelConfig
+from ray_sd.config import ExperimentConfig, ModelConfig
+from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError
 from ray_sd.models import DiffusionLoss, DiffusionModel, load_model
 from ray_sd.models.noise import LOW_RES
@@ -174,6 +175,13 @@ def test_an_index_that_names_no_most_level_means_the_published_one(tiny_upscale:
     del index["max_noise_level"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert load_model(tiny_upscale_config(folder), {"scheduler"}).max_noise_level == 350
+
+
+def test_a_new_model_takes_as_much_noise_as_its_u_net_knows_levels():
+    photos = ("dataset=image_folder", "dataset.source.path=photos", "method=full")
+    levels = "model.unet.architecture.num_class_embeds=41"
+    config = load_config(["name=x", "model=tiny_random_upscale", levels, *photos], ExperimentConfig)
+    assert load_model(config.model, ("unet",), skeleton=True).max_noise_level == 40
 
 
 def test_a_single_file_is_refused():

@@ -37,7 +37,11 @@ from ray_sd.train.validation import validation_loss
 # Workers do not have this module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+pytestmark = pytest.mark.timeout(1800)  # the first test trains all combinations, in some minutes on two free cores
+
 STEPS, BATCH, RATE = 10, 4, 1e-3
+STEPS_OF_METHODS = 2
+"""Of each method, at every stage; one of them takes all `STEPS`."""
 VOCABULARY = 2969
 """Words of the tiny model's tokenizer; new ones come after them."""
 TOKENS = ["placeholder_token=[<cat>, <mat>]", "num_vectors=2"]
@@ -143,7 +147,7 @@ def reference() -> dict:
     return _plain_loop("full")
 
 
-def _plain_loop(kind: str, build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW) -> dict:
+def _plain_loop(kind: str, build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, steps: int = STEPS) -> dict:
     method, model, config = _prepared(kind)
     objective = Objective(method, model).train()
     groups = [{k: v for k, v in g.items() if k != "name"} for g in method.parameter_groups(model, config.trainer)]
@@ -151,7 +155,7 @@ def _plain_loop(kind: str, build: Callable[..., torch.optim.Optimizer] = torch.o
     optimizer = build(groups)
     averages = [p.detach().clone() for p in parameters]
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = objective(_batch(step, range(BATCH), kind))
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)))
@@ -181,7 +185,7 @@ def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_method_learns_on_two_workers_as_in_a_plain_loop(measured, kind, stage):
-    reference, found = _plain_loop(kind), measured[f"{kind}-{stage}"]
+    reference, found = _plain_loop(kind, steps=STEPS_OF_METHODS), measured[f"{kind}-{stage}"]
     assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
     assert found["losses"][0] != pytest.approx(found["losses"][-1], abs=1e-3)
     assert found["sums"][EMA] == pytest.approx(reference[EMA], rel=1e-5)
@@ -232,7 +236,8 @@ def test_every_optimizer_learns_on_two_workers_as_in_a_plain_loop(measured, plai
 def test_every_optimizer_goes_on_where_it_was_saved(measured, name, workers, stage):
     whole, resumed = measured[f"{name}-{SAVED_AT[name]}"], measured[f"{name}-resumed-{workers}-{stage}"]
     moved = (workers, stage) != (2, SAVED_AT[name])
-    tolerance = 1e-3 if name == "adamw_8bit" and moved else 1e-5
+    # Other workers add in another order: Lion takes signs of sums near zero, blocks of 8 bits begin at other numbers.
+    tolerance = {"lion": 1e-4, "adamw_8bit": 1e-3}.get(name, 1e-5) if moved else 1e-5
     assert resumed["losses"] == pytest.approx(whole["losses"][5:], abs=tolerance)
     for key, value in whole["sums"].items():
         assert resumed["sums"][key] == pytest.approx(value, rel=tolerance if tolerance < 1e-3 else 1e-2), key
@@ -387,7 +392,7 @@ def _measure_methods(record: Callable, rank: int) -> None:
         for kind in METHODS:
             engine, _ = _engine(stage, 2, kind=kind)
             before = _vocabulary(engine) if kind in LEARN_TOKENS else ""
-            record(f"{kind}-{stage}", _run(engine, rank, 2, 0, STEPS, kind=kind), engine)
+            record(f"{kind}-{stage}", _run(engine, rank, 2, 0, STEPS_OF_METHODS, kind=kind), engine)
             if before:
                 record(f"vocabulary-{kind}-{stage}", [before, _vocabulary(engine)], engine)
 
@@ -531,3 +536,11 @@ def _clips(seeds: list[int], condition_frames: int) -> dict[str, torch.Tensor]:
         rows.append(row)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return batch | {"row_seed": torch.tensor(seeds)}
+
+
+@pytest.mark.parametrize(("multiplies", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_native_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, multiplies, expected):
+    monkeypatch.setattr(engine_module, "cpu_multiplies_bf16", lambda: multiplies)
+    assert engine_module.compute_dtype(TrainerConfig(precision="native"), torch.device("cpu")) == expected
+    assert engine_module.compute_dtype(TrainerConfig(precision="native"), torch.device("cuda")) == torch.bfloat16
+    assert engine_module.compute_dtype(TrainerConfig(), torch.device("cpu")) == torch.float32

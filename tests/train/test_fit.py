@@ -14,12 +14,13 @@ import psutil
 import pytest
 import torch
 import yaml
+from killing import kill_with_cluster
 from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import load_config
-from ray_sd.errors import ArtifactError, ConfigError, DataError
+from ray_sd.errors import ArtifactError, ConfigError, DataError, RaySdError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
@@ -92,6 +93,19 @@ def test_a_pivotal_tuning_goes_from_pictures_to_an_adapter_that_draws(configure,
     request = ImageRequest("a <thing>", num_inference_steps=1)
     untrained = generate(load_model(config.model), [request])[0]
     assert generate(model, [request])[0].tobytes() != untrained.tobytes()
+
+
+def test_models_are_found_from_the_folder_where_the_command_runs(configure, tmp_path, monkeypatch, ray_cluster):
+    """Workers run in another one; what is written down says what was given."""
+    emoji = REPOSITORY / "ray_sd" / "embedded" / "emoji"
+    (tmp_path / "models").symlink_to(emoji.parent)
+    monkeypatch.chdir(tmp_path)
+    settings = ("model=emoji", "model.vae=models/emoji", "method=autoencoder", "method.teacher=models/emoji")
+    result = fit(configure("name=run", *settings, "method.crop_size=16", "trainer.max_steps=1", "tracker=none"))
+    stored = [yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())]
+    stored += [read_index(Path(result.checkpoint))["config"], read_manifest(Path(result.adapter)).config]
+    for config in stored:
+        assert (config["model"]["vae"]["path"], config["method"]["teacher"]) == ("models/emoji", "models/emoji")
 
 
 def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_path):
@@ -292,12 +306,7 @@ def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undistu
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         _wait_for(run / "checkpoint-00000008")
-        cluster = psutil.Process(driver.pid).children(recursive=True)
-        driver.kill()
-        driver.wait()
-        _, left = psutil.wait_procs(cluster, timeout=30)
-        for process in left:
-            process.kill()
+        kill_with_cluster(driver)
     assert not (run / "checkpoint-00000024").exists()
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
@@ -374,3 +383,12 @@ def _assert_equal(left: str | Path, right: str | Path, tolerance: float = 1e-6) 
     assert any(value.abs().max() > 1e-3 for key, value in a.items() if "lora_B" in key)
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance)
+
+
+def test_lost_weights_are_not_saved(configure, ray_cluster):
+    config = configure("name=lost", "trainer.learning_rate=1e30", "trainer.checkpoint.every_steps=2", "tracker=none")
+    with pytest.raises(
+        RaySdError, match=r"step 2: (validation_)?loss is (nan|inf), and the weights are lost; lower trainer"
+    ):
+        fit(config)
+    assert not list((Path(config.storage_path) / "lost").glob("checkpoint-*"))

@@ -31,7 +31,7 @@ def test_a_run_leaves_weights_a_validation_loss_and_enlarged_pictures(
     result = fit(config)
     assert read_manifest(Path(result.adapter)).family == "stable_diffusion_upscale"
     assert (
-        "python jobs/text_to_video.py picture=FILE image=null video=null interpolation=null "
+        "python jobs/text_to_video.py chain=svd picture=FILE image=null video=null interpolation=null "
         f"upscale.model=tiny_random_upscale upscale.adapter={result.adapter}" in result.summary()
     )
     lines = [json.loads(line) for line in (Path(result.run) / "logs" / "metrics.jsonl").read_text().splitlines()]

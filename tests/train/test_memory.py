@@ -1,5 +1,6 @@
 """Estimates of memory against what torch's allocator counts, and against what others measured at full size."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.config.compose import preset_groups
+from ray_sd.config.compose import PRESETS, preset_groups
+from ray_sd.config.documentation import preset_description
 from ray_sd.config.load import load_config
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
@@ -16,6 +18,7 @@ from ray_sd.train.activations import Activations, fake_batch, measure_activation
 from ray_sd.train.engine import cast_frozen
 from ray_sd.train.memory import GIB, Estimates, Parts, measure_step, moments, resident
 
+ROOT = Path(__file__).parents[2]
 FULL_SIZE = ["experiment=smoke", "trainer=default", "trainer.precision=bf16"]
 
 
@@ -243,7 +246,7 @@ def test_memory_that_stays_has_no_entry_for_what_is_not_there():
 
 
 def test_the_documents_tell_what_common_runs_need(full_size):
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training.md").read_text()
     for words, model, settings in (
         ("a LoRA of SD 1.5 at 512 pixels", "sd15", ["method=lora"]),
         ("all weights of SD 1.5, 8-bit AdamW", "sd15", ["method=full", "trainer/optimizer=adamw_8bit", "trainer.zero.stage=0"]),
@@ -263,3 +266,46 @@ def test_the_documents_tell_what_common_runs_need(full_size):
             for checkpointing in ("false", "true")
         ]
         assert f"| {words} | {needs[0] / GIB:.1f} | {needs[1] / GIB:.1f} |" in text
+
+
+VIDEO_RUNS = {
+    "svd_temporal_svd": {
+        "`svd_temporal_svd`: 14 frames of 320x576": [],
+        "the same, `trainer.num_workers=4 trainer.zero.stage=2`": ["trainer.num_workers=4", "trainer.zero.stage=2"],
+        "the same on one GPU, `trainer.zero.stage=2 trainer.zero.offload=true`": [
+            "trainer.zero.stage=2",
+            "trainer.zero.offload=true",
+        ],
+    },
+    "svd_temporal_svd method=temporal_lora": {"the same, `method=temporal_lora`": []},
+    "svd_temporal_svd dataset.resolution=[576,1024]": {"the same, `dataset.resolution='[576, 1024]'`": []},
+    "svd_temporal_svd_xt": {"`svd_temporal_svd_xt`: 25 frames": []},
+    "svd_interpolation_svd": {"`svd_interpolation_svd`: 5 frames": []},
+    "svd_decoder_svd": {"`svd_decoder_svd`: 14 frames, decoded 8 at a time, in single precision": []},
+    "svd_decoder_svd_xt": {"`svd_decoder_svd_xt`: 25 frames": []},
+}
+"""Rows of the guide's table by what differs in more than the trainer."""
+
+
+def video_needs(run: str) -> Callable[..., str]:
+    """GiB of one GPU, by further settings of the trainer, of an experiment with a model of Stable Video Diffusion's size."""
+    base = [f"experiment={run.split()[0]}", "--config-dir", str(ROOT / "benchmarks" / "presets"), "model=svd_random"]
+    base += [*run.split()[1:], "dataset.source.path=clips"]
+    estimates = Estimates(on_gpu=True)
+    return lambda *settings: f"{estimates.total(load_config([*base, *settings])) / GIB:.0f} GiB"
+
+
+@pytest.mark.slow
+def test_the_video_guide_and_its_experiments_tell_what_they_need():
+    needs, found = {}, []
+    for run, rows in VIDEO_RUNS.items():
+        need = video_needs(run)
+        found += [(words, need(*settings)) for words, settings in rows.items()]
+        needs[run] = need()
+    text = (ROOT / "docs" / "methods" / "video.md").read_text()
+    assert re.findall(r"^\| (.+) \| (\d+ GiB) \|$", text, re.MULTILINE) == found
+    needs["svd_interpolation_svd_xt"] = needs["svd_interpolation_svd"]  # clips of five frames, too
+    for name in preset_groups("train")["experiment"]:
+        if name.endswith(("_svd", "_svd_xt")):
+            said = preset_description(PRESETS / "experiment" / f"{name}.yaml")
+            assert re.findall(r"bout (\d+ GiB) of one GPU", said) == [needs[name]], name

@@ -86,3 +86,10 @@ def test_an_upscaler_is_given_no_more_noise_than_it_takes(
 def test_published_video_models_are_shown_with_the_guidance_of_their_pipeline(method: str, model: str):
     config = load_config([f"experiment=svd_{method}_{model}", "dataset.source.path=x"])
     assert config.trainer.validation.guidance_scale == 3
+
+
+@pytest.mark.parametrize("name", ["svd_temporal", "svd_decoder", "svd_interpolation"])
+def test_experiments_with_the_embedded_video_model_draw_a_clip_of_an_embedded_picture(name: str):
+    config = load_config([f"experiment={name}"])
+    assert samples.draws(config)
+    samples.check_images(config)

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import pyarrow as pa
 
@@ -62,7 +62,7 @@ class TarReader:
         shard = relative_path(path, self.root)
         with (
             self.root.filesystem.open_input_stream(path, compression=None) as stream,
-            tarfile.open(fileobj=stream, mode="r|*") as tar,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedMember) as tar,
         ):
             for key, members in _samples(tar, self.max_bytes):
                 yield self._row(f"{shard}/{key}", f"{path}:{key}", members)
@@ -90,21 +90,51 @@ class TarReader:
             return SourceRow(name, where, b"", [], str(error))
 
 
+class _CheckedMember(tarfile.TarInfo):
+    """Raises tarfile.ReadError for a damaged header, which tarfile takes for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            # Zeros end a tar file, or nothing does.
+            if not any(buf):
+                raise
+            raise tarfile.ReadError(f"the header of a member is damaged: {error}") from error
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise tarfile.ReadError where more than zeros follows the end of a tar file."""
+    while rest := tar.fileobj.read(tarfile.RECORDSIZE):
+        if any(rest):
+            raise tarfile.ReadError("more follows the zeros that end a tar file")
+
+
 def _samples(tar: tarfile.TarFile, max_bytes: int | None) -> Iterator[tuple[str, Members]]:
-    """Neighbouring members with the same key, by suffix; the key is the path up to the first dot of the file's name."""
+    """Neighbouring members with the same key, by suffix; the key is the path up to the first dot of the file's name.
+
+    Raises tarfile.ReadError where the archive is damaged, after what is before the damage.
+    """
     current, members = "", Members()
-    for member in tar:
-        path = PurePosixPath(printable(member.name))
-        stem, dot, suffix = path.name.partition(".")
-        if not member.isfile() or not stem or not dot:
-            continue
-        key = str(path.parent / stem)
-        if key != current and members:
+    try:
+        for member in tar:
+            path = PurePosixPath(printable(member.name))
+            stem, dot, suffix = path.name.partition(".")
+            if not member.isfile() or not stem or not dot:
+                continue
+            key = str(path.parent / stem)
+            if key != current and members:
+                yield current, members
+                members = {}
+            current = key
+            fits = max_bytes is None or member.size <= max_bytes
+            members[f".{suffix.lower()}"] = Member(member.size, _content(tar, member) if fits else None)
+        _check_end(tar)
+    except tarfile.ReadError:
+        if members:
             yield current, members
-            members = {}
-        current = key
-        fits = max_bytes is None or member.size <= max_bytes
-        members[f".{suffix.lower()}"] = Member(member.size, _content(tar, member) if fits else None)
+        raise
     if members:
         yield current, members
 

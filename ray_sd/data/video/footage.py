@@ -9,6 +9,9 @@ from PIL import Image
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
 
+TRUNCATED = 0.9
+"""A file with less than this share of what it says to last has lost its end."""
+
 
 class Frame(Protocol):
     """A frame that is not converted before someone asks for it."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError, flatten
-from ray_sd.data.video.footage import check_length, check_pixels
+from ray_sd.data.video.footage import TRUNCATED, check_length, check_pixels
 from ray_sd.errors import first_line
 
 FORMATS = "mov,matroska,avi,gif"
@@ -35,20 +35,29 @@ class EncodedVideo:
         self._background = config.background
         self._origin: int | None = None
         self._begins = 0.0
+        self._last_packet = 0.0
         with self._opened() as (container, track):
             self._check(container, track, config)
 
     @property
     def stated_seconds(self) -> float | None:
-        """Known when the first frame is: Matroska counts from zero, wherever that is."""
-        return self._stated - self._begins if self._stated is not None and self._counts_from_zero else self._stated
+        """Matroska counts from zero, wherever the first frame is.
+
+        A file that says only how long its longest track lasts is whole where any track lasts that long.
+        """
+        begins = self._begins if self._counts_from_zero else 0.0
+        if self._stated is not None:
+            return self._stated - begins
+        if self._longest is not None and self._last_packet - begins < TRUNCATED * (self._longest - begins):
+            return self._longest - begins
+        return None
 
     def frames(self, since: float = 0.0) -> Iterator["DecodedFrame"]:
         end = 0.0
         with self._opened() as (container, track):
             step = float(1 / track.average_rate) if track.average_rate else 0.0
             sought = since > 0 and self._origin is not None and self._seek(container, track, since)
-            for frame in container.decode(track):
+            for frame in self._decoded(container, track):
                 if sought and frame.pts is None:
                     return
                 if frame.is_corrupt:
@@ -58,6 +67,15 @@ class EncodedVideo:
                 length = float(frame.duration * track.time_base) if frame.duration else step
                 end = time + length
                 yield DecodedFrame(frame, time, end, track.sample_aspect_ratio, self._background)
+
+    def _decoded(self, container: Any, track: Any) -> Iterator[Any]:
+        """The track's frames; where it matters, all tracks are looked at for how far they reach."""
+        for packet in container.demux(*([] if self._longest is not None else [track])):
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self._last_packet = max(self._last_packet, end)
+            if packet.stream.index == track.index:
+                yield from packet.decode()
 
     def _seek(self, container: Any, track: Any, since: float) -> bool:
         """Go to a frame from which decoding can start, before `since`. Without an index that may not be possible."""
@@ -96,6 +114,9 @@ class EncodedVideo:
         check_pixels((context.width, context.height), config)
         self._counts_from_zero = "matroska" in container.format.name
         self._stated = _stated_seconds(container, track)
+        self._longest: float | None = None
+        if self._stated is None and self._counts_from_zero and container.duration:
+            self._longest = container.duration / av.time_base
         begins = float((track.start_time or 0) * track.time_base) if self._counts_from_zero else 0.0
         check_length((self._stated or 0.0) - begins, config)
 

@@ -12,12 +12,10 @@ from ray_sd.config import DatasetConfig
 from ray_sd.config.video import VideoConfig
 from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.cuts import SIDE, CutDetector
-from ray_sd.data.video.footage import Footage, check_length, check_pixels
+from ray_sd.data.video.footage import TRUNCATED, Footage, check_length, check_pixels
 
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
-TRUNCATED = 0.9
-"""A file with less than this share of what it says to last has lost its end."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Survey:
     times: np.ndarray
     """float64 [N]: when each frame is shown, in seconds from the first."""
     end: float
-    """When the last frame is no longer shown."""
+    """When the last frame is no longer shown, as far as the file can be trusted in that."""
     cuts: tuple[int, ...]
     """Frames that begin another scene."""
     size: tuple[int, int]
@@ -63,6 +61,7 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
     threshold = config.video.cut_threshold if config.video is not None else None
     detector = CutDetector(threshold) if threshold is not None else None
     times: list[float] = []
+    lengths: list[float] = []
     cuts: list[int] = []
     end, size = 0.0, (0, 0)
     for frame in footage.frames():
@@ -76,12 +75,25 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
             cuts.append(len(times))
         # Broken files go back in time.
         times.append(max(frame.time, times[-1] if times else 0.0))
+        lengths.append(frame.end - frame.time)
         end = max(frame.end, times[-1])
     if len(times) < 2:
         raise RejectedError("has a single frame, so nothing moves in it" if times else "has no frames")
     if footage.stated_seconds is not None and end < TRUNCATED * footage.stated_seconds:
         raise RejectedError(f"is truncated: it ends after {end:.2f} of {footage.stated_seconds:.2f} s")
-    return Survey(np.array(times), end, tuple(cuts), size)
+    return Survey(np.array(times), times[-1] + _last_length(np.array(times), np.array(lengths)), tuple(cuts), size)
+
+
+def _last_length(times: np.ndarray, lengths: np.ndarray) -> float:
+    """How long the last frame is shown: as the file says, unless what it says of other frames is wrong.
+
+    An MP4 with B-frames says how far frames are apart in the order of decoding, so that the last may have the length of any;
+    a WebM or AVI of a variable rate says the same of all. Then the last is shown for as long as most are.
+    """
+    intervals = np.diff(times)
+    if np.abs(lengths[:-1] - intervals).max() <= 2 * ROUNDING:
+        return float(lengths[-1])
+    return float(np.median(intervals))
 
 
 def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) -> Window:
@@ -100,8 +112,12 @@ def choose_window(video: Survey, config: VideoConfig, *, seed: str, index: int) 
     chosen = min(int(np.searchsorted(ends, offset, side="right")), len(fitting) - 1)
     scene, room = fitting[chosen]
     offset -= ends[chosen] - room
-    # From when a frame is shown, so that a video of the very rate gives each of its frames once.
-    start = float(video.times[_shown(video, scene, scene.start + offset)])
+    start = scene.start + offset
+    first = _shown(video, scene, start)
+    until = video.end if first + 1 == len(video.times) else video.times[first + 1]
+    # A video of the very rate gives each of its frames once; in the midst of one that is shown for longer a clip may begin.
+    if until - video.times[first] < 1 / config.fps + 2 * ROUNDING:
+        start = float(video.times[first])
     times = start + np.arange(config.num_frames) / config.fps
     return Window(tuple(_shown(video, scene, time) for time in times), config.num_frames)
 

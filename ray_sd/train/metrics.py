@@ -1,0 +1,133 @@
+"""Image metrics of a run's validation pictures, and the pictures of the untrained base that some compare with."""
+
+import io
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pyarrow import fs
+
+from ray_sd.config import DatasetConfig, ExperimentConfig
+from ray_sd.config.metrics import OF_REFERENCES, DinoSimilarity, SubjectSimilarity
+from ray_sd.data.decode import RejectedError, decode
+from ray_sd.data.locations import Location, locate
+from ray_sd.data.sources.base import IMAGES
+from ray_sd.errors import ConfigError, first_line
+from ray_sd.generate import ImageRequest, generate, read_parameters, save_png
+from ray_sd.generate.metrics import PictureMetrics, check_model, prompts_of_base
+from ray_sd.models import load_model
+from ray_sd.train.monitor import PICTURES
+from ray_sd.train.storage import RunFolder
+
+logger = logging.getLogger(__name__)
+
+BASE_PICTURES = f"{PICTURES}/base"
+"""Where in a run's folder the untrained base's pictures are."""
+
+
+def check_metrics(config: ExperimentConfig) -> None:
+    """Raise ConfigError for metrics that cannot be measured: no references, or a model that is none of its kind."""
+    for metric in config.trainer.validation.metrics:
+        if isinstance(metric, OF_REFERENCES):
+            read_references(metric, config.dataset)
+        check_model(metric)
+
+
+def measure_pictures(
+    config: ExperimentConfig,
+    requests: Sequence[ImageRequest],
+    pictures: Sequence[Image.Image],
+    device: torch.device | str,
+) -> dict[str, float]:
+    """The metrics that a run asks for, by their keys, of what it drew; nothing where it asks for none.
+
+    Draws what the untrained base makes of the same requests where a metric needs it and the run's folder has none.
+    """
+    metrics = config.trainer.validation.metrics
+    if not metrics:
+        return {}
+    prompts = [request.prompt for request in requests]
+    wanted = {number: requests[number] for number in prompts_of_base(metrics, prompts)}
+    base = _base_pictures(config, wanted, device)
+    references = {
+        metric.key: read_references(metric, config.dataset) for metric in metrics if isinstance(metric, OF_REFERENCES)
+    }
+    return PictureMetrics(metrics, references, device).measure(pictures, prompts, base)
+
+
+def read_references(metric: SubjectSimilarity | DinoSimilarity, dataset: DatasetConfig) -> list[Image.Image]:
+    """A metric's pictures of the subject, decoded as those of the data set are. Raises ConfigError for one that cannot be."""
+    setting = f"{metric.setting}: references"
+    return [
+        _decoded(file, setting, dataset)
+        for path in metric.references
+        for file in _files(locate(path, setting), path, setting)
+    ]
+
+
+def _files(root: Location, path: str, setting: str) -> list[Location]:
+    """The picture that `root` is, or the pictures below it."""
+    try:
+        kind = root.info().type
+        below = root.files(IMAGES) if kind == fs.FileType.Directory else []
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} cannot be listed: {first_line(error)}") from error
+    if kind == fs.FileType.NotFound:
+        raise ConfigError(f"{setting}: there is no {path}")
+    if kind == fs.FileType.File:
+        return [root]
+    if not below:
+        raise ConfigError(f"{setting}: no pictures in {path}; they end in {', '.join(IMAGES)}")
+    return [Location(root.filesystem, info.path) for info in below]
+
+
+def _decoded(file: Location, setting: str, dataset: DatasetConfig) -> Image.Image:
+    try:
+        return decode(file.read(), background=dataset.background, max_pixels=dataset.max_pixels)
+    except RejectedError as error:
+        raise ConfigError(f"{setting}: {file.path} {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{setting}: {file.path} cannot be read: {first_line(error)}") from error
+
+
+def _base_pictures(
+    config: ExperimentConfig, requests: Mapping[int, ImageRequest], device: torch.device | str
+) -> dict[int, Image.Image]:
+    """What the untrained base draws of requests, by their numbers: as a run has kept it, else drawn and kept."""
+    run = RunFolder(config.storage_path, config.name)
+    found = {number: _kept(run, number, request) for number, request in requests.items()}
+    missing = [number for number, picture in found.items() if picture is None]
+    if missing:
+        model = load_model(config.model).to(device)
+        drawn = generate(model, [requests[number] for number in missing])
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, picture in zip(missing, drawn, strict=True):
+                file = Path(scratch) / picture_name(number)
+                save_png(picture, file, asdict(requests[number]))
+                run.upload(file, f"{BASE_PICTURES}/{file.name}")
+        found |= dict(zip(missing, drawn, strict=True))
+        logger.info("drew %d pictures with the untrained base: %s/%s", len(missing), run.path, BASE_PICTURES)
+    return {number: picture for number, picture in found.items() if picture is not None}
+
+
+def _kept(run: RunFolder, number: int, request: ImageRequest) -> Image.Image | None:
+    content = run.read(f"{BASE_PICTURES}/{picture_name(number)}")
+    if content is None:
+        return None
+    try:
+        # A resumed run may draw other prompts, or in other ways.
+        if read_parameters(io.BytesIO(content)) != asdict(request):
+            return None
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.convert("RGB")
+    except (OSError, KeyError, ValueError):  # cut off where its writer was killed
+        return None
+
+
+def picture_name(number: int) -> str:
+    """File of the picture of a validation prompt."""
+    return f"{number:02d}.png"

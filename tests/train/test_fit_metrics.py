@@ -1,0 +1,252 @@
+"""Metrics of validation pictures in runs: checked before Ray starts, measured at checkpoints, passed on with their steps."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from ray_sd.adapter import read_manifest
+from ray_sd.config import ExperimentConfig
+from ray_sd.errors import ConfigError
+from ray_sd.generate import ImageRequest, generate, read_parameters
+from ray_sd.generate.metrics import PictureMetrics
+from ray_sd.models import load_model
+from ray_sd.train import metrics as of_runs
+from ray_sd.train.metrics import check_metrics, measure_pictures, read_references
+from ray_sd.train.monitor import Monitor
+from ray_sd.train.run import fit
+from ray_sd.train.storage import RunFolder
+
+EMOJI = "model: embedded/emoji_clip"
+SUBJECT = f"{{name: subject_similarity, {EMOJI}, references: embedded/pictures/owl, prompts: owl}}"
+DRIFT = f"{{name: base_drift, {EMOJI}, without: owl}}"
+PROMPTS = "trainer.validation.prompts=[a owl on a blue background, a dog on a red background]"
+STEPS = "trainer.validation.num_inference_steps=2"
+
+
+def metrics(*kinds: str) -> str:
+    return f"trainer.validation.metrics=[{', '.join(kinds)}]"
+
+
+def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig], ray_cluster: None):
+    prompt = f"{{name: prompt_similarity, {EMOJI}, label: words}}"
+    config = configure(
+        "name=measured",
+        "trainer.max_steps=2",
+        "trainer.checkpoint.every_steps=1",
+        "trainer.learning_rate=1e-2",
+        PROMPTS,
+        STEPS,
+        metrics(SUBJECT, prompt, DRIFT),
+    )
+    result = fit(config)
+    run = Path(result.run)
+    names = {"val/subject_similarity", "val/words", "val/base_drift"}
+
+    # Whoever measures what is there finds the same.
+    base = Image.open(run / "samples" / "base" / "01.png").convert("RGB")
+    assert [file.name for file in (run / "samples" / "base").iterdir()] == ["01.png"]
+    measure = PictureMetrics(
+        config.trainer.validation.metrics,
+        {"val/subject_similarity": read_references(config.trainer.validation.metrics[0], config.dataset)},
+    )
+    history = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        folder = run / "samples" / f"step-{step:08d}"
+        pictures = [Image.open(folder / name).convert("RGB") for name in ("00.png", "01.png")]
+        expected = measure.measure(pictures, config.trainer.validation.prompts, {1: base})
+        assert json.loads(folder.with_suffix(".json").read_text()) == pytest.approx({"step": step} | expected)
+        [recorded] = [line for line in history if names & line.keys() and line["step"] == step]
+        assert recorded == pytest.approx({"step": step} | expected)
+    assert expected.keys() == names
+    assert expected["val/base_drift"] > 0
+    assert read_parameters(folder / "01.png")["prompt"] == "a dog on a red background"
+    assert read_parameters(folder / "01.png")["step"] == 2
+
+    assert {name: result.metrics[name] for name in names} == pytest.approx(expected)
+    assert {name: read_manifest(Path(result.adapter)).metrics[name] for name in names} == pytest.approx(expected)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> dict[str, Path]:
+    """Folders and files that are no references."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    (tmp_path / "damaged").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "damaged" / "1.png")
+    (tmp_path / "damaged" / "2.png").write_bytes(b"no picture")
+    return {name: tmp_path / name for name in ("empty", "damaged", "absent")}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("references: {absent}", "subject_similarity: references: there is no .*/absent"),
+        ("references: {empty}", "subject_similarity: references: no pictures in .*/empty; they end in .png, "),
+        ("references: {damaged}", "subject_similarity: references: .*/damaged/2.png cannot be decoded"),
+        ("references: {damaged}/2.png", "subject_similarity: references: .*/damaged/2.png cannot be decoded"),
+        ("references: embedded/pictures/cow", "subject_similarity: references: there is no embedded/pictures/cow"),
+        ("references: no-such://x", "subject_similarity: references: no-such://x: "),
+        ("references: embedded/pictures/owl, label: x, model: {empty}", "x: no .safetensors weights in .*/empty"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_ray_starts(
+    configure: Callable[..., ExperimentConfig],
+    refused: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    words: str,
+):
+    def connect() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray_sd.train.run.connect", connect)
+    model = "" if "model:" in given else f"{EMOJI}, "
+    metric = f"{{name: subject_similarity, {model}{given.format(**refused)}}}"
+    with pytest.raises(ConfigError, match=f"^trainer.validation.metrics: {words}"):
+        fit(configure("name=refused", PROMPTS, metrics(metric)))
+
+
+def test_metrics_that_can_be_measured_pass(configure: Callable[..., ExperimentConfig]):
+    check_metrics(configure("name=fine", PROMPTS, metrics(SUBJECT, DRIFT)))
+
+
+def test_references_are_files_and_folders_prepared_as_the_data_are(
+    configure: Callable[..., ExperimentConfig], tmp_path: Path
+):
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "photos" / "more" / "clear.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "red.jpg")
+    references = f"[{tmp_path}/photos, 'file://{tmp_path}/photos/red.jpg', embedded/pictures/owl/owl-1.png]"
+    metric = f"{{name: subject_similarity, {EMOJI}, references: {references}}}"
+    config = configure("name=x", PROMPTS, metrics(metric), "dataset.background=#00ff00")
+    found = read_references(config.trainer.validation.metrics[0], config.dataset)
+    clear, red, again, owl = found
+    assert clear.getpixel((4, 4)) == (0, 255, 0)
+    assert red == again
+    assert owl.size == (128, 128)
+
+
+@pytest.fixture
+def requests() -> list[ImageRequest]:
+    return [
+        ImageRequest(prompt, seed=seed, num_inference_steps=1, height=64, width=64)
+        for seed, prompt in enumerate(["a owl", "a dog", "a cat"])
+    ]
+
+
+def drift(*settings: str) -> str:
+    return metrics(f"{{{', '.join(['name: base_drift', EMOJI, *settings])}}}")
+
+
+def test_the_untrained_base_draws_once_a_run(
+    configure: Callable[..., ExperimentConfig],
+    requests: list[ImageRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level(logging.INFO)
+    drawn = []
+
+    def count(model: object, asked: list[ImageRequest]) -> list[Image.Image]:
+        drawn.append([request.prompt for request in asked])
+        return generate(model, asked)
+
+    monkeypatch.setattr(of_runs, "generate", count)
+    config = configure("name=kept", "trainer.validation.prompts=[a owl, a dog, a cat]", drift("without: owl"))
+    pictures = generate(load_model(config.model), requests)
+    kept = Path(config.storage_path) / "kept" / "samples" / "base"
+
+    def measure(asked: list[ImageRequest] = requests) -> float:
+        return measure_pictures(config, asked, pictures, "cpu")["val/base_drift"]
+
+    assert measure() == pytest.approx(0, abs=1e-6)
+    assert sorted(file.name for file in kept.iterdir()) == ["01.png", "02.png"]
+    assert read_parameters(kept / "02.png") == asdict(requests[2])
+    assert measure() == pytest.approx(0, abs=1e-6)
+    assert drawn == [["a dog", "a cat"]]
+
+    # Of what is asked for in another way, or was cut off, it draws anew, and of nothing else.
+    other = [*requests[:2], ImageRequest("a cat", seed=9, num_inference_steps=1, height=64, width=64)]
+    assert measure(other) > 1e-4
+    (kept / "01.png").write_bytes((kept / "01.png").read_bytes()[:-200])
+    measure(other)
+    assert drawn[1:] == [["a cat"], ["a dog"]]
+    Image.new("RGB", (64, 64)).save(kept / "01.png")  # without a word of how it was made
+    measure(other)
+    assert drawn[3:] == [["a dog"]]
+    assert "drew 2 pictures with the untrained base: " in caplog.text
+
+
+def test_the_base_draws_nothing_where_no_metric_asks(configure: Callable[..., ExperimentConfig], requests: list):
+    config = configure("name=without", "trainer.validation.prompts=[a owl, a dog, a cat]", metrics(SUBJECT))
+    pictures = [Image.new("RGB", (64, 64))] * 3
+    assert measure_pictures(config, requests, pictures, "cpu").keys() == {"val/subject_similarity"}
+    assert measure_pictures(configure("name=without"), requests, pictures, "cpu") == {}
+    assert not (Path(config.storage_path) / "without").exists()
+
+
+def test_a_run_that_is_shown_elsewhere_has_no_bar(
+    configure: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = configure("name=watched", "trainer.log_every=10", f"storage_path={tmp_path}/runs")
+    run = RunFolder(config.storage_path, config.name)
+    drawn: list[str] = []
+
+    class Bar:
+        def __init__(self, desc: str, **_: object) -> None:
+            drawn.append(desc)
+
+        def update(self, images: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("ray_sd.train.monitor.tqdm_ray.tqdm", Bar)
+    for has_bar in (False, True):
+        monitor = Monitor(SimpleNamespace(device="cpu"), config, run, start=0, rank=0, has_bar=has_bar)
+        monitor.after_step(1)
+        monitor.close()
+        assert drawn == ["watched"] * has_bar
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_measurements_reach_trackers_with_the_step_of_their_pictures(
+    configure: Callable[..., ExperimentConfig], tmp_path: Path, scheme: str
+):
+    config = configure("name=watched", f"storage_path={scheme}{tmp_path}/runs")
+    run = RunFolder(config.storage_path, config.name)
+    assert (run.local is None) is bool(scheme)
+
+    def measured(step: int) -> None:
+        run.write(f"samples/step-{step:08d}.json", json.dumps({"step": step, "val/x": step / 10}).encode())
+
+    def monitor(start: int) -> Monitor:
+        return Monitor(SimpleNamespace(device="cpu"), config, run, start=start, rank=0)
+
+    def recorded() -> list[dict]:
+        return [json.loads(line) for line in (run.read("logs/metrics.jsonl") or b"").splitlines()]
+
+    first = monitor(0)
+    measured(4)
+    first.log({"loss": 0.5}, 6)
+    first.after_checkpoint()
+    first.after_checkpoint()
+    # A checkpoint's numbers are its own; those of one before it are not reported again.
+    assert first.latest == {"loss": 0.5}
+    measured(8)
+    first.close()
+    assert recorded() == [{"step": 6, "loss": 0.5}, {"step": 4, "val/x": 0.4}, {"step": 8, "val/x": 0.8}]
+
+    # What was measured while nobody looked is passed on after a resume, and what is measured again only once.
+    measured(5)
+    resumed = monitor(6)
+    resumed.after_checkpoint()
+    assert run.read("samples/step-00000008.json") is None
+    measured(8)
+    resumed.close()
+    assert recorded()[2:] == [{"step": 5, "val/x": 0.5}, {"step": 8, "val/x": 0.8}]
