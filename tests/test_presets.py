@@ -6,7 +6,7 @@ import av
 import pytest
 from pydantic import TypeAdapter
 
-from ray_sd.config import ExperimentConfig, GenerateConfig
+from ray_sd.config import ExperimentConfig, GenerateConfig, SweepConfig
 from ray_sd.config.compose import PRESETS, compose_presets, preset_groups
 from ray_sd.config.documentation import preset_description
 from ray_sd.config.load import ROOTS, load_config
@@ -14,10 +14,12 @@ from ray_sd.config.method import CLIP_METHODS
 from ray_sd.config.settings import below
 from ray_sd.embedded.autoencoder import LATENT_CHANNELS
 from ray_sd.errors import ConfigError
+from ray_sd.tune.space import Space
 
 GROUPS = preset_groups("train")
 ALL = [(group, name) for group, names in GROUPS.items() for name in names]
 CHAINS = [("chain", name) for name in preset_groups("text_to_video")["chain"]]
+SWEEPS = [("sweep", name) for name in preset_groups("sweep")["sweep"]]
 COMPLETE = {"dataset": ["dataset.source.path=photos"], "experiment": ["dataset.source.path=photos"]}
 
 
@@ -26,11 +28,11 @@ def names(group: str) -> list[str]:
 
 
 def test_every_file_belongs_to_a_group():
-    known = {PRESETS / group / f"{name}.yaml" for group, name in [*ALL, *CHAINS]}
+    known = {PRESETS / group / f"{name}.yaml" for group, name in [*ALL, *CHAINS, *SWEEPS]}
     assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / f"{root}.yaml" for root in ROOTS.values()}
 
 
-@pytest.mark.parametrize(("group", "name"), [*ALL, *CHAINS])
+@pytest.mark.parametrize(("group", "name"), [*ALL, *CHAINS, *SWEEPS])
 def test_preset_says_what_it_is(group: str, name: str):
     assert preset_description(PRESETS / group / f"{name}.yaml").endswith((".", "?"))
 
@@ -40,6 +42,13 @@ def test_experiment_is_a_configuration(name: str):
     composed = compose_presets("train", {"experiment": name})
     settings = [] if "path" in composed["dataset"]["source"] else ["dataset.source.path=photos"]
     assert load_config([f"experiment={name}", *settings]).name == name
+
+
+@pytest.mark.parametrize("name", [name for _, name in SWEEPS])
+def test_a_sweep_can_be_tried_on_an_experiment_that_ships(name: str):
+    experiment = {"tokens": "textual_inversion", "svd_temporal": "svd_temporal"}.get(name, "demo")
+    config = load_config([f"sweep={name}", f"experiment={experiment}"], SweepConfig)
+    Space(config).check()
 
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in ALL if pair[0] != "experiment"])

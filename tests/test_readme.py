@@ -8,18 +8,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ray_sd.config import ExperimentConfig, GenerateConfig, TextToVideoConfig
+from ray_sd.config import ExperimentConfig, GenerateConfig, SweepConfig, TextToVideoConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import load_config, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCHEMAS = {"train.py": ExperimentConfig, "encode.py": ExperimentConfig, "generate.py": GenerateConfig}
-SCHEMAS["text_to_video.py"] = TextToVideoConfig
+SCHEMAS |= {"text_to_video.py": TextToVideoConfig, "sweep.py": SweepConfig}
 SCHEMAS |= {f"export.py {verb}": schema for verb, schema in EXPORTS.items()}
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
 TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
-COMMAND = r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|text_to_video\.py|export\.py \w+) ([^\n`#]+)"
+COMMAND = r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|sweep\.py|text_to_video\.py|export\.py \w+) ([^\n`#]+)"
 """The cache's verbs compose nothing."""
 SHOWN_ERROR = re.compile(rf"\$ {COMMAND}\n\s*error: ([^\n]*)")
 
@@ -32,9 +32,9 @@ def test_command_in_the_documents_composes(
     job: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    mine = tmp_path / "my_presets" / "experiment" / "mine.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\ndefaults: [demo, _self_]\nname: mine\n")
+    for preset in ("my_presets/experiment/mine.yaml", "runs/sweeps/learning_rate/experiment/best.yaml"):
+        (tmp_path / preset).parent.mkdir(parents=True)
+        (tmp_path / preset).write_text("# @package _global_\ndefaults: [demo, _self_]\nname: mine\n")
     with pytest.raises(SystemExit) as stopped:
         load_config([*shlex.split(arguments), "--print-config"], SCHEMAS[job])
     assert stopped.value.code == 0

@@ -13,6 +13,7 @@ from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import ROOTS
 from ray_sd.config.model import ModelConfig
 from ray_sd.config.settings import describe, element, options, schemas, variants
+from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -46,6 +47,8 @@ def document() -> str:
     """The page: how to write settings, the presets of each group, then every setting with its default."""
     blocks = [_INTRODUCTION, _presets()]
     blocks.append(f"## Settings of `jobs/train.py` and `jobs/encode.py`\n\n{_root(ExperimentConfig)}")
+    sweep = _section("sweep", SweepConfig.model_fields["sweep"])
+    blocks.append(f"## Settings of `jobs/sweep.py`\n\nThose of `jobs/train.py`, and:\n\n{sweep}")
     blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
     blocks.append(f"## Settings of `jobs/text_to_video.py`\n\n{_root(TextToVideoConfig)}")
     for verb, schema in EXPORTS.items():

@@ -15,12 +15,14 @@ from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.overrides import apply_overrides
+from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
 from ray_sd.config.words import no_such, problems
 from ray_sd.errors import ConfigError, RaySdError
 
 ROOTS: dict[type[Schema], str] = {
     ExperimentConfig: "train",
+    SweepConfig: "sweep",
     GenerateConfig: "generate",
     TextToVideoConfig: "text_to_video",
     **dict.fromkeys(EXPORTS.values(), "export"),

@@ -1,0 +1,76 @@
+"""Pictures of a sweep's report and of its study in Optuna's dashboard, for the guide: `python benchmarks/sweep_pages.py FOLDER`.
+
+FOLDER is that of a finished sweep, such as `runs/sweeps/learning_rate`. Needs Chromium and `ray-sd[dashboard]`.
+"""
+
+import argparse
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from PIL import Image
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+REPORT_SIZE = (1400, 2600)
+DASHBOARD_SIZE = (1400, 1000)
+PATIENCE_SECONDS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a finished sweep")
+    folder = parser.parse_args().folder.resolve()
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        sys.exit("error: Chromium is not on the PATH; apt-get install chromium")
+    photograph(browser, (folder / "report.html").as_uri(), REPORT_SIZE, IMAGES / "sweep_report.png")
+    port = free_port()
+    study = f"sqlite:///{folder / 'optuna.db'}"
+    dashboard = subprocess.Popen([Path(sys.executable).with_name("optuna-dashboard"), study, "--port", str(port)])
+    try:
+        address = f"http://127.0.0.1:{port}/dashboard/studies/1"
+        wait_for(address)
+        photograph(browser, address, DASHBOARD_SIZE, IMAGES / "sweep_dashboard.png")
+    finally:
+        dashboard.terminate()
+        dashboard.wait()
+
+
+def photograph(browser: str, address: str, size: tuple[int, int], path: Path) -> None:
+    """A page as it shows itself, in few colours."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shot = Path(scratch) / "page.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--hide-scrollbars"]
+        options += [f"--window-size={size[0]},{size[1]}", "--virtual-time-budget=20000", f"--screenshot={shot}"]
+        subprocess.run([browser, *options, address], check=True, stderr=subprocess.DEVNULL)
+        Image.open(shot).convert("RGB").quantize(256).save(path, optimize=True)
+    print(path)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(address: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            urlopen(address).close()
+            return
+        except URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()

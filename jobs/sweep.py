@@ -1,0 +1,18 @@
+"""Sweep: `python jobs/sweep.py sweep=learning_rate experiment=textual_inversion`."""
+
+import sys
+from collections.abc import Sequence
+
+from ray_sd.config import SweepConfig
+from ray_sd.config.load import load_config, run_job
+
+
+def main(argv: Sequence[str]) -> None:
+    config = load_config(argv, SweepConfig)
+    from ray_sd.tune.run import sweep
+
+    print(sweep(config).summary())
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,306 @@
+"""One sweep from configuration to the best adapter, a table of its trials and a report."""
+
+import logging
+import os
+import shlex
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import ray
+import yaml
+from ray import tune
+from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
+
+from ray_sd.config import ExperimentConfig, SweepConfig
+from ray_sd.config.load import to_dict, to_yaml
+from ray_sd.config.overrides import value_at
+from ray_sd.config.paths import absolute_paths
+from ray_sd.config.sweep import PbtScheduler, hide_password
+from ray_sd.config.words import no_such
+from ray_sd.data import READER_CPUS, connect, has_gpus, possible_resources
+from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.train.monitor import metric_names
+from ray_sd.train.run import ADAPTER, check, differences, usage
+from ray_sd.train.samples import draws
+from ray_sd.train.storage import RunFolder
+from ray_sd.tune.progress import show, watching
+from ray_sd.tune.record import RECORD, Recorder, read_record
+from ray_sd.tune.report import report_html
+from ray_sd.tune.results import Sweep, Trial, trials_table
+from ray_sd.tune.search import SettingsSearch, build_scheduler, open_storage
+from ray_sd.tune.space import Space
+from ray_sd.tune.trial import TRIALS, Preparer, TrialJob, run_trial
+
+logger = logging.getLogger(__name__)
+
+TUNE = "tune"
+"""Tune's own state below the sweep's folder."""
+BEST = "best"
+"""The winner's adapter."""
+PRESET = "experiment/best.yaml"
+"""The winner's configuration, for `--config-dir`."""
+REPORT = "report.html"
+REFRESH_SECONDS = 30
+TABLE = "trials.parquet"
+CONFIG = "config.yaml"
+STUDY_FILE = "optuna.db"
+DRAWING_CPUS = 0.5
+"""What a task that draws pictures takes, as a run asks for it."""
+TRIAL_CPUS = 0.01
+"""A trial's own process waits for its run; Tune takes no trial that needs nothing."""
+MAY_CHANGE = ("resume", "cache_path", "sweep.trial_time_limit")
+"""Settings that may change while a sweep goes on."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep left behind."""
+
+    sweep: Sweep
+    folder: str
+    """Its folder, as the storage path was given."""
+    adapter: str
+    """The winner's, in the sweep's folder."""
+    commands: tuple[tuple[str, str], ...]
+    """What to do next, each with its command."""
+
+    def summary(self) -> str:
+        counts = self.sweep.counts()
+        lines = [f"tried {', '.join(f'{count} {status}' for status, count in counts.items())}"]
+        best = self.sweep.best()
+        if best is not None:
+            goals = ", ".join(f"{goal.metric} {best.last(goal.metric):.4g}" for goal in self.sweep.objectives)
+            settings = " ".join(f"{path}={value}" for path, value in best.settings.items())
+            lines += [f"best:     {settings} ({goals})", f"adapter:  {self.adapter}"]
+        lines.append(f"report:   {self.folder}/report.html")
+        return "\n".join([*lines, *(f"{f'{label}:':<9} {command}" for label, command in self.commands)])
+
+
+def sweep(config: SweepConfig) -> SweepResult:
+    """Try settings of an experiment, and keep the best adapter, a table and a report.
+
+    Raises ConfigError before Ray starts for a space, metrics or an experiment that cannot be run, and where the sweep's name
+    is taken; before any trial where the cluster is too small for one; RaySdError where no trial came to its end.
+    """
+    folder = RunFolder(config.storage_path, config.name)
+    config = config.model_copy(update={"storage_path": folder.storage_path})
+    space = Space(config)
+    space.check()
+    _check_metrics(config)
+    check(config.experiment)
+    begun = _check_resume(config, folder)
+    folder.check_writable()
+    is_population = isinstance(config.sweep.scheduler, PbtScheduler)
+    storage = None if is_population else open_storage(_study_url(config, folder))
+    config = config.without_password()
+    folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+
+    # Tune would move trials into folders of its own, where relative paths of the configuration lead nowhere.
+    os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
+    _quiet_tune()
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
+    connect()
+    at_once = _trials_at_once(config)
+    located = absolute_paths(config)
+    preparer = ray.remote(num_cpus=0)(Preparer).remote()
+    job = TrialJob(located, f"{folder.path}/{TRIALS}", preparer, _threads(config, at_once))
+    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), {"CPU": TRIAL_CPUS})
+    recorder = Recorder(config, space, folder, report=lambda record: _write_report(record, config, folder), show=show)
+    state = f"{folder.path}/{TUNE}"
+    if begun and tune.Tuner.can_restore(state):
+        tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
+    else:
+        search = SettingsSearch(space, config, storage)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=search.population() if is_population else None,
+            tune_config=tune.TuneConfig(
+                search_alg=None if is_population else search,
+                scheduler=build_scheduler(config, space),
+                num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
+                max_concurrent_trials=at_once,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE,
+                storage_path=folder.path,
+                failure_config=tune.FailureConfig(max_failures=config.sweep.max_failures),
+                callbacks=[recorder],
+                verbose=0,
+            ),
+        )
+    for label, command in _watching(config, folder):
+        logger.info("%s: %s", label, command)
+    with watching():
+        tuner.fit()
+    return _finish(config, folder)
+
+
+def _quiet_tune() -> None:
+    """Keep Tune from tables and event files of its own: ours are the record and each run's trackers."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Its newer output draws a box and names its folder however little it is asked to say.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # In the end it looks for the files that are not written, and warns of each trial.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # A trial is a run with workers and data of its own, which cannot take over another's.
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance by enabling `reuse_actors`", UserWarning)
+
+
+def _check_metrics(config: SweepConfig) -> None:
+    """Raise ConfigError for a metric that no trial will report."""
+    known = metric_names(config.experiment)
+    for metric in config.sweep.metric:
+        if metric not in known:
+            raise ConfigError(f"sweep.metric: {no_such('metric', metric, known)}")
+
+
+def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:
+    """Whether the sweep goes on. Raises ConfigError where it cannot, or where its name is taken."""
+    content = folder.read(CONFIG)
+    if config.resume is False:
+        if folder.used():
+            raise ConfigError(
+                f"name: the sweep '{config.name}' exists in {folder.path}; go on with it by resume=true, or choose another "
+                "name=…"
+            )
+        return False
+    if content is None:
+        raise ConfigError(f"resume: there is no sweep '{config.name}' in {config.storage_path}")
+    before, now = yaml.safe_load(content), to_dict(config)
+    if (study := value_at(before, "sweep.optuna_storage")) is not None:  # once written down with its password
+        before["sweep"]["optuna_storage"] = hide_password(study)
+    changed = [path for path in differences(before, now) if path not in MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            "\n".join(
+                f"resume: {path} was {value_at(before, path)} and is {value_at(now, path)}; set it back, or start another sweep "
+                "with name=…"
+                for path in changed
+            )
+        )
+    return True
+
+
+def _trials_at_once(config: SweepConfig) -> int:
+    """As many trials as the cluster has room for, with the pictures of one being drawn meanwhile."""
+    trainer, found = config.trainer, possible_resources()
+    use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
+    room = (found.get("CPU", 0) - (DRAWING_CPUS if draws(config) else 0)) / (
+        TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
+    )
+    if use_gpu:
+        room = min(room, found.get("GPU", 0) / (trainer.num_workers * trainer.gpus_per_worker))
+    fit = int(room + 1e-9)
+    if fit < 1:
+        raise ConfigError(
+            f"trainer.num_workers: a trial of {trainer.num_workers} workers does not fit into the cluster's "
+            f"{found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs; take fewer, or less for each by "
+            "trainer.cpus_per_worker and trainer.gpus_per_worker"
+        )
+    at_once = min(fit, config.sweep.max_concurrent or fit)
+    logger.info("sweep: %d trials at once, since there is room for %d", at_once, fit)
+    return at_once
+
+
+def _threads(config: SweepConfig, at_once: int) -> int:
+    """Of each worker of a trial, as the settings say, else so many that trials side by side do not wait for each other."""
+    workers = at_once * config.trainer.num_workers
+    return config.trainer.threads_per_worker or max(1, int(possible_resources().get("CPU", 0) / workers))
+
+
+def _study_url(config: SweepConfig, folder: RunFolder) -> str:
+    if config.sweep.optuna_storage is not None:
+        return config.sweep.optuna_storage
+    if folder.local is None:
+        raise ConfigError(
+            "sweep.optuna_storage: a sweep behind a URI needs a database for Optuna's study, such as postgresql://… or "
+            "sqlite:////path/study.db"
+        )
+    return f"sqlite:///{folder.local / STUDY_FILE}"
+
+
+def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
+    record = read_record(folder)
+    if record is None:
+        raise RaySdError(f"{folder.path} lost its {RECORD}")
+    if any(trial.status == "running" for trial in record.trials):
+        raise RaySdError("the sweep was interrupted; the same command with resume=true goes on")
+    record.finished = True
+    folder.write(RECORD, record.to_json())
+    _write_table(record, folder)
+    best = record.best()
+    if best is not None and best.adapter is not None:
+        _keep_best(best, config, folder)
+    _write_report(record, config, folder)
+    if best is None or best.adapter is None:
+        reasons = {trial.reason for trial in record.trials if trial.status == "failed"}
+        raise RaySdError(
+            f"no trial came to its end; {'; '.join(sorted(reasons)[:3]) or 'none failed'}; all are in {folder.path}/{REPORT}"
+        )
+    experiment = Space(config).configure(best.settings, best.seed)
+    commands = (*_commands(experiment, folder), *_watching(config, folder))
+    return SweepResult(record, folder.given, f"{folder.given}/{BEST}", commands)
+
+
+def _keep_best(best: Trial, config: SweepConfig, folder: RunFolder) -> None:
+    """Copy the winner's adapter and its configuration, as a preset of group `experiment`, into the sweep's folder."""
+    run = RunFolder(*best.run.rsplit("/", 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        run.download(ADAPTER, Path(scratch) / BEST)
+        preset = Path(scratch) / "best.yaml"
+        preset.write_text(_preset(best, config))
+        folder.upload(preset, PRESET)
+        folder.upload(Path(scratch) / BEST, BEST)
+
+
+def _preset(best: Trial, config: SweepConfig) -> str:
+    """The experiment with a trial's settings, for a run that is no trial of the sweep."""
+    swept = ", ".join(f"{path}={value}" for path, value in best.settings.items())
+    alone = to_dict(Space(config).configure(best.settings, best.seed)) | {"name": "best", "resume": False}
+    del alone["storage_path"]
+    return f"# @package _global_\n# The best of a sweep: {swept}.\n" + yaml.safe_dump(
+        alone, sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def _commands(experiment: ExperimentConfig, folder: RunFolder) -> list[tuple[str, str]]:
+    """What to do with the winner: each a label and a command."""
+    return [
+        ("train", f"python jobs/train.py --config-dir {folder.given} experiment=best name=…"),
+        ("use it", usage(experiment, f"{folder.given}/{BEST}")),
+    ]
+
+
+def _watching(config: SweepConfig, folder: RunFolder) -> list[tuple[str, str]]:
+    """What a person can look at meanwhile: each a label and a command."""
+    commands = []
+    if config.tracker.tensorboard is not None:
+        commands.append(("curves", f"tensorboard --logdir {shlex.quote(f'{folder.given}/{TRIALS}')}"))
+    if not isinstance(config.sweep.scheduler, PbtScheduler):
+        study = config.without_password().sweep.optuna_storage or f"sqlite:///{folder.given}/{STUDY_FILE}"
+        commands.append(("study", f"optuna-dashboard {shlex.quote(study)}"))
+    return commands
+
+
+def _write_report(record: Sweep, config: SweepConfig, folder: RunFolder) -> None:
+    best = record.best()
+    winner = config.experiment if best is None else Space(config).configure(best.settings, best.seed)
+    commands = _watching(config, folder)
+    if best is not None and best.adapter is not None:
+        commands = [*_commands(winner, folder), *commands]
+    page = report_html(
+        record,
+        configuration=to_yaml(winner),
+        commands=commands,
+        refresh_seconds=None if record.finished else REFRESH_SECONDS,
+    )
+    folder.write(REPORT, page.encode())
+
+
+def _write_table(record: Sweep, folder: RunFolder) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        pq.write_table(trials_table(record), Path(scratch) / TABLE)
+        folder.upload(Path(scratch) / TABLE, TABLE)

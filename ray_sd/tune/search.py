@@ -1,0 +1,214 @@
+"""Which settings are tried next, and which trials are stopped: Tune's searchers and schedulers, as a sweep asks for them."""
+
+import warnings
+from collections import defaultdict
+from typing import Any, ClassVar
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from ray_sd.config import SweepConfig
+from ray_sd.config.sweep import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, hide_password
+from ray_sd.errors import ConfigError, first_line
+from ray_sd.tune.space import Settings, Space, key_of
+
+SETTINGS, SEED = "settings", "seed"
+"""Keys of a trial's configuration in Tune."""
+STEP, METRICS = "step", "metrics"
+"""Keys of a report: finished steps, and the names of what was measured, among all that Tune adds."""
+MOST_DRAWS = 200
+"""Draws that constraints or repeats may throw away before a search ends."""
+STUDY = "sweep"
+
+
+class SettingsSearch(OptunaSearch):
+    """Optuna, but for settings that constraints forbid or that were tried, with the experiment's own first, and several seeds.
+
+    With several seeds Optuna is told the mean of what they came to.
+    """
+
+    def __init__(self, space: Space, config: SweepConfig, storage: BaseStorage | None) -> None:
+        settings = config.sweep
+        several = len(settings.metric) > 1
+        super().__init__(
+            space.define,
+            metric=list(settings.metric) if several else settings.metric[0],
+            mode=list(settings.modes) if several else settings.modes[0],
+            sampler=_sampler(config),
+            study_name=STUDY,
+            storage=storage,
+        )
+        self._settings_space = space
+        self._first_seed, self._num_seeds = config.seed, settings.num_seeds
+        self._left = settings.num_trials
+        self._tried: set[str] = set()
+        self._group: tuple[str, Settings] | None = None
+        """The trial that stands for those of the settings under way, and the settings."""
+        self._members: dict[str, str] = {}
+        """The trial that stands for each."""
+        self._outcomes: dict[str, list[dict[str, Any] | None]] = defaultdict(list)
+        self._base = space.base() if settings.include_base else None
+        # What is enqueued is asked for first, in this order.
+        first = [self._base] if self._base is not None and space.holds(self._base) else []
+        for point in first + [point for point in space.grid() if point and point not in first]:
+            self._ot_study.enqueue_trial(space.labels(point))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self._group is None or len(self._members_of(self._group[0])) == self._num_seeds:
+            drawn = self._next(trial_id) if self._left else None
+            if drawn is None:
+                return Searcher.FINISHED
+            self._left -= 1
+            self._group = (trial_id, drawn)
+        head, settings = self._group
+        seed = self._first_seed + len(self._members_of(head))
+        self._members[trial_id] = head
+        return {SETTINGS: settings, SEED: seed}
+
+    def population(self) -> dict[str, Any]:
+        """All trials at once, as Tune takes them where it changes settings on the way and so allows no searcher."""
+        members: list[Settings] = []
+        while isinstance(drawn := self.suggest(str(len(members))), dict):
+            members.append(drawn[SETTINGS])
+        return {SETTINGS: tune.grid_search(members), SEED: self._first_seed}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id in self._ot_trials and self._num_seeds == 1:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        head = self._members[trial_id]
+        self._outcomes[head].append(None if error else result)
+        if head in self._ot_trials and len(self._outcomes[head]) == self._num_seeds:
+            known = [outcome for outcome in self._outcomes[head] if outcome]
+            names = self.metric if isinstance(self.metric, list) else [self.metric]
+            mean = {name: sum(one[name] for one in known) / len(known) for name in names if known}
+            super().on_trial_complete(head, mean or None, error=not known)
+
+    def _members_of(self, head: str) -> list[str]:
+        return [trial for trial, of in self._members.items() if of == head]
+
+    def _next(self, trial_id: str) -> Settings | None:
+        """Settings that were not tried; None where no more are found."""
+        base, self._base = self._base, None
+        if base is not None and not self._settings_space.holds(base):
+            self._tried.add(key_of(base))
+            return base  # Optuna is not told: it would not know what to make of them
+        for _ in range(MOST_DRAWS):
+            settings = self._settings_space.values(super().suggest(trial_id))
+            key = key_of(settings)
+            if key not in self._tried and self._settings_space.allows(settings):
+                self._tried.add(key)
+                return settings
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+        return None
+
+
+def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
+    """What stops trials. It judges by the first metric."""
+    scheduler = config.sweep.scheduler
+    judged = {"time_attr": STEP, "metric": config.sweep.metric[0], "mode": config.sweep.modes[0]}
+    if isinstance(scheduler, AshaScheduler):
+        return AsyncHyperBandScheduler(
+            **judged,
+            max_t=config.trainer.max_steps,
+            grace_period=scheduler.grace_steps or config.report_steps,
+            reduction_factor=scheduler.reduction_factor,
+        )
+    if isinstance(scheduler, MedianScheduler):
+        return MedianStoppingRule(
+            **judged,
+            grace_period=scheduler.grace_steps or config.report_steps,
+            min_samples_required=scheduler.min_trials,
+        )
+    if isinstance(scheduler, PbtScheduler):
+        return PopulationBasedTraining(
+            **judged,
+            perturbation_interval=scheduler.interval_steps or config.report_steps,
+            hyperparam_mutations={SETTINGS: {path: _domain(one) for path, one in config.sweep.space.items()}},
+            quantile_fraction=scheduler.quantile,
+            resample_probability=scheduler.resample_probability,
+            custom_explore_fn=Explore(space),
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+class Explore:
+    """Brings what a population's settings have become back into their ranges."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        return config | {SETTINGS: self._space.fit(config[SETTINGS])}
+
+
+def _sampler(config: SweepConfig) -> BaseSampler:
+    if config.sweep.searcher == "random":
+        return RandomSampler(seed=config.seed)
+    # Trials at work are taken for bad ones meanwhile, so that those beside them are elsewhere.
+    startup = max(4, config.sweep.num_trials // 4)
+    with warnings.catch_warnings():
+        # Depending on its version it says of some of these that their interface can change.
+        told = r"Argument ``(multivariate|group|constant_liar)`` is an experimental feature"
+        warnings.filterwarnings("ignore", told, ExperimentalWarning)
+        return TPESampler(seed=config.seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+
+
+def _domain(distribution: Distribution) -> Any:
+    if distribution.uniform is not None:
+        return tune.uniform(*distribution.uniform)
+    if distribution.loguniform is not None:
+        return tune.loguniform(*distribution.loguniform)
+    if distribution.randint is not None:
+        low, high = distribution.randint
+        return tune.randint(low, high + 1)
+    return list(distribution.values)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """The database of an Optuna study. Raises ConfigError where it cannot be opened."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return StudyStorage(url)
+    except (SQLAlchemyError, ImportError, StorageInternalError) as error:
+        reason, password = first_line(error), make_url(url).password
+        if password:
+            reason = reason.replace(password, "***")
+        raise ConfigError(f"sweep.optuna_storage: {hide_password(url)} cannot be opened: {reason}") from error
+
+
+class StudyStorage(RDBStorage):
+    """A database whose password is not pickled, since Tune keeps a search in files.
+
+    What is unpickled finds the password where this process has opened the same database before.
+    """
+
+    _opened: ClassVar[dict[str, str]] = {}
+    """URLs by what is written down of them."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._opened[hide_password(self.url)] = self.url
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return super().__getstate__() | {"url": hide_password(self.url)}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state | {"url": self._opened.get(state["url"], state["url"])})

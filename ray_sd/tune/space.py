@@ -1,0 +1,227 @@
+"""What a sweep may try: settings drawn by path, each set of them a configuration that is valid."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice, product
+from typing import Any
+
+from optuna.trial import Trial
+from simpleeval import EvalWithCompoundTypes, InvalidExpression
+
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.load import to_dict, validate
+from ray_sd.config.overrides import apply_values, value_at
+from ray_sd.config.sweep import Distribution, SweepConfig
+from ray_sd.errors import ConfigError
+
+Settings = dict[str, Any]
+"""By path, in the order of the space; of a conditional path only where it applies."""
+MOST_CORNERS = 512
+"""Combinations of corner values that are all checked; of more, each corner is checked beside the experiment's own values."""
+
+
+class Space:
+    """The search space of a sweep over an experiment."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._space = config.sweep.space
+        self._constraints = config.sweep.constraints
+        self._num_trials = config.sweep.num_trials
+        self._experiment = to_dict(config.experiment)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._space)
+
+    @property
+    def log_paths(self) -> tuple[str, ...]:
+        return tuple(path for path, distribution in self._space.items() if distribution.loguniform is not None)
+
+    def check(self) -> None:
+        """Raise ConfigError, one line a problem, for paths, corner values, conditions and constraints that cannot be."""
+        self._check_conditions()
+        corners = list(islice(self._corners(), MOST_CORNERS + 1))
+        if len(corners) > MOST_CORNERS:
+            corners = list(self._corners_apart())
+        problems: dict[str, str] = {}
+        for settings in corners:
+            try:
+                self.configure(settings, self._experiment["seed"])
+                self.allows(settings)
+            except ConfigError as error:
+                values = ", ".join(f"{path}={_shown(value)}" for path, value in settings.items())
+                for line in str(error).splitlines():
+                    problems.setdefault(line, f"{line} (in a trial of {values})")
+        if problems:
+            raise ConfigError("\n".join(f"sweep.space: {problem}" for problem in problems.values()))
+        points = [point for point in self.grid() if point]
+        if len(points) > self._num_trials:
+            raise ConfigError(
+                f"sweep.num_trials: grids of {len(points)} combinations do not fit into {self._num_trials} trials; "
+                f"set it to {len(points)} or more"
+            )
+        if not any(map(self.allows, corners)) and self._constraints and len(corners) <= MOST_CORNERS:
+            raise ConfigError(f"sweep.constraints: {' and '.join(self._constraints)} hold of no corner of the space")
+
+    def configure(self, settings: Settings, seed: int) -> ExperimentConfig:
+        """The experiment with these settings. Raises ConfigError where they are none that it takes."""
+        return validate(self._data(settings) | {"seed": seed}, ExperimentConfig)
+
+    def base(self) -> Settings:
+        """The experiment's own values of what is swept, where they apply."""
+        data = self._data({})
+        return {
+            path: value_at(data, path) for path, distribution in self._space.items() if _applies(distribution, data)
+        }
+
+    def grid(self) -> list[Settings]:
+        """Every combination of the grids' values; one of none where there is no grid."""
+        return list(self._combinations({path: one.values for path, one in self._space.items() if one.grid is not None}))
+
+    def allows(self, settings: Settings) -> bool:
+        """Whether the constraints hold. Raises ConfigError for one that cannot be computed."""
+        if not self._constraints:
+            return True
+        evaluator = EvalWithCompoundTypes(names=self._data(settings))
+        for constraint in self._constraints:
+            try:
+                if not evaluator.eval(constraint):
+                    return False
+            except (InvalidExpression, SyntaxError, TypeError, ArithmeticError, KeyError) as error:
+                raise ConfigError(f"sweep.constraints: {constraint!r} cannot be computed: {_reason(error)}") from error
+        return True
+
+    def define(self, trial: Trial) -> None:
+        """Draw settings, as Optuna has it (define by run)."""
+        data = self._data({})
+        for path, distribution in self._space.items():
+            if _applies(distribution, data):
+                value = self._suggest(trial, path)
+                apply_values(data, {path: self._value(path, value)}, ExperimentConfig)
+
+    def labels(self, settings: Settings) -> dict[str, Any]:
+        """Settings as Optuna keeps them."""
+        return {path: _label(value) if self._is_listed(path) else value for path, value in settings.items()}
+
+    def values(self, labels: dict[str, Any]) -> Settings:
+        """Settings of what Optuna keeps."""
+        return {path: self._value(path, labels[path]) for path in self._space if path in labels}
+
+    def holds(self, settings: Settings) -> bool:
+        """Whether the space could have drawn these settings."""
+        return all(
+            value in self._space[path].values
+            if self._is_listed(path)
+            else isinstance(value, (int, float)) and self._space[path].values[0] <= value <= self._space[path].values[1]
+            for path, value in settings.items()
+        )
+
+    def fit(self, settings: Settings) -> Settings:
+        """Settings whose numbers may have left their ranges, brought back into them."""
+        fitted = {}
+        for path, value in settings.items():
+            if not self._is_listed(path):
+                low, high = self._space[path].values
+                value = min(max(value, low), high)
+                value = round(value) if self._space[path].randint is not None else float(value)
+            fitted[path] = value
+        return fitted
+
+    def _suggest(self, trial: Trial, path: str) -> Any:
+        one = self._space[path]
+        if one.randint is not None:
+            return trial.suggest_int(path, *one.randint)
+        if not self._is_listed(path):
+            return trial.suggest_float(path, *one.values, log=one.loguniform is not None)
+        return trial.suggest_categorical(path, [_label(value) for value in one.values])
+
+    def _is_listed(self, path: str) -> bool:
+        return self._space[path].kind in ("choice", "grid")
+
+    def _value(self, path: str, label: Any) -> Any:
+        if not self._is_listed(path):
+            return label
+        return next(value for value in self._space[path].values if _label(value) == label)
+
+    def _data(self, settings: Settings) -> dict[str, Any]:
+        data = json.loads(json.dumps(self._experiment))
+        apply_values(data, settings, ExperimentConfig)
+        return data
+
+    def _check_conditions(self) -> None:
+        """A condition may look at what is drawn before it, and a grid's only at other grids, since grids come first."""
+        before: list[str] = []
+        for path, distribution in self._space.items():
+            for condition in distribution.when or {}:
+                later = [other for other in self._space if other not in before and _meets(other, condition)]
+                if later:
+                    raise ConfigError(
+                        f"sweep.space.{path}.when: {condition} depends on {later[0]}, which must stand before it"
+                    )
+                if distribution.grid is not None and any(
+                    _meets(other, condition) and self._space[other].grid is None for other in before
+                ):
+                    raise ConfigError(
+                        f"sweep.space.{path}: a grid cannot depend on {condition}, which is drawn; take choice"
+                    )
+            before.append(path)
+
+    def _corners(self) -> Iterator[Settings]:
+        return self._combinations({path: one.values for path, one in self._space.items()})
+
+    def _corners_apart(self) -> Iterator[Settings]:
+        base = self.base()
+        for path, distribution in self._space.items():
+            for value in distribution.values:
+                needed = {
+                    condition: wanted[0] if isinstance(wanted, list) else wanted
+                    for condition, wanted in (distribution.when or {}).items()
+                    if condition in self._space
+                }
+                yield self._ordered(base | needed | {path: value})
+
+    def _ordered(self, settings: Settings) -> Settings:
+        return {path: settings[path] for path in self._space if path in settings}
+
+    def _combinations(self, values: dict[str, Sequence[Any]]) -> Iterator[Settings]:
+        """Each value of a path with each of every other; without those of paths that do not apply then."""
+        seen = set()
+        for drawn in product(*values.values()):
+            settings: Settings = {}
+            for path, value in zip(values, drawn, strict=True):
+                if self._space[path].when is None or _applies(self._space[path], self._data(settings)):
+                    settings[path] = value
+            key = key_of(settings)
+            if key not in seen:
+                seen.add(key)
+                yield settings
+
+
+def key_of(settings: Settings) -> str:
+    """The same text for the same settings."""
+    return json.dumps(settings, sort_keys=True, default=list)
+
+
+def _applies(distribution: Distribution, data: dict[str, Any]) -> bool:
+    for path, wanted in (distribution.when or {}).items():
+        if value_at(data, path) not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def _meets(path: str, other: str) -> bool:
+    """Whether one of two paths is the other or leads to it."""
+    return path == other or path.startswith(f"{other}.") or other.startswith(f"{path}.")
+
+
+def _label(value: Any) -> Any:
+    """What Optuna can keep: scalars as they are, all else as JSON."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

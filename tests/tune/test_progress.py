@@ -1,0 +1,83 @@
+"""What a person sees of a running sweep."""
+
+import logging
+import sys
+from io import StringIO
+
+from drawn_sweep import drawn_sweep
+from rich.console import Console
+from rich.text import Text
+
+from ray_sd.tune.progress import MOST_ROWS, Watcher, table
+
+
+def shown(sweep) -> str:
+    console = Console(file=StringIO(), width=400)
+    console.print(table(sweep))
+    return console.file.getvalue()
+
+
+def test_the_table_shows_settings_and_goals_of_each_trial_and_marks_the_best():
+    sweep = drawn_sweep(8)
+    text = shown(sweep)
+    best = sweep.best()
+    row = next(row for row in text.splitlines() if "* " in row)
+    assert f"{best.settings['trainer.learning_rate']:.4g}" in row
+    assert f"{best.last('validation_loss'):.4g}" in row
+    assert f"{best.step}/{sweep.max_steps}" in row
+    assert all(f" {number} " in text for number in range(1, 9))
+
+
+def test_a_long_sweep_shows_what_is_at_work_and_what_came_last():
+    sweep = drawn_sweep(200)
+    sweep.trials[0].status = "running"
+    rows = [row for row in shown(sweep).splitlines() if row.startswith("│")]
+    assert len(rows) == MOST_ROWS
+    assert rows[0].split("│")[1].strip(" *") == "1"
+    assert rows[-1].split("│")[1].strip(" *") == "200"
+
+
+def test_where_nobody_watches_each_change_is_one_line():
+    sweep = drawn_sweep(2)
+    console = Console(file=StringIO(), width=40)
+    watcher = Watcher(console)
+    for trial in sweep.trials:
+        trial.status = "running"
+    watcher.show(sweep)
+    watcher.show(sweep)
+    sweep.trials[1].status, sweep.trials[1].reason = "failed", "its process died"
+    watcher.show(sweep)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("trial 2: failed (its process died): trainer.learning_rate=")
+    assert "validation_loss" in lines[0]
+
+
+def test_brackets_in_a_reason_are_shown_as_they_are():
+    sweep = drawn_sweep(2)
+    sweep.trials[1].status, sweep.trials[1].reason = "failed", "OSError: no [batch, channels] in [/tmp/x]"
+    assert "no [batch, channels] in [/tmp/x]" in shown(sweep)
+
+
+def test_a_terminal_of_few_lines_shows_what_came_last():
+    sweep = drawn_sweep(40)
+    console = Console(file=StringIO(), force_terminal=True, width=400, height=12)
+    watcher = Watcher(console)
+    watcher.show(sweep)
+    drawn = Text.from_ansi(console.file.getvalue()).plain
+    watcher.stop()
+    rows = [row.split("│") for row in drawn.splitlines() if row.startswith("│")]
+    assert [row[1].strip(" *") for row in rows] == [str(number) for number in range(35, 41)]
+
+
+def test_log_lines_stay_above_the_table(monkeypatch, capsys):
+    console = Console(file=StringIO(), width=100, force_terminal=True)
+    handler = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    watcher = Watcher(console)
+    watcher.show(drawn_sweep(2))
+    logging.getLogger().warning("told meanwhile")
+    watcher.stop()
+    assert handler.stream is sys.stderr
+    assert "told meanwhile" in console.file.getvalue()
+    assert "told meanwhile" not in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""What a sweep tells people, and what it leaves for the next run."""
+
+import html
+import inspect
+import logging
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from ray import tune
+
+from ray_sd.config.load import to_dict
+from ray_sd.train.storage import RunFolder
+from ray_sd.tune.record import new_record
+from ray_sd.tune.results import Trial
+from ray_sd.tune.run import _commands, _preset, _quiet_tune, _watching, _write_report
+from ray_sd.tune.search import SEED, SETTINGS
+from ray_sd.tune.space import Space
+from ray_sd.tune.trial import TrialJob
+
+PBT = ("sweep.scheduler=pbt", "sweep.space={trainer.learning_rate: {loguniform: [1e-4, 1e-2]}}")
+
+
+def test_each_way_to_watch_has_a_label_and_a_command_that_a_shell_takes(configure, tmp_path):
+    folder = RunFolder(str(tmp_path / "my sweeps"), "rates")
+    commands = dict(_watching(configure("tracker=tensorboard"), folder))
+    assert shlex.split(commands["curves"]) == ["tensorboard", "--logdir", f"{folder.path}/trials"]
+    assert shlex.split(commands["study"]) == ["optuna-dashboard", f"sqlite:///{folder.path}/optuna.db"]
+    assert [label for label, _ in _watching(configure("tracker=none"), folder)] == ["study"]
+    assert [label for label, _ in _watching(configure(*PBT), folder)] == []
+
+
+def test_the_password_of_a_study_is_not_shown(configure, tmp_path):
+    config = configure("sweep.optuna_storage=postgresql://me:s3cret@host/db?sslmode=require&x=1")
+    command = dict(_watching(config, RunFolder(str(tmp_path), "rates")))["study"]
+    assert shlex.split(command) == ["optuna-dashboard", "postgresql://me:***@host/db?sslmode=require&x=1"]
+
+
+def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    config = configure("tracker=tensorboard", "storage_path=runs/sweeps")
+    folder = RunFolder(config.storage_path, config.name)
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 0, status="finished", adapter="adapter")
+    best.reports = [{"step": 4, "validation_loss": 0.1}]
+    record = new_record(config, Space(config))
+    record.trials.append(best)
+    record.finished = True
+    _write_report(record, config, folder)
+    commands = dict(_commands(config.experiment, folder) + _watching(config, folder))
+    assert commands == {
+        "train": "python jobs/train.py --config-dir runs/sweeps/learning_rate experiment=best name=…",
+        "use it": "python jobs/generate.py model=tiny_random adapter=runs/sweeps/learning_rate/best prompt='…'",
+        "curves": "tensorboard --logdir runs/sweeps/learning_rate/trials",
+        "study": "optuna-dashboard sqlite:///runs/sweeps/learning_rate/optuna.db",
+    }
+    page = (tmp_path / "runs" / "sweeps" / "learning_rate" / "report.html").read_text()
+    assert all(command in html.unescape(page) for command in commands.values())
+
+
+def test_what_trains_with_the_best_settings_is_no_trial(configure):
+    config = configure("tracker=tensorboard", "tracker.group=null")
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 7)
+    job = TrialJob(config, "trials", preparer=None, threads=1)
+    trial = to_dict(job.configure({SETTINGS: best.settings, SEED: 7}, "first-0", resume=False))
+    assert trial["tracker"]["group"] == "learning_rate"
+    preset = yaml.safe_load(_preset(best, config))
+    own = to_dict(config.experiment)
+    assert preset["tracker"] == own["tracker"]
+    assert preset["trainer"] == own["trainer"] | {"learning_rate": 0.5}
+    assert trial["trainer"] != preset["trainer"]
+    assert preset["seed"] == 7
+    assert "storage_path" not in preset
+
+
+def test_advice_that_no_trial_can_follow_is_not_given():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _quiet_tune()
+        advice = re.search('"(Consider boosting PBT .*)"', inspect.getsource(ray.tune.tune))[1]
+        warnings.warn(advice, stacklevel=1)
+        warnings.warn("Consider something else", stacklevel=1)
+    assert [str(one.message) for one in told] == ["Consider something else"]
+
+
+def test_tune_says_nothing_itself(
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    # Restored by the end of the test, whatever is set meanwhile.
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
+    analysis = logging.getLogger("ray.tune.analysis.experiment_analysis")
+    monkeypatch.setattr(analysis, "level", analysis.level)
+    _quiet_tune()
+
+    def trial(settings: dict) -> None:
+        tune.report({"step": settings["rank"]})
+
+    small = tune.with_resources(trial, {"CPU": 0.01})
+    run = tune.RunConfig(name="tune", storage_path=str(tmp_path), verbose=0)
+    tune.Tuner(small, param_space={"rank": tune.grid_search([1, 2])}, run_config=run).fit()
+    seen = "".join(capfd.readouterr()) + caplog.text
+    assert "Configuration for experiment" not in seen
+    assert "View detailed results" not in seen
+    assert "result.json" not in seen

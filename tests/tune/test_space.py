@@ -1,0 +1,195 @@
+"""What a sweep may try."""
+
+import pickle
+import warnings
+from collections import Counter
+
+import pytest
+
+from ray_sd.config import SweepConfig
+from ray_sd.config.load import load_config
+from ray_sd.errors import ConfigError
+from ray_sd.tune.search import SEED, SETTINGS, SettingsSearch
+from ray_sd.tune.space import Space
+
+SCHEDULES = (
+    "sweep.space.trainer.schedule={choice: [cosine, constant]}",
+    "sweep.space.trainer.schedule.num_cycles={randint: [1, 3], when: {trainer.schedule.name: cosine}}",
+)
+
+
+def load(*settings: str) -> SweepConfig:
+    return load_config(["sweep=learning_rate", *settings], SweepConfig)
+
+
+def search(config: SweepConfig) -> SettingsSearch:
+    return SettingsSearch(Space(config), config, None)
+
+
+def suggestions(config: SweepConfig, count: int) -> list[dict]:
+    """As many as the search gives, up to `count`."""
+    searching = search(config)
+    found = [searching.suggest(str(number)) for number in range(count)]
+    return [one for one in found if one != "FINISHED"]
+
+
+def drawn(config: SweepConfig, count: int) -> list[dict]:
+    return [one[SETTINGS] for one in suggestions(config, count)]
+
+
+def test_the_experiments_own_settings_come_first_and_draws_keep_to_their_ranges():
+    found = suggestions(load("sweep.num_trials=8"), 20)
+    assert len(found) == 8
+    assert found[0][SETTINGS] == {"trainer.learning_rate": 0.002}
+    rates = [one[SETTINGS]["trainer.learning_rate"] for one in found]
+    assert all(1e-4 <= rate <= 5e-2 for rate in rates)
+    assert len(set(rates)) == 8
+
+
+def test_own_settings_that_the_space_does_not_hold_are_tried_all_the_same():
+    found = suggestions(load("trainer.learning_rate=0.5", "sweep.num_trials=3"), 5)
+    assert found[0][SETTINGS] == {"trainer.learning_rate": 0.5}
+    assert len(found) == 3
+
+
+def test_the_same_seed_draws_the_same_and_another_other_settings():
+    one, same, other = (drawn(load(f"seed={seed}", "sweep.searcher=random"), 4) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_a_search_says_nothing_of_what_may_change_in_optuna():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(load())
+
+
+def test_a_condition_leaves_a_setting_out_where_it_does_not_hold():
+    found = drawn(load(*SCHEDULES, "sweep.num_trials=20", "sweep.include_base=false"), 20)
+    kinds = Counter(one["trainer.schedule"] for one in found)
+    assert set(kinds) == {"cosine", "constant"}
+    assert all(("trainer.schedule.num_cycles" in one) == (one["trainer.schedule"] == "cosine") for one in found)
+
+
+def test_a_conditional_setting_reaches_the_experiment():
+    space = Space(load(*SCHEDULES))
+    config = space.configure({"trainer.schedule": "cosine", "trainer.schedule.num_cycles": 3}, seed=5)
+    assert (config.trainer.schedule.name, config.trainer.schedule.num_cycles, config.seed) == ("cosine", 3, 5)
+
+
+def test_constraints_throw_draws_away():
+    constrained = load(
+        "sweep.space.method.rank={choice: [4, 8, 16]}",
+        "sweep.constraints=method.rank * trainer.learning_rate < 0.02",
+        "sweep.include_base=false",
+        "sweep.num_trials=12",
+    )
+    found = drawn(constrained, 12)
+    assert len(found) == 12
+    assert all(one["method.rank"] * one["trainer.learning_rate"] < 0.02 for one in found)
+    free = drawn(constrained.model_copy(update={"sweep": constrained.sweep.model_copy(update={"constraints": ()})}), 12)
+    assert not all(one["method.rank"] * one["trainer.learning_rate"] < 0.02 for one in free)
+
+
+def test_grids_are_tried_whole_with_what_is_drawn_beside_them():
+    config = load(
+        "sweep.space.method.rank={grid: [4, 8]}",
+        "sweep.space.trainer.batch_size={grid: [4, 8, 16]}",
+        "sweep.include_base=false",
+        "sweep.num_trials=6",
+    )
+    found = drawn(config, 6)
+    assert Counter((one["method.rank"], one["trainer.batch_size"]) for one in found) == {
+        (rank, batch): 1 for rank in (4, 8) for batch in (4, 8, 16)
+    }
+    assert len({one["trainer.learning_rate"] for one in found}) == 6
+
+
+def test_a_search_ends_where_everything_was_tried():
+    config = load("sweep.space={method.rank: {choice: [4, 8, 16]}}", "sweep.num_trials=10")
+    assert sorted(one["method.rank"] for one in drawn(config, 10)) == [4, 8, 16]
+
+
+def test_lists_are_choices_too():
+    config = load("sweep.space={method.target_modules: {choice: [[to_q], [to_q, to_v]]}}", "sweep.include_base=false")
+    assert sorted(one["method.target_modules"] for one in drawn(config, 2)) == [["to_q"], ["to_q", "to_v"]]
+
+
+def test_several_seeds_run_the_same_settings_and_count_by_their_mean():
+    config = load("sweep.num_seeds=3", "sweep.num_trials=2", "sweep.scheduler=none", "seed=7")
+    searching = search(config)
+    found = [searching.suggest(str(number)) for number in range(6)]
+    assert searching.suggest("more") == "FINISHED"
+    assert [one[SEED] for one in found] == [7, 8, 9, 7, 8, 9]
+    assert found[0][SETTINGS] == found[2][SETTINGS] != found[3][SETTINGS]
+    for number, loss in enumerate((0.1, 0.2, 0.6)):
+        searching.on_trial_complete(str(number), {"validation_loss": loss})
+    assert [trial.value for trial in searching._ot_study.trials if trial.value is not None] == [pytest.approx(0.3)]
+
+
+def test_a_search_goes_on_after_pickling():
+    searching = search(load("sweep.num_trials=3"))
+    first = searching.suggest("a")
+    again = pickle.loads(pickle.dumps(searching))
+    rest = [again.suggest(name) for name in ("b", "c", "d")]
+    assert first[SETTINGS] == {"trainer.learning_rate": 0.002}
+    assert [one == "FINISHED" for one in rest] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["sweep.space.trainer.learning_rat={loguniform: [1e-4, 1e-2]}"],
+            "sweep.space: trainer.learning_rat: no such setting; did you mean 'learning_rate'?",
+        ),
+        (["sweep.space.method.rank={randint: [0, 4]}"], "sweep.space: method.rank: 0 is out of range"),
+        (
+            ["sweep.space.trainer.batch_size={choice: [6, 7]}", "trainer.num_workers=2"],
+            "sweep.space: trainer: batch_size 7 is not divisible by num_workers 2; try 6 or 8 (in a trial of",
+        ),
+        (
+            ["sweep.space.method.num_vectors={choice: [1, 4]}"],
+            "sweep.space: method.num_vectors: no such setting; it belongs to method=textual_inversion",
+        ),
+        (["sweep.constraints=method.rank <"], "sweep.space: sweep.constraints: 'method.rank <' cannot be computed"),
+        (["sweep.constraints=method.rink < 3"], "sweep.space: sweep.constraints: 'method.rink < 3' cannot be computed"),
+        (["sweep.constraints=method.rank < 3"], "sweep.constraints: method.rank < 3 hold of no corner of the space"),
+        (
+            [*reversed(SCHEDULES)],
+            "sweep.space.trainer.schedule.num_cycles.when: trainer.schedule.name depends on trainer.schedule, which must",
+        ),
+        (
+            [
+                "sweep.space.method.rank={choice: [4, 8]}",
+                "sweep.space.method.alpha={grid: [4, 8], when: {method.rank: 8}}",
+            ],
+            "sweep.space.method.alpha: a grid cannot depend on method.rank, which is drawn; take choice",
+        ),
+    ],
+)
+def test_what_cannot_be_tried_is_told_before_anything_is(settings: list[str], words: str):
+    # Overrides are applied in an order of their own; what is told here depends on the space's.
+    config = load(*(one for one in settings if not one.startswith("sweep.space.trainer.schedule")))
+    space = {
+        one.partition("=")[0].removeprefix("sweep.space."): one
+        for one in settings
+        if one.startswith("sweep.space.trainer.schedule")
+    }
+    if space:
+        loaded = load(*settings).sweep.space
+        ordered = {path: loaded[path] for path in space}
+        config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"space": ordered})})
+    with pytest.raises(ConfigError) as caught:
+        Space(config).check()
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_grids_that_do_not_fit_are_refused():
+    grids = ("sweep.space={trainer.learning_rate: {grid: [1e-4, 1e-3, 1e-2]}, method.rank: {grid: [2, 4, 8]}}",)
+    with pytest.raises(
+        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 8 trials; set it to 9"
+    ):
+        Space(load(*grids)).check()
+    Space(load(*grids, "sweep.num_trials=9")).check()

@@ -1,0 +1,119 @@
+"""Whole sweeps of the tiny model."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from ray_sd.config.load import load_config
+from ray_sd.errors import ConfigError
+from ray_sd.tune.report.seeds import seed_intervals
+from ray_sd.tune.report.words import number
+from ray_sd.tune.results import Trial
+from ray_sd.tune.run import sweep
+from ray_sd.tune.search import STUDY, open_storage
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(configure, tmp_path: Path, ray_cluster: None):
+    drawn = ("trainer.validation.prompts=a owl on a red background", "trainer.validation.num_inference_steps=1")
+    result = sweep(configure(*drawn))
+    folder = tmp_path / "sweeps" / "learning_rate"
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["finished"]
+    assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]
+    assert [trial["is_base"] for trial in record["trials"]].count(True) == 1
+    assert all([report["step"] for report in trial["reports"]] == [2, 4] for trial in record["trials"])
+    assert all(Path(picture).is_file() for trial in record["trials"] for picture in trial["pictures"])
+
+    table = pq.read_table(folder / "trials.parquet").to_pylist()
+    losses = {row["trainer.learning_rate"]: row["validation_loss"] for row in table}
+    assert len(losses) == 2
+    best = result.sweep.best()
+    assert losses[best.settings["trainer.learning_rate"]] == min(losses.values())
+    assert (folder / "best" / "manifest.json").is_file()
+    assert "learning_rate" in (folder / "report.html").read_text()
+
+    again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
+    assert again.trainer.learning_rate == best.settings["trainer.learning_rate"]
+    states = {group["state"] for group in placement_group_table().values()}
+    assert states <= {"REMOVED"}
+
+    with pytest.raises(ConfigError, match="name: the sweep 'learning_rate' exists"):
+        sweep(configure())
+    with pytest.raises(ConfigError, match="resume: sweep.num_trials was 2 and is 3; set it back"):
+        sweep(configure("resume=true", "sweep.num_trials=3"))
+
+
+@pytest.mark.slow
+def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
+    configure, tmp_path: Path, ray_cluster: None, locked_database: str
+):
+    settings = (
+        "sweep.metric=[validation_loss, loss]",
+        "sweep.num_seeds=2",
+        "sweep.max_concurrent=2",
+        f"sweep.optuna_storage={locked_database}",
+    )
+    result = sweep(configure(*settings))
+    folder = tmp_path / "sweeps" / "learning_rate"
+    trials = result.sweep.trials
+    assert [trial.status for trial in trials] == ["finished"] * 4
+    runs: dict[float, list[Trial]] = {}
+    for trial in trials:
+        runs.setdefault(trial.settings["trainer.learning_rate"], []).append(trial)
+    assert [{trial.seed for trial in of_rate} for of_rate in runs.values()] == [{0, 1}] * 2
+    means = {
+        rate: [fmean(trial.last(metric) for trial in of_rate) for metric in ("validation_loss", "loss")]
+        for rate, of_rate in runs.items()
+    }
+    best = result.sweep.best()
+    rate = min(means, key=means.get)
+    assert best in runs[rate]
+    assert best.last("validation_loss") == min(trial.last("validation_loss") for trial in runs[rate])
+    again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
+    assert (again.trainer.learning_rate, again.seed) == (rate, best.seed)
+
+    known = optuna.load_study(study_name=STUDY, storage=open_storage(locked_database)).trials
+    assert {one.params["trainer.learning_rate"] for one in known} == set(means)
+    for one in known:
+        assert one.values == pytest.approx(means[one.params["trainer.learning_rate"]])
+
+    page = (folder / "report.html").read_text()
+    for section in ("front", "seeds"):
+        assert f'<section id="{section}"' in page
+    assert f"{len(result.sweep.front())} that no other trial beats in both" in page
+    intervals = seed_intervals(result.sweep, result.sweep.objectives[0])
+    assert [len(interval.values) for interval in intervals] == [2, 2]
+    for interval in intervals:
+        assert f"{number(interval.mean - interval.half_width)} … {number(interval.mean + interval.half_width)}" in page
+
+    # Nothing that it leaves holds the password, and yet it goes on with it.
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    resumed = sweep(configure(*settings, "resume=true"))
+    assert [trial.id for trial in resumed.sweep.trials] == [trial.id for trial in trials]
+    assert resumed.sweep.best() == best
+
+    # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    lines = [line for path in logs.glob("worker-*") for line in path.read_text(errors="replace").splitlines()]
+    assert any("step 4: " in line for line in lines)
+    assert not [line for line in lines if "Checkpoint successfully created" in line and str(folder) in line]
+
+
+def test_a_metric_that_no_trial_reports_is_told_before_ray_starts(configure, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray_sd.tune.run.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match="sweep.metric: no metric 'validation_los'; did you mean 'validation_loss'?"):
+        sweep(configure("sweep.metric=validation_los"))
+    with pytest.raises(ConfigError, match=r"sweep.space: trainer.learning_rat: no such setting"):
+        sweep(configure("sweep.space.trainer.learning_rat={choice: [1, 2]}"))
+
+
+def test_a_sweep_that_never_began_cannot_go_on(configure):
+    with pytest.raises(ConfigError, match="resume: there is no sweep 'learning_rate'"):
+        sweep(configure("resume=true"))
