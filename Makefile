@@ -1,4 +1,4 @@
-# setup demo test lint types bench embedded: each makes .venv first, if pyproject.toml or constraints.txt changed since.
+# setup demo test serve lint types bench embedded: each makes .venv first, if pyproject.toml or constraints.txt changed since.
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed finds ninja on the PATH when it builds its op.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test lint format types bench docs embedded
+.PHONY: setup demo test serve lint format types bench docs embedded
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	python -m pytest $(ARGS)
+
+# The embedded model at http://localhost:8000, until Ctrl-C.
+serve: $(STAMP)
+	serve run serve_config.yaml
 
 lint: $(STAMP)
 	ruff check .

@@ -4,6 +4,7 @@ from ray_sd.config.dataset import DatasetConfig
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.method import Method
 from ray_sd.config.model import ModelConfig
+from ray_sd.config.serve import ServeConfig
 from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
 from ray_sd.config.tracker import TrackerConfig
@@ -15,6 +16,7 @@ __all__ = [
     "GenerateConfig",
     "Method",
     "ModelConfig",
+    "ServeConfig",
     "SweepConfig",
     "TextToVideoConfig",
     "TrackerConfig",

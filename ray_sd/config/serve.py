@@ -1,0 +1,115 @@
+"""What `serve_config.yaml` gives the application as `args`: models, their adapters, and what a request may ask for."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ray_sd.config.base import Schema
+from ray_sd.config.method import Texts
+from ray_sd.config.model import ModelConfig
+
+IMAGE_FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
+
+
+class ServedPreset(Schema):
+    """The model that a deployment serves, composed as for `jobs/generate.py`."""
+
+    model: ModelConfig
+    """Group `model`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServedPreset":
+        if self.model.family not in IMAGE_FAMILIES:
+            raise ValueError(f"model '{self.model.name}' draws no pictures from prompts; serve a text-to-image model")
+        return self
+
+
+class BatchingConfig(Schema):
+    """How a replica's pictures share its steps."""
+
+    max_rows: int = Field(16, ge=1)
+    """Rows of the U-Net at once at the model's own size, two a picture with guidance; fewer of larger pictures."""
+    max_waiting: int = Field(64, ge=1)
+    """Pictures that may wait for their first step; what comes then is told to come back."""
+    policy: Literal["shortest", "fair"] = "shortest"
+    """Who goes first: what has the fewest steps left, or who has had the least."""
+    patience: int = Field(16, ge=1)
+    """Steps that a picture lets others take before it goes first."""
+    result_cache: int = Field(64, ge=0)
+    """MiB of pictures that are kept in case the same is asked for again."""
+    prompt_cache: int = Field(256, ge=2)
+    """Encoded prompts that are kept."""
+
+
+class ServedModel(Schema):
+    """A base model and its deployment."""
+
+    shorthand = "settings"
+    settings: Texts = ()
+    """What `jobs/generate.py` would be given: `model=sdxl`, `model.base=folder`."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of the weights; `auto` is fp16 on GPUs and fp32 on CPUs. An autoencoder that overflows in fp16 stays in fp32."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a step where there is no GPU; null takes all cores."""
+    adapter_memory: int = Field(2048, ge=0)
+    """MiB that adapters may take in a replica together."""
+    batching: BatchingConfig = BatchingConfig()
+    """How pictures share steps."""
+
+
+class RequestLimits(Schema):
+    """What one request may ask for."""
+
+    max_pixels: int = Field(1024 * 1024, ge=64)
+    """Height times width."""
+    max_steps: int = Field(100, ge=1)
+    """Denoising steps."""
+    max_images: int = Field(10, ge=1)
+    """Pictures of a prompt."""
+    max_prompt_length: int = Field(2000, ge=1)
+    """Characters of each prompt."""
+    max_adapters: int = Field(4, ge=0)
+    """Adapters of a picture."""
+    max_upload_bytes: int = Field(20 * 2**20, ge=1)
+    """Of a request, with its files."""
+    max_upload_pixels: int = Field(16 * 2**20, ge=1)
+    """Of an uploaded picture, once it is decoded."""
+    deadline: float = Field(300, gt=0)
+    """Seconds after which a request that is not done fails."""
+
+
+class ApiKey(Schema):
+    """A key of the HTTP side, and how much may be asked for with it."""
+
+    shorthand = "sha256"
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the key; `python -m ray_sd.serve.gate` makes one."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Most requests that draw in any minute."""
+    concurrent: int | None = Field(None, ge=1)
+    """Most requests that draw at once."""
+
+
+class Defaults(Schema):
+    """What a request that does not say is drawn with."""
+
+    num_inference_steps: int = Field(30, ge=1)
+    """Denoising steps."""
+    guidance_scale: float = Field(7.5, ge=0)
+    """Classifier-free guidance; 1 or less switches it off."""
+
+
+class ServeConfig(Schema):
+    """The application that Ray Serve runs (`serve_config.yaml`)."""
+
+    local_paths = ("adapters",)
+    models: dict[str, ServedModel] = Field(min_length=1)
+    """Base models by the names that requests ask for them by; the first is taken where a request names none."""
+    adapters: str | None = None
+    """Folder of adapters, by whose names requests ask for them; new ones are found as they come."""
+    keys: dict[str, ApiKey] = Field(default_factory=dict)
+    """Keys by the names of their holders, who share the models fairly by `policy: fair`; without any, everybody may ask."""
+    limits: RequestLimits = RequestLimits()
+    """What one request may ask for."""
+    defaults: Defaults = Defaults()
+    """What is drawn with where a request does not say."""

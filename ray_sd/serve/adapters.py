@@ -1,0 +1,324 @@
+"""The adapters that a model serves: those of a folder, loaded when a picture asks for one, and forgotten when memory is short."""
+
+import hashlib
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ray_sd.adapter import MANIFEST, read_manifest
+from ray_sd.config.paths import local_path
+from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.methods import check_base
+from ray_sd.methods.contents import Contents, read_contents
+from ray_sd.methods.layer_adapter import PEFT
+from ray_sd.methods.lora_names import LoraNames
+from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.methods.textual_inversion import attach_tokens
+from ray_sd.methods.weights import read_weights
+from ray_sd.models import DiffusionModel
+from ray_sd.models.tokens import parameters_without_words
+from ray_sd.serve.bank import LoraBank, Mix
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of adapters: nothing that could lead out of their folder."""
+
+
+class UnknownAdapterError(ConfigError):
+    """No adapter of that name is there."""
+
+
+class AdaptersInUseError(Exception):
+    """Memory is full of adapters that pictures under way are drawn with; some will end."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter as its folder tells it, without loading it."""
+
+    name: str
+    path: Path
+    kind: str
+    """Method that made it; `file` of another tool's file."""
+    rotates: bool
+    """Whether it has no strength, because it rotates weights (OFT)."""
+    base: str | None
+    """Name of the model that it was made for; None where nothing says so."""
+    tokens: tuple[str, ...]
+    """Words that it adds."""
+    version: str
+    """Changes with its content."""
+
+
+class AdapterFolder:
+    """A folder whose subfolders and `.safetensors` files are adapters, by their names. Read anew whenever it is asked."""
+
+    def __init__(self, path: Path | str | None) -> None:
+        self.path = None if path is None else local_path(str(path))
+
+    def __iter__(self) -> Iterator[AdapterEntry]:
+        if self.path is None or not self.path.is_dir():
+            return
+        for path in sorted(self.path.iterdir()):
+            name = path.name.removesuffix(".safetensors")
+            if NAME.fullmatch(name) and (path.suffix == ".safetensors" or (path / MANIFEST).is_file()):
+                try:
+                    yield _entry(name, path)
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    logger.warning("%s is left out: %s", path, error)
+
+    def find(self, name: str) -> AdapterEntry:
+        """Raises UnknownAdapterError."""
+        if self.path is not None and NAME.fullmatch(name):
+            for path in (self.path / name, self.path / f"{name}.safetensors"):
+                if (path / MANIFEST).is_file() or path.is_file():
+                    return _entry(name, path)
+        known = [entry.name for entry in self]
+        raise UnknownAdapterError(
+            f"no adapter '{name}'; " + (f"there are {', '.join(known[:20])}" if known else "there are none")
+        )
+
+
+def _entry(name: str, path: Path) -> AdapterEntry:
+    if path.is_file():
+        stat = path.stat()
+        version = hashlib.sha256(f"{stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()
+        return AdapterEntry(name, path, "file", False, None, (), version[:12])
+    raw = (path / MANIFEST).read_bytes()  # which lists the SHA-256 of every file
+    manifest = json.loads(raw)
+    method = manifest["config"]["method"]
+    tokens = (method.get("tokens") or method).get("placeholder_token", ())
+    tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
+    version = hashlib.sha256(raw).hexdigest()
+    rotates = (method.get("adapter") or method)["name"] == "oft"
+    return AdapterEntry(name, path, manifest["kind"], rotates, manifest["base"]["name"], tokens, version[:12])
+
+
+@dataclass
+class Loaded:
+    """An adapter in memory."""
+
+    key: str
+    """Name and version."""
+    banked: bool = False
+    """Whether it has a LoRA in the bank."""
+    changes: dict[str, dict[str, Tensor | LowRank]] = field(default_factory=dict)
+    """What an adapter that does not stack makes of parameters, by component: other values, or a DoRA's update."""
+    rotates: bool = False
+    words: dict[str, str] = field(default_factory=dict)
+    """Words that it adds, and what they are called in the tokenizer."""
+    pins: int = 0
+    used: float = 0.0
+    _values: dict[str, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
+    """Of each component what it was last put in with, and at which strength."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether pictures with it are drawn by themselves, since its change does not stack."""
+        return bool(self.changes)
+
+    @property
+    def bytes_alone(self) -> int:
+        """What the values of parameters take that it is put in with."""
+        return sum(_numel(change) * 4 for of_names in self.changes.values() for change in of_names.values())
+
+    @contextmanager
+    def put_in(self, component: str, module: nn.Module, strength: float) -> Iterator[None]:
+        """A component with this adapter's values, at a strength; its own are put back after."""
+        changes = self.changes.get(component, {})
+        parameters = parameters_without_words(module) if changes else {}
+        before = {name: parameters[name].data for name in changes}
+        if component not in self._values or self._values[component][0] != strength:
+            made = {name: _changed(own, changes[name], strength) for name, own in before.items()}
+            self._values[component] = (strength, made)
+        for name, value in self._values[component][1].items():
+            parameters[name].data = value
+        try:
+            yield
+        finally:
+            for name, own in before.items():
+                parameters[name].data = own
+
+
+def _changed(own: Tensor, change: Tensor | LowRank, strength: float) -> Tensor:
+    if isinstance(change, LowRank):
+        return change.added_to(own, strength).to(own)
+    return change if strength == 1 else torch.lerp(own, change, strength)
+
+
+def _numel(change: Tensor | LowRank) -> int:
+    """Of the parameter that it changes."""
+    return change.numel() if isinstance(change, Tensor) else len(change.up) * change.down[0].numel()
+
+
+class LoadedAdapters:
+    """The adapters of one model that are in memory, up to a limit.
+
+    To make room, the least recently used of those that no picture needs is forgotten.
+    """
+
+    def __init__(self, model: DiffusionModel, folder: AdapterFolder, memory_limit: int) -> None:
+        """memory_limit: bytes of all adapters together."""
+        self._model = model
+        self._folder = folder
+        self._limit = memory_limit
+        self._names = LoraNames(model)
+        self.bank = LoraBank(self._names.layers)
+        self._loaded: dict[str, Loaded] = {}
+        self._words: dict[tuple[str, str], str] = {}
+        """What the tokenizer calls adapters' words; it keeps what it has learnt."""
+        self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.bank.bytes + sum(one.bytes_alone for one in self._loaded.values())
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of those in memory, the last used first."""
+        with self._lock:
+            ordered = sorted(self._loaded.values(), key=lambda one: -one.used)
+        return [one.key.partition("@")[0] for one in ordered]
+
+    def acquire(self, mix: Mix) -> list[Loaded]:
+        """Have adapters in memory, and keep them there until they are released.
+
+        For one thread at a time. Raises UnknownAdapterError, ArtifactError for what does not fit the model, ConfigError for
+        what cannot be mixed, and AdaptersInUseError where there is no room now.
+        """
+        taken: list[Loaded] = []
+        try:
+            for name, weight in mix:
+                one = self._find(name)
+                taken.append(one)
+                if weight != 1 and one.rotates:
+                    raise ConfigError(f"adapter '{name}' rotates weights, which has no strength; give it the weight 1")
+                if weight != 1 and not one.banked and not one.alone:
+                    raise ConfigError(f"adapter '{name}' is a word, which has no strength; give it the weight 1")
+            alone = [name for (name, _), one in zip(mix, taken, strict=True) if one.alone]
+            if len(alone) > 1:
+                raise ConfigError(f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them")
+        except BaseException:
+            self.release(taken)
+            raise
+        return taken
+
+    def release(self, adapters: Iterable[Loaded]) -> None:
+        with self._lock:
+            for one in adapters:
+                one.pins -= 1
+                one.used = time.monotonic()
+
+    def _find(self, name: str) -> Loaded:
+        entry = self._folder.find(name)
+        key = f"{entry.name}@{entry.version}"
+        with self._lock:
+            one = self._loaded.get(key)
+            if one is not None:
+                one.pins += 1
+                self.hits += 1
+                return one
+        self.misses += 1
+        one = self._load(entry, key)
+        one.pins = 1
+        with self._lock:
+            self._loaded[key] = one
+        return one
+
+    def _load(self, entry: AdapterEntry, key: str) -> Loaded:
+        began = time.perf_counter()
+        contents = self._read(entry)
+        one = Loaded(key, rotates=entry.rotates)
+        if contents.weights or _has_magnitudes(contents.updates):
+            one.changes = self._changes(contents)
+            self._make_room(one.bytes_alone, entry.name)
+        elif contents.updates:
+            self._make_room(0, entry.name, contents.updates)
+            self.bank.add(key, contents.updates)
+            one.banked = True
+        one.words = self._learn(key, contents)
+        logger.info("loaded adapter %s in %.2f s: %s", entry.name, time.perf_counter() - began, contents.summary())
+        return one
+
+    def _read(self, entry: AdapterEntry) -> Contents:
+        if entry.path.is_dir():
+            manifest = read_manifest(entry.path)
+            check_base(self._model, entry.path, manifest, allow_other_base=False, switch=None)
+        contents = read_contents(entry.path, self._model)
+        if contents.weights and not (entry.path / PEFT).is_dir():
+            parts = ", ".join(contents.weights)
+            raise ArtifactError(f"adapter '{entry.name}' is all weights of the {parts}; serve it as a model of its own")
+        return contents
+
+    def _changes(self, contents: Contents) -> dict[str, dict[str, Tensor | LowRank]]:
+        """What an adapter makes of parameters, by component."""
+        changes: dict[str, dict[str, Tensor | LowRank]] = {}
+        for component, folder in contents.weights.items():
+            module = getattr(self._model, component)
+            own = parameters_without_words(module)
+            for name, tensor in read_weights(module, folder, own).items():
+                if not torch.equal(own[name].to(tensor), tensor):
+                    changes.setdefault(component, {})[name] = tensor.to(own[name])
+        for component, updates in contents.updates.items():
+            for layer, update in updates.items():
+                place = (component, layer)
+                change = update.to(self._names.layers[place].weight.device)
+                changes.setdefault(component, {})[f"{self._names.own(place)}.weight"] = change
+        return changes
+
+    def _make_room(self, more: int, name: str, updates: Updates | None = None) -> None:
+        """Forget adapters until there is room for one more. Raises AdaptersInUseError, or ArtifactError where it never fits."""
+        while True:
+            alone = sum(one.bytes_alone for one in self._loaded.values())
+            needed = more + alone + (self.bank.bytes if updates is None else self.bank.bytes_with(updates))
+            if needed <= self._limit:
+                return
+            with self._lock:
+                idle = [one for one in self._loaded.values() if not one.pins]
+                if not idle:
+                    if self._loaded:
+                        raise AdaptersInUseError
+                    raise ArtifactError(
+                        f"adapter '{name}' takes {needed / 2**20:.0f} MiB, more than the {self._limit / 2**20:.0f} for all"
+                    )
+                victim = min(idle, key=lambda one: one.used)
+                del self._loaded[victim.key]
+            if victim.banked:
+                self.bank.remove(victim.key)
+            logger.info("forgot adapter %s to make room for %s", victim.key, name)
+
+    def _learn(self, key: str, contents: Contents) -> dict[str, str]:
+        """Teach the tokenizer an adapter's words, under names that no other adapter has."""
+        words = {}
+        for token, embedding in contents.embeddings.items():
+            word = self._words.get((key, token))
+            if word is None:
+                word = f"<|{len(self._words)}|>"
+                attach_tokens(self._model, {word: embedding})
+                self._words[key, token] = word
+            words[token] = word
+        return words
+
+
+def _has_magnitudes(updates: Updates) -> bool:
+    return any(update.magnitude is not None for of_layers in updates.values() for update in of_layers.values())
+
+
+def with_words(prompt: str, adapters: Sequence[Loaded]) -> str:
+    """A prompt with the words of its adapters as the tokenizer calls them."""
+    words = {token: word for one in adapters for token, word in one.words.items()}
+    if not words:
+        return prompt
+    pattern = "|".join(re.escape(token) for token in sorted(words, key=len, reverse=True))
+    return re.sub(pattern, lambda found: words[found[0]], prompt)

@@ -1,0 +1,410 @@
+"""One model drawing many pictures at once: they enter and leave between denoising steps, each with its own settings.
+
+Three threads share the work. One prepares pictures: it loads adapters, encodes prompts and draws first noise. One takes steps:
+of all that are ready it chooses who takes the next together. One decodes those that are done, and those that want to be seen on
+their way. So a picture under way waits for none of a new one's preparations.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ray_sd.config.serve import BatchingConfig
+from ray_sd.errors import RaySdError
+from ray_sd.generate.editing import EditRequest, start_edit
+from ray_sd.generate.sampling import (
+    ImageRequest,
+    Prompt,
+    advance,
+    decode_latents,
+    encode,
+    foreseen,
+    stack,
+    start_one,
+)
+from ray_sd.models import DiffusionModel
+from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters, with_words
+from ray_sd.serve.bank import Mix
+from ray_sd.serve.order import (
+    DeadlineError,
+    EngineBusyError,
+    Failed,
+    Listener,
+    Order,
+    Queued,
+    Shown,
+    Stepped,
+    Ticket,
+)
+from ray_sd.serve.turns import Picture, Turns
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineFigures:
+    """What an engine has done so far."""
+
+    steps: int = 0
+    """Calls of the U-Net."""
+    rows: int = 0
+    """Rows that they had, together."""
+    pictures: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    results_found: int = 0
+    """Pictures that were there already."""
+    prompts_found: int = 0
+    prompts_encoded: int = 0
+    stepping_seconds: float = 0.0
+
+
+class Engine:
+    """Draws pictures of one model. `order` and tickets are for any thread; listeners are called from the engine's own."""
+
+    def __init__(self, model: DiffusionModel, adapters: LoadedAdapters, batching: BatchingConfig | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.adapters = adapters
+        self.batching = batching or BatchingConfig()
+        self.figures = EngineFigures()
+        self._max_rows = self.batching.max_rows
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[int, Ticket]] = deque()
+        self._pictures: list[Picture] = []
+        """Ready for a step, or at one."""
+        self._to_decode: deque[tuple[Picture, Tensor, bool]] = deque()
+        """Pictures, their latents, and whether they are done."""
+        self._under_way: dict[Hashable, Picture] = {}
+        self._results: OrderedDict[Hashable, Image.Image] = OrderedDict()
+        self._prompts: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
+        self._count = 0
+        self._closing = False
+        own = self.model.unet.config.sample_size
+        own_area = own * own if isinstance(own, int) else own[0] * own[1]
+        self._turns = Turns(self.batching.policy, self.batching.patience, own_area)
+        self._threads = [
+            threading.Thread(target=self._run, args=(work, threads), name=f"engine-{work.__name__}", daemon=True)
+            for work, threads in ((self._prepare, 1), (self._step, torch.get_num_threads()), (self._decode, 1))
+        ]
+        self._broken: BaseException | None = None
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._broken is None and all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that have taken no step yet."""
+        return len(self._waiting) + sum(
+            picture.drawing.step == picture.drawing.first_step for picture in list(self._pictures)
+        )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._pictures or self._to_decode)
+
+    def order(self, order: Order, listener: Listener) -> Ticket:
+        """Ask for a picture. Raises EngineBusyError where too many wait."""
+        ticket = Ticket(order, listener)
+        with self._changed:
+            waiting = self.waiting
+            if waiting >= self.batching.max_waiting:
+                raise EngineBusyError(waiting, self._seconds_for(waiting))
+            self._count += 1
+            self._waiting.append((self._count, ticket))
+            self._changed.notify_all()
+        ticket.tell(Queued(waiting))
+        return ticket
+
+    def close(self) -> None:
+        """Stop; what is under way fails."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _seconds_for(self, pictures: int) -> float:
+        """How long so many pictures take, by what the last took; a second where nothing is known."""
+        if not self.figures.pictures:
+            return 1.0
+        return max(1.0, self.figures.stepping_seconds / self.figures.pictures * pictures)
+
+    def _run(self, work: Callable[[], None], threads: int) -> None:
+        if self.model.unet.device.type == "cpu":
+            torch.set_num_threads(threads)  # of this thread: the three share the cores
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    work()
+        except BaseException as error:
+            self._broken = error
+            logger.exception("the engine of %s has stopped", self.model.config.name)
+            self._fail_all(error)
+            raise
+
+    # Preparing
+
+    def _prepare(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._waiting)
+            if self._closing:
+                return
+            number, ticket = self._next_waiting()
+        if ticket.cancelled:
+            self.figures.cancelled += 1
+            return
+        if ticket.late:
+            self._fail([ticket], _too_late(ticket))
+            return
+        try:
+            picture = self._picture(number, ticket)
+        except AdaptersInUseError:
+            with self._changed:
+                self._waiting.appendleft((number, ticket))
+                self._changed.wait(0.05)  # until a picture ends and its adapters may go
+            return
+        except RaySdError as error:
+            self._fail([ticket], error)
+            return
+        except Exception as error:
+            logger.exception("a picture could not be begun")
+            self._fail([ticket], error)
+            return
+        if picture is not None:
+            with self._changed:
+                self._pictures.append(picture)
+                self._changed.notify_all()
+
+    def _next_waiting(self) -> tuple[int, Ticket]:
+        chosen = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+        self._waiting.remove(chosen)
+        return chosen
+
+    def _picture(self, number: int, ticket: Ticket) -> Picture | None:
+        """The picture that is ordered, begun; None where it is there, or under way already."""
+        order = ticket.order
+        adapters = self.adapters.acquire(order.adapters)
+        try:
+            versions = tuple(one.key for one in adapters)
+            key = None if order.key is None else (order.key, versions)
+            if key is not None and self._join(key, ticket):
+                self.adapters.release(adapters)
+                return None
+            pairs = list(zip(adapters, (weight for _, weight in order.adapters), strict=True))
+            mix = tuple((one.key, weight) for one, weight in pairs if one.banked)
+            alone = next(((one, weight) for one, weight in pairs if one.alone), None)
+            conditions = self._conditions(order.request, adapters, mix, alone)
+            if isinstance(order.request, EditRequest):
+                drawing = start_edit(self.model, order.request, conditions)
+            else:
+                drawing = start_one(self.model, order.request, conditions)
+        except BaseException:
+            self.adapters.release(adapters)
+            raise
+        picture = Picture([ticket], key, adapters, mix, alone, drawing, number)
+        if key is not None:
+            self._under_way[key] = picture
+        return picture
+
+    def _join(self, key: Hashable, ticket: Ticket) -> bool:
+        """Whether the same picture is there or comes anyway."""
+        with self._changed:
+            image = self._results.get(key)
+            if image is None:
+                under_way = self._under_way.get(key)
+                if under_way is None or not under_way.wanted:
+                    return False
+                under_way.tickets.append(ticket)
+            else:
+                self._results.move_to_end(key)
+            self.figures.results_found += 1
+        if image is not None:
+            ticket.finish(image)
+        return True
+
+    def _conditions(
+        self, request: ImageRequest, adapters: Sequence[Loaded], mix: Mix, alone: tuple[Loaded, float] | None
+    ) -> dict[str, Tensor]:
+        """Text conditions of the request's rows, of which those that were encoded before are kept."""
+        prompts = [Prompt(with_words(text, adapters), weighted) for text, weighted in request.prompts]
+        by = (mix, alone and (alone[0].key, alone[1]))
+        missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, by) not in self._prompts]
+        self.figures.prompts_encoded += len(missing)
+        self.figures.prompts_found += len(prompts) - len(missing)
+        encoders = {name: encoder for name, (encoder, _) in self.model.text_encoders().items()}
+        with ExitStack() as swaps:
+            for name, encoder in encoders.items():
+                if alone is not None:
+                    swaps.enter_context(alone[0].put_in(name, encoder, alone[1]))
+            for prompt in missing:  # one by one: equal texts are equal to the last bit, whoever asks beside them
+                for name in encoders:
+                    self.adapters.bank.choose(name, [mix])
+                self._prompts |= {(prompt, by): rows for prompt, rows in encode(self.model, [prompt]).items()}
+        found = [self._prompts[prompt, by] for prompt in prompts]
+        for prompt in prompts:
+            self._prompts.move_to_end((prompt, by))
+        while len(self._prompts) > self.batching.prompt_cache:
+            self._prompts.popitem(last=False)
+        return stack(found)
+
+    # Stepping
+
+    def _step(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._pictures)
+            if self._closing:
+                return
+            self._leave_out()
+            if not self._pictures:
+                return
+            chosen = self._turns.choose(self._pictures, self._max_rows)
+        began = time.perf_counter()
+        rows = sum(picture.drawing.rows for picture in chosen)
+        alone = chosen[0].alone
+        try:
+            self.adapters.bank.choose("unet", [picture.mix for picture in chosen for _ in range(picture.drawing.rows)])
+            with ExitStack() as swaps:
+                if alone is not None:
+                    swaps.enter_context(alone[0].put_in("unet", self.model.unet, alone[1]))
+                advance(self.model, [picture.drawing for picture in chosen])
+        except torch.OutOfMemoryError as error:
+            if rows > 2:
+                self._max_rows = max(2, rows // 2)
+                logger.warning("out of memory with %d rows; at most %d from now on", rows, self._max_rows)
+                return
+            self._drop(chosen, error)
+            return
+        except Exception as error:
+            if len(chosen) > 1:  # who it was is seen when each takes its step alone
+                logger.warning("a step of %d pictures failed: %s", len(chosen), error)
+                for picture in chosen:
+                    picture.suspected = True
+            else:
+                logger.exception("a step failed")
+                self._drop(chosen, error)
+            return
+        self.figures.steps += 1
+        self.figures.rows += rows
+        self.figures.stepping_seconds += time.perf_counter() - began
+        self._after_step(chosen)
+
+    def _leave_out(self) -> None:
+        """Drop what nobody wants any more, and what comes too late."""
+        for picture in list(self._pictures):
+            late = [ticket for ticket in picture.tickets if ticket.late]
+            for ticket in late:
+                self._fail([ticket], _too_late(ticket))
+                picture.tickets.remove(ticket)
+            if not picture.wanted:
+                self.figures.cancelled += len(picture.tickets)
+                self._pictures.remove(picture)
+                self._forget(picture)
+
+    def _after_step(self, chosen: Sequence[Picture]) -> None:
+        finished = []
+        for picture in chosen:
+            drawing = picture.drawing
+            picture.suspected = False
+            for ticket in picture.tickets:
+                ticket.step_taken()
+                ticket.tell(Stepped(drawing.step - drawing.first_step, drawing.steps - drawing.first_step))
+            if drawing.done:
+                finished.append((picture, drawing.latents, True))
+            elif picture.to_show:
+                finished.append((picture, foreseen(self.model, drawing).to(drawing.latents), False))
+                picture.shown += 1
+        with self._changed:
+            for one in finished:
+                if one[2]:
+                    self._pictures.remove(one[0])
+            self._to_decode.extend(finished)
+            self._changed.notify_all()
+
+    # Decoding
+
+    def _decode(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._to_decode)
+            if self._closing:
+                return
+            picture, latents, done = self._to_decode.popleft()
+        if not picture.wanted:
+            if done:
+                self.figures.cancelled += len(picture.tickets)
+                self._forget(picture)
+            return
+        try:
+            image = decode_latents(self.model, latents)[0]
+        except Exception as error:
+            logger.exception("a picture could not be decoded")
+            if done:
+                self._drop([picture], error)
+            return
+        if not done:
+            for ticket in picture.tickets:
+                ticket.tell(Shown(picture.shown - 1, image))
+            return
+        with self._changed:
+            self._forget(picture)
+            self._keep(picture.key, image)
+        self.figures.pictures += 1
+        for ticket in picture.tickets:
+            ticket.finish(image)
+
+    def _keep(self, key: Hashable, image: Image.Image) -> None:
+        if key is None:
+            return
+        self._results[key] = image
+        while sum(map(_bytes, self._results.values())) > self.batching.result_cache * 2**20:
+            self._results.popitem(last=False)
+
+    # Ending
+
+    def _forget(self, picture: Picture) -> None:
+        """Let go of what a picture holds."""
+        if self._under_way.get(picture.key) is picture:
+            del self._under_way[picture.key]
+        self.adapters.release(picture.adapters)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _drop(self, pictures: Iterable[Picture], error: Exception) -> None:
+        for picture in pictures:
+            with self._changed:
+                if picture in self._pictures:
+                    self._pictures.remove(picture)
+                self._forget(picture)
+            self._fail(picture.tickets, error)
+
+    def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        self.figures.failed += len(tickets)
+        for ticket in tickets:
+            ticket.tell(Failed(error))
+
+    def _fail_all(self, error: BaseException) -> None:
+        with self._changed:
+            self._closing = True
+            waiting = [ticket for _, ticket in self._waiting]
+            pictures = {id(picture): picture for picture in [*self._pictures, *(one[0] for one in self._to_decode)]}
+            self._changed.notify_all()
+        stopped = RaySdError(f"the model has stopped: {error}")
+        self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
+
+
+def _too_late(ticket: Ticket) -> DeadlineError:
+    return DeadlineError("the picture was not done before its deadline")
+
+
+def _bytes(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())

@@ -1,0 +1,95 @@
+"""Errors as OpenAI's clients read them."""
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+INVALID = "invalid_request_error"
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` is the field that it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind = status, message, kind
+        self.param, self.code, self.retry_after = param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+
+
+class BadRequestError(ApiError):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(400, message, INVALID, param, code)
+
+
+class NotFoundError(ApiError):
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(404, message, INVALID, param, code)
+
+
+class BusyError(ApiError):
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
+
+
+def of_failure(values: dict[str, Any]) -> ApiError:
+    """The answer to a picture that a replica could not draw."""
+    match values["kind"]:
+        case "busy":
+            return BusyError(values["message"], values["retry_after"])
+        case "deadline":
+            return ApiError(504, values["message"], "timeout_error", code="deadline_exceeded")
+        case "invalid":
+            return BadRequestError(values["message"])
+        case _:
+            return ApiError(500, values["message"], "server_error", code="internal_error")
+
+
+def first_problem(error: RequestValidationError) -> BadRequestError:
+    """What is wrong with a request, in one sentence."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path"))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "json_invalid":
+        return BadRequestError(f"the request is no JSON: {problem.get('ctx', {}).get('error', message)}")
+    if problem["type"] == "extra_forbidden":
+        return BadRequestError(f"{place}: no such field", place, "unknown_parameter")
+    if problem["type"] == "missing":
+        return BadRequestError(f"{place}: is missing" if place else "the request has no body", place or None)
+    return BadRequestError(f"{place}: {message}" if place else message, place or None)
+
+
+async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)  # noqa: S101
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def answer_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    problem = first_problem(error)
+    return JSONResponse(problem.body, problem.status)
+
+
+async def answer_http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    kind = INVALID if error.status_code < 500 else "server_error"
+    body = ApiError(error.status_code, str(error.detail), kind).body
+    return JSONResponse(body, error.status_code, headers=error.headers)

@@ -1,0 +1,161 @@
+"""What every request passes first: who asks, how much they may, and how large it is."""
+
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ray_sd.config.serve import ApiKey
+from ray_sd.serve.errors import ApiError, BusyError
+
+logger = logging.getLogger(__name__)
+
+GUARDED = "/v1/"
+"""Paths that a key is needed for, where there are keys."""
+MINUTE = 60.0
+CLIENT = "client"
+"""Key of the request's state that holds the client."""
+
+
+@dataclass
+class Client:
+    """Who asks, and what they have asked for of late."""
+
+    name: str
+    key: ApiKey
+    under_way: int = 0
+    recent: list[float] = field(default_factory=list)
+    """When the last minute's requests came."""
+
+
+ANYBODY = Client("", ApiKey(sha256="0" * 64))
+"""Where there are no keys."""
+
+
+def hash_of(key: str) -> str:
+    """What is kept of a key. Keys are random and long, so that no salt is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class Gate:
+    """An ASGI application before another. Quotas are kept by each replica of the HTTP side for itself."""
+
+    def __init__(self, app: ASGIApp, keys: dict[str, ApiKey], max_body: int) -> None:
+        """keys: by the names of their holders; max_body: bytes of a request."""
+        self._app = app
+        self._clients = {key.sha256: Client(name, key) for name, key in keys.items()}
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, request_id, status = time.perf_counter(), secrets.token_hex(8), 0
+        client = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            client = self._identify(scope)
+            scope.setdefault("state", {})[CLIENT] = client
+            self._check_length(scope)
+            with _quota(client) if scope["method"] == "POST" else _free():
+                await self._app(scope, self._counted(receive), send_with_id)
+        except ApiError as error:
+            await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send_with_id)
+        finally:
+            logger.info(
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "client": client.name if client else None,
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "seconds": round(time.perf_counter() - began, 4),
+                },
+            )
+
+    def _identify(self, scope: Scope) -> Client:
+        if not self._clients or not scope["path"].startswith(GUARDED):
+            return ANYBODY
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
+        if client is None:
+            message = "give a key, as in Authorization: Bearer KEY" if not key else "this key is not known"
+            raise ApiError(401, message, "authentication_error", code="invalid_api_key")
+        return client
+
+    def _check_length(self, scope: Scope) -> None:
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body:
+            raise ApiError(413, self._too_large, "invalid_request_error")
+
+    @property
+    def _too_large(self) -> str:
+        return f"a request has at most {self._max_body} bytes"
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Ends a request that is larger than it said."""
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_body:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return counted
+
+
+@contextmanager
+def _quota(client: Client) -> Iterator[None]:
+    """Raises BusyError for a client that has asked for its share."""
+    now = monotonic()
+    key = client.key
+    if key.concurrent is not None and client.under_way >= key.concurrent:
+        raise BusyError(f"{client.under_way} of your requests are under way, as many as may be", retry_after=1)
+    if key.requests_per_minute is not None:
+        client.recent = [one for one in client.recent if one > now - MINUTE]
+        if len(client.recent) >= key.requests_per_minute:
+            message = f"you have made {len(client.recent)} requests in a minute, as many as may be"
+            raise BusyError(message, retry_after=client.recent[0] + MINUTE - now)
+        client.recent.append(now)
+    client.under_way += 1
+    try:
+        yield
+    finally:
+        client.under_way -= 1
+
+
+@contextmanager
+def _free() -> Iterator[Any]:
+    yield
+
+
+def main() -> None:
+    """Prints a new key, and what `serve_config.yaml` takes of it: `python -m ray_sd.serve.gate`."""
+    key = f"sd-{secrets.token_urlsafe(32)}"
+    print(f"key:    {key}")  # noqa: T201
+    print(f"sha256: {hash_of(key)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

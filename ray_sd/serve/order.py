@@ -1,0 +1,114 @@
+"""What is asked of an engine, and what it tells of it."""
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ray_sd.errors import RaySdError
+from ray_sd.generate.editing import EditRequest
+from ray_sd.generate.sampling import ImageRequest
+from ray_sd.serve.bank import Mix
+
+
+class EngineBusyError(Exception):
+    """More pictures wait than may; try again in `retry_after` seconds."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(waiting, retry_after)
+        self.waiting, self.retry_after = waiting, retry_after
+
+
+class DeadlineError(RaySdError):
+    """A picture was not done in time."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A picture that somebody wants."""
+
+    request: ImageRequest
+    adapters: Mix = ()
+    partial_images: int = 0
+    """How often it is shown on its way."""
+    deadline: float | None = None
+    """On the monotonic clock."""
+    owner: str = ""
+    """Whose share of the model it takes."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for orders of the same picture; None for what is never the same."""
+        if isinstance(self.request, EditRequest) or self.partial_images:
+            return None
+        return self.request, self.adapters
+
+
+@dataclass(frozen=True)
+class Queued:
+    """How many pictures are ahead."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a picture is going to be, as far as can be seen."""
+
+    number: int
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Drawn:
+    image: Image.Image
+    seconds: float
+    """Since it was ordered."""
+    waited: float
+    """Of these, before its first step."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: Exception
+
+
+Event = Queued | Stepped | Shown | Drawn | Failed
+Listener = Callable[[Event], None]
+
+
+class Ticket:
+    """An order that an engine has taken."""
+
+    def __init__(self, order: Order, listener: Listener) -> None:
+        self.order = order
+        self.cancelled = False
+        self._listener = listener
+        self._ordered = time.monotonic()
+        self._started: float | None = None
+
+    def cancel(self) -> None:
+        """Want it no longer: it takes no step more."""
+        self.cancelled = True
+
+    @property
+    def late(self) -> bool:
+        return self.order.deadline is not None and time.monotonic() > self.order.deadline
+
+    def tell(self, event: Event) -> None:
+        if not self.cancelled:
+            self._listener(event)
+
+    def step_taken(self) -> None:
+        self._started = self._started or time.monotonic()
+
+    def finish(self, image: Image.Image) -> None:
+        now = time.monotonic()
+        self.tell(Drawn(image, now - self._ordered, (self._started or now) - self._ordered))

@@ -1,0 +1,163 @@
+"""A replica of a base model: an engine that draws what the HTTP side asks for."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from ray_sd.config.load import load_config, validate
+from ray_sd.config.serve import ServedModel, ServedPreset
+from ray_sd.errors import RaySdError
+from ray_sd.generate.pictures import ImageFormat, image_bytes
+from ray_sd.generate.sampling import ImageRequest, picture_size
+from ray_sd.models import DiffusionModel, load_model
+from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
+from ray_sd.serve.engine import Engine
+from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
+
+logger = logging.getLogger(__name__)
+
+FailureKind = Literal["invalid", "busy", "deadline", "internal"]
+
+
+@dataclass(frozen=True)
+class PictureJob:
+    """Pictures that one request wants. All are of one prompt and differ in their seeds."""
+
+    requests: tuple[ImageRequest, ...]
+    adapters: tuple[tuple[str, float], ...] = ()
+    partial_images: int = 0
+    seconds: float = 300.0
+    """Until its deadline."""
+    owner: str = ""
+    format: ImageFormat = "png"
+    quality: int = 100
+
+
+@dataclass(frozen=True)
+class PictureEvent:
+    """What became of one of a job's pictures."""
+
+    kind: Literal["queued", "step", "partial", "done", "failed"]
+    number: int
+    """Of the picture in its job."""
+    values: dict[str, Any] = field(default_factory=dict)
+    content: bytes = b""
+    """Of the picture's file."""
+
+
+class ModelReplica:
+    """One of a base model's replicas."""
+
+    def __init__(self, name: str, served: dict[str, Any], adapters: str | None) -> None:
+        settings = validate(served, ServedModel)
+        config = load_config(list(settings.settings), ServedPreset).model
+        began = time.perf_counter()
+        self._name = name
+        model = place(load_model(config), settings)
+        loaded = LoadedAdapters(model, AdapterFolder(adapters), settings.adapter_memory * 2**20)
+        self._engine = Engine(model, loaded, settings.batching)
+        logger.info("model %s is ready on %s after %.1f s", name, model.unet.device, time.perf_counter() - began)
+
+    async def draw(self, job: PictureJob) -> AsyncIterator[PictureEvent]:
+        """Draw a job's pictures, and tell of them as they go. What the caller no longer reads is drawn no further."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        tickets = []
+        deadline = time.monotonic() + job.seconds
+        try:
+            for number, request in enumerate(job.requests):
+                order = Order(request, job.adapters, job.partial_images, deadline, job.owner)
+
+                def listen(event: Event, number: int = number) -> None:
+                    loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+                try:
+                    tickets.append(self._engine.order(order, listen))
+                except EngineBusyError as error:
+                    message = f"{error.waiting} pictures are waiting already; try again in {error.retry_after:.0f} s"
+                    yield _failed(number, "busy", message, retry_after=error.retry_after)
+                    return
+            open_ones = len(job.requests)
+            while open_ones:
+                number, event = await events.get()
+                yield await self._told(job, number, event)
+                open_ones -= isinstance(event, Drawn)
+                if isinstance(event, Failed):
+                    return
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    async def _told(self, job: PictureJob, number: int, event: Event) -> PictureEvent:
+        match event:
+            case Queued(position):
+                return PictureEvent("queued", number, {"position": position})
+            case Stepped(step, steps):
+                return PictureEvent("step", number, {"step": step, "steps": steps})
+            case Shown(look, image):
+                content = await asyncio.to_thread(self._encoded, job, number, image)
+                return PictureEvent("partial", number, {"look": look, "size": image.size}, content)
+            case Drawn(image, seconds, waited):
+                content = await asyncio.to_thread(self._encoded, job, number, image)
+                values = {"seconds": seconds, "waited": waited, "size": image.size}
+                return PictureEvent("done", number, values, content)
+            case Failed(DeadlineError() as error):
+                return _failed(number, "deadline", str(error))
+            case Failed(RaySdError() as error):
+                return _failed(number, "invalid", str(error))
+            case Failed(error):
+                logger.error("picture of %s failed: %s", self._name, error)
+                return _failed(number, "internal", "the picture could not be drawn")
+
+    def _encoded(self, job: PictureJob, number: int, image: Image.Image) -> bytes:
+        return image_bytes(image, job.format, self._parameters(job, job.requests[number]), job.quality)
+
+    def _parameters(self, job: PictureJob, request: ImageRequest) -> dict[str, Any]:
+        height, width = picture_size(self._engine.model, request)
+        return {
+            "model": self._name,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "scheduler": request.scheduler or self._engine.model.config.scheduler.sampler,
+            "size": f"{width}x{height}",
+            "adapters": [{"name": name, "weight": weight} for name, weight in job.adapters],
+        }
+
+    async def figures(self) -> dict[str, Any]:
+        """What the engine has done so far."""
+        return vars(self._engine.figures) | {
+            "waiting": self._engine.waiting,
+            "adapters": self._engine.adapters.keys,
+            "adapter_bytes": self._engine.adapters.bytes,
+        }
+
+    def check_health(self) -> None:
+        if not self._engine.healthy:
+            raise RuntimeError(f"the engine of {self._name} has stopped")
+
+
+def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
+    """The model on its device, in the precision that it is served in."""
+    on_gpu = torch.cuda.is_available()
+    precision = settings.precision if settings.precision != "auto" else ("fp16" if on_gpu else "fp32")
+    if precision != "fp32":
+        model.to_half({"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    if on_gpu:
+        model.to("cuda")
+    else:
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    return model
+
+
+def _failed(number: int, kind: FailureKind, message: str, **values: Any) -> PictureEvent:
+    return PictureEvent("failed", number, {"kind": kind, "message": message, **values})

@@ -1,0 +1,107 @@
+"""Keys, quotas and sizes, before an application that reads what it is sent."""
+
+import asyncio
+import logging
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from ray_sd.config.serve import ApiKey
+from ray_sd.serve import gate
+from ray_sd.serve.errors import answer_http
+from ray_sd.serve.gate import CLIENT, Gate, hash_of
+
+KEYS = {
+    "ann": ApiKey(sha256=hash_of("sd-ann")),
+    "bob": ApiKey(sha256=hash_of("sd-bob"), concurrent=2, requests_per_minute=4),
+}
+
+
+def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100) -> httpx.AsyncClient:
+    async def answer(request: Request) -> PlainTextResponse:
+        body = await request.body()
+        await asyncio.sleep(0.05)
+        return PlainTextResponse(f"{request.scope['state'][CLIENT].name} {len(body)}")
+
+    routes = [Route("/v1/draw", answer, methods=["GET", "POST"]), Route("/health", answer)]
+    inner = Starlette(routes=routes, exception_handlers={HTTPException: answer_http})
+    application = Gate(inner, KEYS if keys is None else keys, max_body)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here")
+
+
+def as_(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer sd-{name}"}
+
+
+async def ask(http: httpx.AsyncClient, path: str = "/v1/draw", **settings: object) -> httpx.Response:
+    async with http:
+        return await http.post(path, **settings)
+
+
+@pytest.mark.parametrize("headers", [{}, as_("eve"), {"Authorization": "Basic sd-ann"}, {"Authorization": "sd-ann"}])
+def test_who_is_not_known_is_not_let_in(headers: dict):
+    response = asyncio.run(ask(client(), headers=headers))
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_who_is_known_is_told_to_the_application():
+    assert asyncio.run(ask(client(), headers=as_("ann"))).text == "ann 0"
+    assert asyncio.run(ask(client(keys={}))).text == " 0"
+    assert asyncio.run(client().get("/health")).text == " 0"
+
+
+def test_requests_that_are_too_large_are_ended_whatever_they_say():
+    async def chunks():
+        for _ in range(5):
+            yield b"x" * 30
+
+    assert asyncio.run(ask(client(), headers=as_("ann"), content=b"x" * 100)).text == "ann 100"
+    for content in (b"x" * 101, chunks()):
+        response = asyncio.run(ask(client(), headers=as_("ann"), content=content))
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == "a request has at most 100 bytes"
+
+
+def test_no_more_run_at_once_than_a_key_allows():
+    async def several() -> list[httpx.Response]:
+        async with client() as http:
+            return await asyncio.gather(*(http.post("/v1/draw", headers=as_("bob")) for _ in range(3)))
+
+    responses = asyncio.run(several())
+    assert sorted(response.status_code for response in responses) == [200, 200, 429]
+
+
+def test_no_more_come_in_a_minute_than_a_key_allows(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(gate, "monotonic", lambda: now)
+
+    async def several() -> list[httpx.Response]:
+        nonlocal now
+        responses = []
+        async with client() as http:
+            for _ in range(6):
+                responses.append(await http.post("/v1/draw", headers=as_("bob")))
+                now += 10
+            now += 21
+            responses.append(await http.post("/v1/draw", headers=as_("bob")))
+            responses.append(await http.get("/v1/draw", headers=as_("bob")))
+        return responses
+
+    responses = asyncio.run(several())
+    assert [response.status_code for response in responses] == [200] * 4 + [429] * 2 + [200] * 2
+    assert responses[4].headers["retry-after"] == "20"
+
+
+def test_every_answer_has_an_id_that_the_log_has(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "ray_sd.serve.gate"):
+        response = asyncio.run(ask(client(), headers=as_("ann")))
+        refused = asyncio.run(ask(client()))
+    records = {record.request_id: record for record in caplog.records}
+    assert records[response.headers["x-request-id"]].client == "ann"
+    assert records[refused.headers["x-request-id"]].status == 401

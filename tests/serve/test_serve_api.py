@@ -1,0 +1,270 @@
+"""The HTTP side with a real Ray Serve, by the unmodified OpenAI client."""
+
+import base64
+import io
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+from ray import serve
+from tiny_models import difference, export_adapter, tiny_config
+
+from ray_sd.generate.pictures import read_parameters
+from ray_sd.methods import load_adapter
+from ray_sd.models import load_model
+from ray_sd.serve.app import build
+
+LIMITS = {"max_pixels": 128 * 128, "max_steps": 900, "max_images": 3, "max_upload_bytes": 100_000, "deadline": 60}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    export_adapter(tiny, folder / "pet", {"name": "lora", "rank": 4}, name="tiny_served")
+    export_adapter(
+        tiny, folder / "word", {"name": "textual_inversion", "placeholder_token": "<cat>"}, name="tiny_served"
+    )
+    export_adapter(tiny, folder / "strange", {"name": "lora", "rank": 4}, name="another")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
+    """Address of a server of the tiny model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings = [f"model.base={tiny}", "model.name=tiny_served", "model.scheduler.sampler=ddim"]
+    arguments = {
+        "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8}}},
+        "adapters": str(folder),
+        "limits": LIMITS,
+        "defaults": {"num_inference_steps": 4, "guidance_scale": 3.0},
+    }
+    serve.run(build(arguments), name="ray_sd", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def plain(tiny: Path, prompt: str, seed: int, adapter: Path | None = None, steps: int = 4) -> Image.Image:
+    model = load_model(tiny_config(tiny, scheduler={"sampler": "ddim"}))
+    if adapter is not None:
+        load_adapter(model, adapter)
+    pipeline = model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(prompt, num_inference_steps=steps, guidance_scale=3.0, generator=generator).images[0]
+
+
+def opened(text: str | None) -> Image.Image:
+    assert text is not None
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def photo(side: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
+
+
+def test_pictures_are_those_of_the_plain_pipeline(client: openai.OpenAI, tiny: Path):
+    response = client.images.generate(prompt="a cat", n=2, extra_body={"seed": 5})
+    assert response.size == "64x64"
+    for number, data in enumerate(response.data):
+        picture = opened(data.b64_json)
+        assert difference(picture, plain(tiny, "a cat", 5 + number)) <= 1
+        parameters = read_parameters(io.BytesIO(base64.b64decode(data.b64_json)))
+        assert parameters == {
+            "model": "tiny",
+            "prompt": "a cat",
+            "negative_prompt": "",
+            "seed": 5 + number,
+            "num_inference_steps": 4,
+            "guidance_scale": 3.0,
+            "scheduler": "ddim",
+            "size": "64x64",
+            "adapters": [],
+        }
+
+
+@pytest.mark.parametrize("format", ["webp", "jpeg"])
+def test_other_formats_carry_parameters_too(client: openai.OpenAI, format: str):
+    response = client.images.generate(
+        prompt="a ü cat", output_format=format, output_compression=80, size="64x96", extra_body={"seed": 1}
+    )
+    content = base64.b64decode(response.data[0].b64_json)
+    picture = Image.open(io.BytesIO(content))
+    assert (picture.format, picture.size) == (format.upper(), (64, 96))
+    assert read_parameters(io.BytesIO(content))["prompt"] == "a ü cat"
+
+
+def test_an_adapter_is_a_model_or_a_choice(client: openai.OpenAI, tiny: Path, folder: Path):
+    as_model = client.images.generate(prompt="a cat", model="pet", extra_body={"seed": 5})
+    chosen = client.images.generate(prompt="a cat", extra_body={"seed": 5, "adapters": ["pet"]})
+    expected = plain(tiny, "a cat", 5, folder / "pet")
+    for response in (as_model, chosen):
+        assert difference(opened(response.data[0].b64_json), expected) <= 1
+    mixed = {"seed": 5, "adapters": [{"name": "pet", "weight": 0.5}, {"name": "word"}]}
+    response = client.images.generate(prompt="a <cat>", extra_body=mixed)
+    assert difference(opened(response.data[0].b64_json), expected) > 1
+    assert read_parameters(io.BytesIO(base64.b64decode(response.data[0].b64_json)))["adapters"] == [
+        {"name": "pet", "weight": 0.5},
+        {"name": "word", "weight": 1.0},
+    ]
+
+
+def test_models_are_listed(client: openai.OpenAI):
+    models = {model.id: model for model in client.models.list()}
+    assert set(models) == {"tiny", "pet", "word", "strange"}
+    assert models["pet"].base == "tiny"
+    assert models["word"].tokens == ["<cat>"]
+    assert models["strange"].base is None
+    assert client.models.retrieve("tiny").kind == "base"
+    with pytest.raises(openai.NotFoundError, match="no model 'cow'"):
+        client.models.retrieve("cow")
+
+
+def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, tiny: Path):
+    events = list(
+        client.images.generate(
+            prompt="a cat", stream=True, partial_images=2, extra_body={"seed": 5, "num_inference_steps": 9}
+        )
+    )
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    pictures = [opened(event.b64_json) for event in events]
+    assert difference(pictures[-1], plain(tiny, "a cat", 5, steps=9)) <= 1
+    assert difference(pictures[0], pictures[-1]) > 1
+
+
+def test_a_stream_tells_place_and_steps_in_comments(server: str):
+    body = {"prompt": "a cat", "stream": True, "num_inference_steps": 3}
+    text = httpx.post(f"{server}/v1/images/generations", json=body, timeout=60).text
+    comments = [json.loads(line[1:]) for line in text.splitlines() if line.startswith(":")]
+    assert comments[0] == {"image_index": 0, "position": 0}
+    assert [comment["step"] for comment in comments[1:]] == [1, 2, 3]
+
+
+def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    settings = {"seed": 3, "num_inference_steps": 6, "strength": 0.9}
+    whole = client.images.edit(image=png(photo()), prompt="a cat", extra_body=settings)
+    masked = client.images.edit(
+        image=("photo.png", png(photo())),
+        mask=("mask.png", png(mask)),
+        prompt="a cat",
+        extra_body=settings | {"adapters": json.dumps([{"name": "pet", "weight": 0.5}])},
+    )
+    sizes = {opened(response.data[0].b64_json).size for response in (whole, masked)}
+    assert sizes == {(64, 64)}
+    assert difference(opened(whole.data[0].b64_json), opened(masked.data[0].b64_json)) > 1
+    events = list(
+        client.images.edit(image=png(photo(72)), prompt="a cat", stream=True, partial_images=1, extra_body=settings)
+    )
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert opened(events[-1].b64_json).size == (72, 72)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        ({}, 400, "prompt", "prompt: is missing"),
+        ({"prompt": "a", "promt": "b"}, 400, "promt", "promt: no such field"),
+        ({"prompt": "a", "n": 0}, 400, "n", "n: "),
+        ({"prompt": "a", "n": 4}, 400, "n", "n: 4 is more than the 3"),
+        ({"prompt": "a", "size": "big"}, 400, "size", "WIDTHxHEIGHT"),
+        ({"prompt": "a", "size": "60x64"}, 400, "size", "multiples of 8"),
+        ({"prompt": "a", "size": "256x256"}, 400, "size", "more than 16384 pixels"),
+        ({"prompt": "a", "num_inference_steps": 901}, 400, "num_inference_steps", "more than the 900"),
+        ({"prompt": "a" * 2001}, 400, "prompt", "2001 is more than the 2000"),
+        ({"prompt": "a", "scheduler": "magic"}, 400, "scheduler", "scheduler: "),
+        ({"prompt": "a", "model": "cow"}, 404, "model", "no model 'cow'; there are tiny"),
+        ({"prompt": "a", "model": "../pet"}, 404, "model", "no model 'of that name'"),
+        ({"prompt": "a", "adapters": ["pet", "pet"]}, 400, "adapters", "each may be named once"),
+        ({"prompt": "a", "adapters": ["strange"]}, 400, "adapters", "is for the base 'another', not for 'tiny'"),
+        ({"prompt": "a", "adapters": ["word"], "model": "word"}, 400, "adapters", "each may be named once"),
+        ({"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]}, 400, None, "is a word, which has no strength"),
+        ({"prompt": "a", "response_format": "url"}, 400, "response_format", "b64_json"),
+        ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
+    ],
+)
+def test_bad_requests_are_told_in_openais_words(server: str, body: dict, status: int, param: str | None, words: str):
+    response = httpx.post(f"{server}/v1/images/generations", json=body, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: openai.OpenAI):
+    response = httpx.post(f"{server}/v1/images/generations", content=b"{", timeout=60)
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    response = httpx.get(f"{server}/v1/nothing")
+    assert (response.status_code, response.json()["error"]["message"]) == (404, "Not Found")
+    with pytest.raises(openai.BadRequestError, match="this is no picture that is read"):
+        client.images.edit(image=b"GIF89a", prompt="a cat")
+    with pytest.raises(openai.APIStatusError, match="a request has at most 100000 bytes") as caught:
+        client.images.edit(image=b"0" * 100_001, prompt="a cat")
+    assert caught.value.status_code == 413
+    response = httpx.post(f"{server}/v1/images/edits", data={"prompt": "a"}, timeout=60)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
+
+
+def test_too_many_are_sent_away_with_a_time(server: str):
+    body = {"prompt": "a cat", "num_inference_steps": 900, "n": 3}
+    with httpx.Client(timeout=60) as client:
+        streams = [
+            client.stream("POST", f"{server}/v1/images/generations", json=body | {"stream": True}) for _ in range(6)
+        ]
+        responses = [stream.__enter__() for stream in streams]
+        deadline = time.monotonic() + 30
+        answer = client.post(f"{server}/v1/images/generations", json=body)
+        while answer.status_code != 429 and time.monotonic() < deadline:
+            answer = client.post(f"{server}/v1/images/generations", json=body)
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        assert [response.status_code for response in responses] == [200] * 6
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_who_goes_away_is_drawn_for_no_further(server: str):
+    handle = serve.get_deployment_handle("model-tiny", "ray_sd")
+    body = {"prompt": "leaves", "num_inference_steps": 900, "stream": True}
+    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert any('"step": 5' in line for line in lines)
+    deadline = time.monotonic() + 30
+    steps = []
+    while (time.monotonic() < deadline and len(set(steps[-4:])) != 1) or len(steps) < 4:
+        steps.append(handle.figures.remote().result()["steps"])
+        time.sleep(0.25)
+    assert len(set(steps[-4:])) == 1
+    assert handle.figures.remote().result()["cancelled"] > 0
+    large = body | {"stream": False, "n": 3, "size": "128x128"}  # too much for a second
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server}/v1/images/generations", json=large, timeout=1)
+    time.sleep(3)
+    before = handle.figures.remote().result()["steps"]
+    time.sleep(1)
+    assert handle.figures.remote().result()["steps"] == before

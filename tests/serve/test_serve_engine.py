@@ -1,0 +1,293 @@
+"""The engine, against diffusers' own pipelines, and against itself with other company."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import difference, tiny_config
+
+from ray_sd.config.serve import BatchingConfig
+from ray_sd.errors import ConfigError
+from ray_sd.generate import ImageRequest
+from ray_sd.generate.editing import EditRequest
+from ray_sd.methods import load_adapter
+from ray_sd.models import load_model
+from ray_sd.models.schedulers import SAMPLERS
+from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters, UnknownAdapterError
+from ray_sd.serve.engine import Engine
+from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Queued, Shown, Stepped, Ticket
+
+PLENTY = 2**30
+
+
+@pytest.fixture
+def build(tiny: Path, adapter_folder: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def build_one(memory_limit: int = PLENTY, folder: Path = adapter_folder, **limits: object) -> Engine:
+        model = load_model(tiny_config(tiny))
+        adapters = LoadedAdapters(model, AdapterFolder(folder), memory_limit)
+        engines.append(Engine(model, adapters, BatchingConfig(**limits)))
+        return engines[-1]
+
+    yield build_one
+    for engine in engines:
+        engine.close()
+
+
+class Client:
+    """Orders pictures and waits for what comes of them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.events: list[list] = []
+        self.tickets: list[Ticket] = []
+        self._changed = threading.Condition()
+
+    def order(self, order: Order) -> Ticket:
+        events: list = []
+
+        def listen(event: object) -> None:
+            with self._changed:
+                events.append(event)
+                self._changed.notify_all()
+
+        ticket = self._engine.order(order, listen)
+        self.events.append(events)
+        self.tickets.append(ticket)
+        return ticket
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, seconds)
+
+    def finish(self) -> list:
+        """The last event of each order that was not cancelled."""
+        self.wait(
+            lambda: all(
+                ticket.cancelled or (events and isinstance(events[-1], Drawn | Failed))
+                for ticket, events in zip(self.tickets, self.events, strict=True)
+            )
+        )
+        return [events[-1] if events else None for events in self.events]
+
+
+def draw(engine: Engine, orders: Sequence[Order]) -> list[Image.Image]:
+    client = Client(engine)
+    for order in orders:
+        client.order(order)
+    ended = client.finish()
+    for event in ended:
+        if isinstance(event, Failed):
+            raise event.error
+    return [event.image for event in ended]
+
+
+def plain(tiny: Path, folder: Path, order: Order) -> Image.Image:
+    """What diffusers' own pipeline draws."""
+    request = order.request
+    settings = {} if request.scheduler is None else {"scheduler": {"sampler": request.scheduler}}
+    model = load_model(tiny_config(tiny, **settings))
+    for name, weight in order.adapters:
+        load_adapter(model, folder / name, weight, allow_other_base=True)
+    pipeline = model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        height=request.height,
+        width=request.width,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+
+
+MIXED = [
+    Order(ImageRequest("a cat", seed=1, num_inference_steps=5)),
+    Order(ImageRequest("a dog", "bad", seed=2, num_inference_steps=8, guidance_scale=3.0, scheduler="euler")),
+    Order(ImageRequest("an owl", seed=3, num_inference_steps=4, guidance_scale=1.0, scheduler="dpmpp_2m")),
+    Order(ImageRequest("an owl", seed=3, num_inference_steps=6, scheduler="unipc", height=64, width=96)),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=5), (("lora", 1.0),)),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=7), (("wide", 0.6), ("lora", -0.5))),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=5, scheduler="euler_ancestral"), (("reads", 1.0),)),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=5), (("word", 1.0),)),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=5), (("other-word", 1.0), ("lora", 0.7))),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=5), (("dora", 0.8),)),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=5), (("loha", 1.0),)),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=4), (("oft", 1.0), ("lora", 1.0))),
+]
+
+
+def test_mixed_pictures_equal_the_plain_pipelines_whatever_they_are_drawn_with(build, tiny: Path, adapter_folder: Path):
+    together = draw(build(), MIXED)
+    alone = build(max_rows=1)
+    for order, picture in zip(MIXED, together, strict=True):
+        expected = plain(tiny, adapter_folder, order)
+        assert difference(picture, expected) <= 1, order
+        assert difference(draw(alone, [order])[0], picture) <= 1, order
+    assert len({np.asarray(picture).tobytes() for picture in together}) == len(MIXED)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_keeps_its_own_state(build, tiny: Path, adapter_folder: Path, sampler: str):
+    orders = [
+        Order(ImageRequest("a cat", seed=seed, num_inference_steps=steps, scheduler=sampler))
+        for seed, steps in enumerate((4, 7, 9))
+    ]
+    for order, picture in zip(orders, draw(build(), orders), strict=True):
+        assert difference(picture, plain(tiny, adapter_folder, order)) <= 1
+
+
+def test_pictures_enter_and_leave_between_steps(build):
+    engine = build()
+    client = Client(engine)
+    client.order(Order(ImageRequest("long", num_inference_steps=400, guidance_scale=1.0)))
+    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[0]))
+    client.order(Order(ImageRequest("short", num_inference_steps=3, guidance_scale=1.0)))
+    client.wait(lambda: bool(client.events[1]) and isinstance(client.events[1][-1], Drawn))
+    last = client.events[0][-1]
+    assert isinstance(last, Stepped)
+    assert last.steps == 400
+    client.tickets[0].cancel()
+    assert engine.figures.rows > engine.figures.steps  # some steps had both
+
+
+def test_unguided_pictures_cost_one_row(build):
+    engine = build()
+    draw(engine, [Order(ImageRequest("a", num_inference_steps=4, guidance_scale=1.0))])
+    assert (engine.figures.steps, engine.figures.rows) == (4, 4)
+    draw(engine, [Order(ImageRequest("a", num_inference_steps=4))])
+    assert (engine.figures.steps, engine.figures.rows) == (8, 12)
+
+
+def test_a_cancelled_picture_takes_no_more_steps(build):
+    engine = build()
+    client = Client(engine)
+    ticket = client.order(Order(ImageRequest("a cat", num_inference_steps=900)))
+    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[0]))
+    ticket.cancel()
+    before = engine.figures.steps
+    end = time.monotonic() + 20
+    while engine.busy and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not engine.busy
+    assert engine.figures.steps <= before + 1
+    assert engine.figures.cancelled == 1
+    assert not isinstance(client.events[0][-1], Drawn | Failed)
+
+
+def test_a_deadline_ends_a_picture_and_no_other(build):
+    engine = build()
+    client = Client(engine)
+    client.order(Order(ImageRequest("a cat", num_inference_steps=900), deadline=time.monotonic() + 0.5))
+    client.order(Order(ImageRequest("a cat", num_inference_steps=5)))
+    late, fine = client.finish()
+    assert isinstance(late.error, DeadlineError)
+    assert isinstance(fine, Drawn)
+
+
+def test_looks_on_the_way_come_spread_over_the_steps(build):
+    client = Client(build())
+    client.order(Order(ImageRequest("a cat", num_inference_steps=8), partial_images=3))
+    client.finish()
+    events = client.events[0]
+    assert isinstance(events[0], Queued)
+    assert [event.number for event in events if isinstance(event, Shown)] == [0, 1, 2]
+    shown = [event.image for event in events if isinstance(event, Shown)]
+    assert len({np.asarray(image).tobytes() for image in shown}) == 3
+    apart = [np.abs(np.asarray(image, float) - np.asarray(events[-1].image, float)).mean() for image in shown]
+    assert apart[2] < apart[0]  # they come nearer to what it becomes
+    assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, 9))
+
+
+def test_the_same_picture_is_drawn_once(build):
+    engine = build()
+    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=40))
+    first, second = draw(engine, [order, order])
+    assert first is second
+    assert engine.figures.steps == 40
+    [third] = draw(engine, [order])
+    assert third is first
+    assert (engine.figures.steps, engine.figures.results_found, engine.figures.pictures) == (40, 2, 1)
+    draw(engine, [Order(ImageRequest("a cat", seed=8, num_inference_steps=2))])
+    assert engine.figures.prompts_encoded == 2
+    assert engine.figures.prompts_found == 2
+
+
+def test_a_picture_that_two_want_goes_on_when_one_leaves(build):
+    client = Client(build())
+    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=60))
+    first = client.order(order)
+    client.order(order)
+    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[1]))
+    first.cancel()
+    assert isinstance(client.finish()[1], Drawn)
+
+
+def test_too_many_are_told_when_to_come_back(build):
+    engine = build(max_waiting=3, max_rows=2)
+    client = Client(engine)
+    orders = [Order(ImageRequest("a cat", seed=seed, num_inference_steps=900)) for seed in range(10)]
+    with pytest.raises(EngineBusyError) as caught:
+        list(map(client.order, orders))
+    assert caught.value.waiting == 3
+    assert caught.value.retry_after >= 1
+    for ticket in client.tickets:
+        ticket.cancel()
+    end = time.monotonic() + 20
+    while engine.busy and time.monotonic() < end:
+        time.sleep(0.01)
+    draw(engine, [Order(ImageRequest("a cat", num_inference_steps=2))])
+
+
+def test_errors_reach_who_asked_and_no_other(build):
+    engine = build()
+    client = Client(engine)
+    client.order(Order(ImageRequest("a cat", num_inference_steps=5), (("nobody", 1.0),)))
+    client.order(Order(ImageRequest("a cat", num_inference_steps=2000)))
+    client.order(Order(ImageRequest("a cat", num_inference_steps=5)))
+    client.order(Order(ImageRequest("a cat", num_inference_steps=5, height=60)))
+    missing, steps, fine, size = client.finish()
+    assert isinstance(missing.error, UnknownAdapterError)
+    assert isinstance(steps.error, ConfigError)
+    assert isinstance(size.error, ConfigError)
+    assert isinstance(fine, Drawn)
+    assert engine.healthy
+
+
+def test_adapters_wait_for_room(build, tiny: Path, adapter_folder: Path):
+    names = ("lora", "wide", "reads")
+    probe = LoadedAdapters(load_model(tiny_config(tiny)), AdapterFolder(adapter_folder), PLENTY)
+    sizes = []
+    for name in names:
+        probe.release(probe.acquire(((name, 1.0),)))
+        sizes.append(probe.bytes)
+    engine = build(memory_limit=sizes[1])
+    orders = [
+        Order(ImageRequest("a cat", seed=seed, num_inference_steps=6), ((name, 1.0),))
+        for seed in range(2)
+        for name in names
+    ]
+    pictures = draw(engine, orders)
+    for order, picture in zip(orders, pictures, strict=True):
+        assert difference(picture, plain(tiny, adapter_folder, order)) <= 1
+
+
+def test_edits_are_batched_with_the_rest(build):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    orders = [
+        Order(EditRequest("a cat", seed=1, num_inference_steps=6, image=photo, strength=0.5)),
+        Order(EditRequest("a cat", seed=1, num_inference_steps=6, image=photo, mask=mask, strength=1.0)),
+        Order(ImageRequest("a cat", seed=1, num_inference_steps=6)),
+    ]
+    together, engine = draw(build(), orders), build()
+    for order, picture in zip(orders, together, strict=True):
+        assert difference(draw(engine, [order])[0], picture) <= 1
