@@ -59,7 +59,8 @@ class ZeroConfig(Schema):
     """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters; null is 1, or 0 with an optimizer that needs
     every parameter whole (`adafactor`, `prodigy`)."""
     offload: bool = False
-    """Keep optimizer state in the machine's memory instead of the GPU's."""
+    """Keep optimizer state in the machine's memory instead of the GPU's. DeepSpeed compiles an optimizer for it: needs a C++
+    compiler and `pip install 'ray-sd[offload]'`."""
     param_persistence_threshold: int = Field(100_000, ge=0)
     """Stage 3: parameters smaller than this stay gathered."""
 
