@@ -67,6 +67,7 @@ def video(
     with av.open(stream, "w", format=kind, options=options) as container:
         track = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         track.pix_fmt = pixels
+        track.codec_context.thread_count = 1  # else the bytes depend on the number of cores
         if rotation is not None:
             track.set_display_rotation(rotation, hflip=mirrored)
         silence = container.add_stream("libopus", rate=48000) if sound else None

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import prepare
 from pydantic import ValidationError
 from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
-from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
+from ray_sd.data import PreparedData, training_batches, validation_batches
 from ray_sd.data.buckets import bucket_of
 from ray_sd.data.lanes import LaneReader, lanes_of
 
@@ -84,7 +85,7 @@ def test_windows_of_the_autoencoder_fit_into_the_smallest_size(tmp_path: Path, c
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, ray_cluster: None) -> Path:
+def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, (size, count) in SHAPES.items():
@@ -94,7 +95,9 @@ def pictures(tmp_path: Path, ray_cluster: None) -> Path:
     return folder
 
 
-def test_batches_are_of_one_bucket_and_epochs_of_all_rows_on_any_number_of_workers(pictures: Path, configure: Callable):
+def test_batches_are_of_one_bucket_and_epochs_of_all_rows_on_any_number_of_workers(
+    pictures: Path, configure: Callable, ray_cluster: None
+):
     config = configure(pictures, resolution=32, buckets=SMALL, trainer={"batch_size": 4})
     data = prepare(config, LATENTS)
     assert data.summary.buckets == {"   24 x    40": 7, "   32 x    32": 9, "   40 x    24": 5}

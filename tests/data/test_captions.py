@@ -3,10 +3,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from in_process import prepare
 from sample_pictures import LATENTS, noise_png
 
 from ray_sd.config.dataset import CaptionConfig
-from ray_sd.data import prepare
 from ray_sd.data.captions import written_captions
 from ray_sd.data.reader import RowReader
 from ray_sd.models import load_model
@@ -68,9 +68,7 @@ def test_another_separator_separates():
     assert set(captions) == {"a | b c", "a| b c", "b c| a"}
 
 
-def test_epochs_draw_among_versions_and_validation_takes_the_caption_itself(
-    tmp_path: Path, configure: Callable, ray_cluster: None
-):
+def test_epochs_draw_among_versions_and_validation_takes_the_caption_itself(tmp_path: Path, configure: Callable):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.png").write_bytes(noise_png(0))
     (tmp_path / "pictures" / "1.txt").write_text("a, b, c")

@@ -1,6 +1,7 @@
 """Rows that are clips, from videos to batches."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from in_process import prepare
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sample_pictures import encoded, noise_png
@@ -25,7 +27,8 @@ from sample_videos import clip_experiment, counted, numbered, read_number, shift
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
+from ray_sd.data import PreparedData, training_batches, validation_batches
+from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.lanes import LaneReader, lanes_of, to_tensors
 from ray_sd.data.locations import Location, locate
 from ray_sd.data.reader import RowReader
@@ -80,7 +83,6 @@ def source_rows(source: dict[str, Any], **dataset: Any) -> dict[str, SourceRow]:
     return {row.id or row.path: row for row in rows}
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_row_is_a_clip_and_its_frames_are_those_of_its_video(folder: Path, configure: Callable):
     config = configure(folder, method="temporal_decoder")
     data = prepare(config, PIXELS)
@@ -92,7 +94,6 @@ def test_a_row_is_a_clip_and_its_frames_are_those_of_its_video(folder: Path, con
     }
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_clips_are_encoded_as_the_model_itself_encodes_them(folder: Path, configure: Callable):
     """Frames in several parts, and two clips together."""
     for frames_at_once in (3, 8):
@@ -107,17 +108,18 @@ def test_clips_are_encoded_as_the_model_itself_encodes_them(folder: Path, config
             scaled = torch.tensor(frames).float() / 127.5 - 1
             mean, std = model.encode_images(scaled)
             embedding = model.embed_images(scaled[:1])
-        assert np.allclose(row["latent_mean"], mean, atol=1e-5)
-        assert np.allclose(row["latent_std"], std, atol=1e-5)
-        assert np.allclose(row["image_embeds"], embedding[0], atol=1e-5)
+        # Other numbers of frames at once are added up in another order; other frames differ by more than 1e-2.
+        assert np.allclose(row["latent_mean"], mean, atol=1e-4)
+        assert np.allclose(row["latent_std"], std, atol=1e-4)
+        assert np.allclose(row["image_embeds"], embedding[0], atol=1e-4)
+        assert min(np.abs(one - other).max() for one, other in itertools.combinations(row["latent_mean"], 2)) > 1e-2
         assert (row["condition_pixels"] == frames[[0, -1]]).all()
-        assert len({array.tobytes() for array in row["latent_mean"]}) == 4
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_batches_hold_what_a_video_model_takes(folder: Path, configure: Callable):
     config = configure(folder, "trainer.batch_size=3", "dataset.holdout=2", "trainer.validation.num_timesteps=4")
-    data = prepare(config, CLIPS)
+    data = prepare_by_ray(config, CLIPS)
     [batch] = training_batches(data, config, CLIPS, 0, 0, 1)
     assert {name: (tuple(values.shape), values.dtype) for name, values in batch.items()} == {
         "latent_mean": ((3, 4, 4, 6, 8), torch.float32),
@@ -145,7 +147,6 @@ def test_batches_hold_what_a_video_model_takes(folder: Path, configure: Callable
         assert model.loss(held_out[0]).isfinite().all()
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_workers_read_the_same_clips_whatever_their_number(folder: Path, configure: Callable):
     config = configure(folder, "trainer.batch_size=4", "dataset.flip=true", "dataset.video.start=random")
     data = prepare(config, CLIPS)
@@ -167,7 +168,6 @@ def test_workers_read_the_same_clips_whatever_their_number(folder: Path, configu
     assert len({clip.numpy().tobytes() for batch in alone for clip in batch["latent_mean"]}) > 12
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_progress_counts_clips_alone(
     folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -180,7 +180,6 @@ def test_progress_counts_clips_alone(
     assert told[-1] == 3 * summary.encoded == 18
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_only_what_changes_frames_is_encoded_again(folder: Path, configure: Callable, caplog: pytest.LogCaptureFixture):
     def counts(*settings: str) -> tuple[int, int]:
         summary = prepare(configure(folder, *settings, method="temporal_decoder"), PIXELS).summary
@@ -213,7 +212,6 @@ def test_only_what_changes_frames_is_encoded_again(folder: Path, configure: Call
     assert counts("dataset.video.start={name: random, num_variants: 3}") == (0, 6)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_clips_with_other_condition_frames_share_nothing(folder: Path, configure: Callable):
     config = configure(folder)
     shapes = []
@@ -260,7 +258,6 @@ def test_clips_of_another_format_share_nothing(
     assert not set(folders()) & set(before)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_what_is_cached_is_held_against_the_limits_as_well(folder: Path, configure: Callable, rejected: Callable):
     (folder / "long.mp4").write_bytes(counted(60))
     config = configure(folder, method="temporal_decoder")
@@ -273,7 +270,6 @@ def test_what_is_cached_is_held_against_the_limits_as_well(folder: Path, configu
     assert rejected(summary) == {"long.mp4": "lasts more than dataset.video.max_seconds=5: at least 6.0 s"}
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_still_videos_are_left_out_without_counting_as_rejected(
     tmp_path: Path, configure: Callable, rejected: Callable
 ):
@@ -299,7 +295,6 @@ def test_still_videos_are_left_out_without_counting_as_rejected(
         prepare(configure(folder, "dataset.video.min_motion=2", method="temporal_decoder"), PIXELS)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_each_clip_is_judged_by_its_own_motion(tmp_path: Path, configure: Callable, rejected: Callable):
     """Videos of which a half stands still, the first one or the second, and one that stands still as a whole."""
     folder = tmp_path / "videos"
@@ -337,7 +332,6 @@ def test_each_clip_is_judged_by_its_own_motion(tmp_path: Path, configure: Callab
     assert buckets.min() >= config.dataset.video.motion_bucket(0.05)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_still_videos_neither_excuse_broken_ones_nor_are_blamed_for_them(tmp_path: Path, configure: Callable):
     """One broken video of three that are wanted is a third, whatever else is left out."""
     folder = tmp_path / "videos"
@@ -358,7 +352,6 @@ def test_still_videos_neither_excuse_broken_ones_nor_are_blamed_for_them(tmp_pat
     assert str(summary).endswith(f"; rejected 1, listed in {summary.rejected_file}")
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_motion_becomes_the_bucket_and_one_bucket_can_stand_for_all(tmp_path: Path, configure: Callable):
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -381,7 +374,6 @@ def test_motion_becomes_the_bucket_and_one_bucket_can_stand_for_all(tmp_path: Pa
     assert {row["motion_bucket_id"] for row in read_all(prepare(fixed, CLIPS), fixed, CLIPS).values()} == {127}
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_every_source_gives_the_same_clips(tmp_path: Path, configure: Callable):
     frames = [numbered(number) for number in range(20)]
     data = video(frames)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import ray._private.state
 import torch
+from in_process import prepare
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, prepare, training_batches, validation_batches
+from ray_sd.data import PreparedData, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, Lanes, lanes_of, to_tensors
 from ray_sd.data.order import draw, epoch_order, row_seed
 from ray_sd.models import load_model
@@ -102,7 +104,7 @@ def test_draws_are_uniform_and_differ_by_purpose():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten pictures beside a cache in which all that these tests read gets encoded."""
     return captioned_pictures(tmp_path_factory.mktemp("lanes") / "pictures")
 
@@ -139,7 +141,7 @@ def test_workers_read_the_same_rows_whatever_their_number(pictures: Path):
                 assert torch.equal(joined(parts, name), alone[step][name])
 
 
-def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictures: Path):
+def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictures: Path, ray_cluster: None):
     trainer = {"batch_size": 4, "num_workers": 2, "micro_batch_size": 1}
     data, config = prepared(pictures, PIXELS, trainer, flip=True, crop={"name": "random", "num_variants": 2})
     whole, resumed = (list(training_batches(data, config, PIXELS, 1, start, 100)) for start in (0, 97))
@@ -151,17 +153,25 @@ def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictu
         assert torch.equal(joined(whole[194:], name), joined(resumed, name))
 
 
-def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path):
+def readers() -> set[str]:
+    """The actors that read lanes now."""
+    actors = ray._private.state.actors()  # what ray.util.state tells needs a dashboard
+    return {
+        name for name, actor in actors.items() if "LaneReader" in actor["ActorClassName"] and actor["State"] != "DEAD"
+    }
+
+
+def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path, ray_cluster: None):
     data, config = prepared(pictures, PIXELS, {"batch_size": 4})
-    before = ray.available_resources()["CPU"]
+    before = readers()
     batches = training_batches(data, config, PIXELS, 0, 0, 10_000)
     next(batches)
-    assert ray.available_resources()["CPU"] < before
+    [reader] = readers() - before
     batches.close()
     deadline = time.monotonic() + 60
-    while ray.available_resources()["CPU"] < before and time.monotonic() < deadline:
+    while reader in readers() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert ray.available_resources()["CPU"] == before
+    assert reader not in readers()
 
 
 def test_epochs_draw_among_the_variants(pictures: Path):
@@ -175,7 +185,7 @@ def test_epochs_draw_among_the_variants(pictures: Path):
     assert Counter(len(pictures) for pictures in seen.values())[2] >= 8
 
 
-def test_epochs_draw_among_the_captions_of_a_row(tmp_path: Path, ray_cluster: None):
+def test_epochs_draw_among_the_captions_of_a_row(tmp_path: Path):
     folder = captioned_pictures(tmp_path / "pictures")
     for file in folder.glob("*.txt"):
         file.unlink()

@@ -6,17 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import prepare, training_batches
 from PIL import Image
 from sample_pictures import LATENTS, noise_png
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
-from ray_sd.data import prepare, training_batches, validation_batches
+from ray_sd.data import validation_batches
 from ray_sd.data.encode import low_res
 from ray_sd.data.reader import RowReader
 from ray_sd.models import load_model
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture

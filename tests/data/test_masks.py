@@ -3,20 +3,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import prepare
 from PIL import Image
 from pydantic import ValidationError
 from sample_pictures import LATENTS, encoded, noise_png
 
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import check_masks, prepare
+from ray_sd.data import check_masks
 from ray_sd.data.encode import latent_mask
 from ray_sd.data.examine import source_rows
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import list_source
 from ray_sd.data.sources.masks import mask_name
 from ray_sd.errors import ConfigError
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def half(mode: str, size: tuple[int, int] = (32, 16)) -> Image.Image:

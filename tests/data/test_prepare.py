@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from in_process import prepare
 from PIL import Image
 from sample_pictures import LATENTS, PIXELS, TINY_MODEL, bomb_png, captioned_pictures, encoded, experiment, noise_png
 from tiny_models import save_tiny_model
@@ -19,7 +20,8 @@ from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.config.load import load_config
 from ray_sd.config.model import ComponentSource
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, RowIndex, prepare
+from ray_sd.data import PreparedData, RowIndex
+from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.encode import ImageEncoder, add_time_ids
 from ray_sd.data.examine import PICTURE
 from ray_sd.data.reader import RowReader
@@ -28,8 +30,6 @@ from ray_sd.errors import ArtifactError, ConfigError, DataError
 from ray_sd.models import load_model
 
 CAPTIONED_PIXELS = RowSpec(images="pixels", text="tokens", caption_dropout=0.0)
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def read_all(index: RowIndex, config: Any, rows: RowSpec) -> dict[str, dict[str, np.ndarray]]:
@@ -48,18 +48,25 @@ def counts(prepared: PreparedData) -> tuple[int, int]:
 def encoded_folder(
     tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> tuple[ExperimentConfig, PreparedData]:
+    """Pictures and captions, encoded by Ray's actors with an autoencoder that the command names from where it runs."""
     path = tmp_path_factory.mktemp("encoded")
+    save_tiny_model(path / "models" / "tiny")
     config = experiment(
         path / "cache", captioned_pictures(path / "pictures"), encode={"dtype": "float32", "batch_size": 4}
     )
-    return config, prepare(config, LATENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)  # actors run in another folder
+        prepared = prepare_by_ray(with_autoencoder(config, "models/tiny"), LATENTS)
+    return with_autoencoder(config, path / "models" / "tiny"), prepared
+
+
+def with_autoencoder(config: ExperimentConfig, path: Path | str) -> ExperimentConfig:
+    model = config.model.model_copy(update={"vae": ComponentSource(path=str(path))})
+    return config.model_copy(update={"model": model})
 
 
 def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(encoded_folder: tuple):
-    import torch
-
-    from ray_sd.models import load_model
-
+    """Also where the command's folder is another than the actors'."""
     config, prepared = encoded_folder
     assert counts(prepared) == (10, 0)
     assert (prepared.summary.texts, prepared.summary.texts_encoded) == (11, 11)  # the empty caption is always there
@@ -72,9 +79,13 @@ def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(enco
     with torch.inference_mode():
         mean, std = model.encode_images(pixels)
         text = model.encode_text(model.tokenize(["picture number 7"]))["text_embeds"]
-    assert np.allclose(rows["7.png"]["latent_mean"], mean[0], atol=1e-5)
-    assert np.allclose(rows["7.png"]["latent_std"], std[0], atol=1e-5)
-    assert np.allclose(rows["7.png"]["text_embeds"], text[0], atol=1e-5)
+    # Four pictures at once, and on other threads, are added up in another order.
+    assert np.allclose(rows["7.png"]["latent_mean"], mean[0], atol=1e-4)
+    assert np.allclose(rows["7.png"]["latent_std"], std[0], atol=1e-4)
+    assert np.allclose(rows["7.png"]["text_embeds"], text[0], atol=1e-4)
+    others = [rows[name] for name in rows if name != "7.png"]
+    for name in ("latent_mean", "text_embeds"):
+        assert min(np.abs(rows["7.png"][name] - other[name]).max() for other in others) > 1e-2
 
 
 def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configure: Callable, tmp_path: Path):
@@ -89,8 +100,8 @@ def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configur
     model = load_model(xl, {"text_encoder", "tokenizer"})
     with torch.inference_mode():
         expected = model.encode_text(model.tokenize(["a wide picture"]))
-    assert np.allclose(rows["text_embeds"], expected["text_embeds"], atol=1e-5)
-    assert np.allclose(rows["pooled_text_embeds"], expected["pooled_text_embeds"], atol=1e-5)
+    assert np.allclose(rows["text_embeds"], expected["text_embeds"], atol=1e-4)
+    assert np.allclose(rows["pooled_text_embeds"], expected["pooled_text_embeds"], atol=1e-4)
     # The middle of 40 x 20 pixels at 16 x 16: scaled by 0.8, cut 8 pixels from the left.
     assert rows["add_time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]]
     dropped = RowReader(index, replace(LATENTS, caption_dropout=1.0), config).read([0], [0])
@@ -201,23 +212,9 @@ def test_latents_that_are_not_finite_are_rejected():
 
 
 def test_an_encoder_that_cannot_be_loaded_is_told_in_words(folder: Path, configure: Callable, tmp_path: Path):
-    config = configure(folder)
     save_tiny_model(tmp_path / "tiny")
-    vae = ComponentSource(path=str(tmp_path / "tiny" / "unet"))
-    model = config.model.model_copy(update={"vae": vae})
     with pytest.raises(ArtifactError, match="holds a UNet2DConditionModel; the vae must be a AutoencoderKL"):
-        prepare(config.model_copy(update={"model": model}), LATENTS)
-
-
-def test_encoders_are_found_from_the_folder_where_the_command_runs(
-    folder: Path, configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Actors run in another one."""
-    save_tiny_model(tmp_path / "models" / "tiny")
-    monkeypatch.chdir(tmp_path)
-    config = configure(folder)
-    model = config.model.model_copy(update={"vae": ComponentSource(path="models/tiny")})
-    assert prepare(config.model_copy(update={"model": model}), LATENTS).summary.encoded > 0
+        prepare(with_autoencoder(configure(folder), tmp_path / "tiny" / "unet"), LATENTS)
 
 
 def test_flips_are_added_to_what_the_cache_has(folder: Path, configure: Callable):
@@ -262,11 +259,13 @@ def test_a_damaged_view_is_made_again(folder: Path, configure: Callable):
     assert counts(prepare(config, PIXELS)) == (0, 10)
 
 
-def test_rows_are_in_the_order_of_their_ids_however_many_tasks_read_them(configure: Callable, tmp_path: Path):
+def test_rows_are_in_the_order_of_their_ids_however_many_tasks_read_them(
+    configure: Callable, tmp_path: Path, ray_cluster: None
+):
     table = pa.table({"image": [noise_png(i) for i in range(40)], "name": [f"{(i * 7) % 40:02}" for i in range(40)]})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)
     source = {"name": "parquet", "path": str(tmp_path / "x.parquet"), "id_column": "name"}
-    index = prepare(configure(source, encode={"rows_per_shard": 7}), PIXELS).train.load()
+    index = prepare_by_ray(configure(source, encode={"rows_per_shard": 7}), PIXELS).train.load()
     assert index.ids.to_pylist() == [f"{i:02}" for i in range(40)]
 
 

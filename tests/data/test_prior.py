@@ -4,22 +4,24 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import in_process
 import pytest
 import torch
+from in_process import prepare, training_batches
 from PIL import Image
 from sample_pictures import experiment
 from tiny_models import save_tiny_model
 
+from ray_sd import data as by_ray
 from ray_sd.config import ExperimentConfig
-from ray_sd.data import check_class_folder, prepare, training_batches
+from ray_sd.data import check_class_folder
 from ray_sd.data.prior import class_data
 from ray_sd.data.prune import list_cache
 from ray_sd.errors import ConfigError
 from ray_sd.generate import read_parameters
 from ray_sd.methods import build_method
-
-pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture
@@ -45,10 +47,20 @@ def pictures(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))}
 
 
-def test_missing_class_pictures_are_drawn_once_and_one_goes_with_each_row(dreambooth: Callable, tmp_path: Path):
+@pytest.fixture(params=[in_process, pytest.param(by_ray, marks=pytest.mark.slow)], ids=["in this process", "by Ray"])
+def place(request: pytest.FixtureRequest) -> ModuleType:
+    """Where class pictures are drawn and rows are prepared and read."""
+    if request.param is by_ray:
+        request.getfixturevalue("ray_cluster")
+    return request.param
+
+
+def test_missing_class_pictures_are_drawn_once_and_one_goes_with_each_row(
+    place: ModuleType, dreambooth: Callable, tmp_path: Path
+):
     config = dreambooth()
     rows = build_method(config.method).rows()
-    data = prepare(config, rows)
+    data = place.prepare(config, rows)
     assert (data.train.num_rows, data.prior.num_rows) == (10, 3)
     [folder] = (tmp_path / "cache" / "class").iterdir()
     drawn = pictures(folder)
@@ -58,11 +70,11 @@ def test_missing_class_pictures_are_drawn_once_and_one_goes_with_each_row(dreamb
     assert data.train.load().captions.to_pylist() == [["a sks cat"]] * 10
     assert data.prior.load().captions.to_pylist() == [["a cat"], ["a dog"], ["a cat"]]
 
-    assert prepare(config, rows).prior == data.prior
+    assert place.prepare(config, rows).prior == data.prior
     assert pictures(folder) == drawn
     assert ("class/" + folder.name, 3) in [(cached.name, cached.rows) for cached in list_cache(config.cache_path)]
 
-    batches = list(training_batches(data, config, rows, 0, 0, 6))
+    batches = list(place.training_batches(data, config, rows, 0, 0, 6))
     names = {name for name in batches[0] if not name.startswith("class_")}
     assert {name for name in batches[0] if name.startswith("class_")} == {f"class_{name}" for name in names}
     assert batches[0]["class_latent_mean"].shape == batches[0]["latent_mean"].shape == (2, 4, 8, 8)

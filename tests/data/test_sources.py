@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_process import prepare
 from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data import prepare
 from ray_sd.data.examine import source_rows
 from ray_sd.data.locations import Location
 from ray_sd.data.sources import SourceRow, list_source

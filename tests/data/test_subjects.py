@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from in_process import in_process, prepare
 from PIL import Image
 from sample_pictures import PIXELS, bomb_png, encoded, noise_png
 from subject_pictures import BLUE, RED, find, overlap, rectangle
@@ -16,7 +17,8 @@ from subject_pictures import BLUE, RED, find, overlap, rectangle
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import finders, prepare, subjects
+from ray_sd.data import finders, subjects
+from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.crops import variants
 from ray_sd.data.decode import Layers
 from ray_sd.data.examine import Examination, examine
@@ -69,7 +71,6 @@ def lines(summary: Any) -> dict[str, dict]:
     return {line["id"]: line for line in map(json.loads, file.read_text().splitlines())}
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_pictures_are_cut_to_their_subject_and_the_others_from_the_middle(
     scenes: Path, configure: Callable, stored: Callable
 ):
@@ -95,7 +96,6 @@ def test_pictures_are_cut_to_their_subject_and_the_others_from_the_middle(
     assert told["a.png"]["window"] == pytest.approx(cut["a.png"]["box"], abs=0.1)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_what_was_found_is_told_again_when_all_is_cached(scenes: Path, configure: Callable):
     config = configure(scenes, crop="subject")
     first = prepare(config, PIXELS).summary
@@ -110,7 +110,6 @@ def test_what_was_found_is_told_again_when_all_is_cached(scenes: Path, configure
     assert lines(again) == told
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_cached_pictures_are_not_searched_again(scenes: Path, configure: Callable, monkeypatch: pytest.MonkeyPatch):
     class NoFinder:
         def __init__(self, crop: SubjectCrop) -> None: ...
@@ -122,9 +121,10 @@ def test_cached_pictures_are_not_searched_again(scenes: Path, configure: Callabl
     listing, kinds = list_source(config), variants(config)
 
     def run(known: list[bytes]) -> list[dict]:
-        keys = ray.put(np.sort(np.array(known, dtype="S16")))
-        examination = Examination(listing.read, config, kinds, False, keys)
-        return pa.concat_tables(examine(listing.units[0], examination=examination)).to_pylist()
+        with in_process():
+            keys = ray.put(np.sort(np.array(known, dtype="S16")))
+            examination = Examination(listing.read, config, kinds, False, keys)
+            return pa.concat_tables(examine(listing.units[0], examination=examination)).to_pylist()
 
     encoded_now = run([])
     assert sum(row["key"] is not None for row in encoded_now) == 4
@@ -134,7 +134,6 @@ def test_cached_pictures_are_not_searched_again(scenes: Path, configure: Callabl
         run([row["key"] for row in encoded_now[1:]])
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_another_margin_cuts_anew_beside_other_crops_in_one_cache(scenes: Path, configure: Callable):
     center = pictures(prepare(configure(scenes), PIXELS), configure(scenes))
     found = {}
@@ -163,24 +162,23 @@ def test_a_detector_searches_in_actors_what_can_be_read(
     (scenes / "empty.png").write_bytes(b"")
     crop = {"name": "subject", "detector": {"path": detector, "batch_size": 3}, "max_enlargement": 100.0}
     config = configure(scenes, crop=crop, flip=True, max_rejected_fraction=0.5)
-    prepared = prepare(config, LATENTS_ONLY)
+    prepared = prepare_by_ray(config, LATENTS_ONLY)
     assert set(rejected(prepared.summary)) == {"bomb.png", "empty.png"}
     cut = stored(config)
     assert set(cut) == {*OBJECTS, "large.jpg", "nothing.png"}
     assert {name: row["subject_label"] for name, row in cut.items()}["large.jpg"] == "dog"
-    # How well the tiny detector boxes differs between processors; sideways it would miss altogether.
-    assert overlap(cut["large.jpg"]["subject"], (1200, 300, 2000, 1100)) > 0.25
+    # Shown sideways, or in pixels of what was shown to the model, there would be no overlap at all.
+    assert overlap(cut["large.jpg"]["subject"], (1200, 300, 2000, 1100)) > 0.5
     assert all(cut[name]["subject_label"] == "cat" for name in OBJECTS)
     (alone,) = find(crop | {"detector": detector}, Image.open(scenes / "a.png"))
-    assert cut["a.png"]["subject"] == pytest.approx(alone.box, abs=0.01)
-    assert cut["a.png"]["subject_score"] == pytest.approx(alone.score, abs=1e-5)
+    assert cut["a.png"]["subject"] == pytest.approx(alone.box, abs=0.1)
+    assert cut["a.png"]["subject_score"] == pytest.approx(alone.score, abs=1e-3)
     assert lines(prepared.summary)["a.png"]["label"] == "cat"
 
     again = prepare(configure(scenes, crop=crop, max_rejected_fraction=0.5), LATENTS_ONLY)
     assert (again.summary.encoded, again.summary.reused) == (0, 5)
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_the_contact_sheet_shows_box_window_and_crop(scenes: Path, configure: Callable):
     for name in ("b.png", "c.png", "nothing.png"):
         (scenes / name).unlink()

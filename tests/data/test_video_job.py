@@ -1,15 +1,16 @@
-"""Whole videos, from a prompt to files, by actors."""
+"""Whole videos, from a prompt to files, by actors of Ray or by what stands in for them."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from in_process import Actors
 from PIL import Image
 from tiny_models import difference
 from torch import nn
@@ -21,9 +22,10 @@ from ray_sd.data import stages, text_to_video
 from ray_sd.data.generation import next_number
 from ray_sd.data.locations import locate
 from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
-from ray_sd.data.text_to_video import VideosResult, make_videos
+from ray_sd.data.text_to_video import make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import read_frames, read_parameters, read_video_parameters
+from ray_sd.generate.text_to_video import Plan, VideoRequest
 from ray_sd.methods import weights
 from ray_sd.models import load_model
 
@@ -52,6 +54,20 @@ def configure(tmp_path: Path) -> Callable[..., TextToVideoConfig]:
         return load_config([*common, *settings], TextToVideoConfig)
 
     return build
+
+
+@pytest.fixture
+def here() -> Iterator[Actors]:
+    """All stages work in this process, when what they make is asked for."""
+    actors = Actors()
+    with actors.instead_of_ray():
+        yield actors
+
+
+@pytest.fixture(params=["in this process", pytest.param("by Ray", marks=pytest.mark.slow)])
+def anywhere(request: pytest.FixtureRequest) -> None:
+    """Stages work in this process, or as actors in processes of their own."""
+    request.getfixturevalue("ray_cluster" if request.param == "by Ray" else "here")
 
 
 @pytest.fixture
@@ -108,16 +124,12 @@ def largest_difference(one: Path, other: Path) -> int:
     return max(difference(*pair) for pair in zip(*frames, strict=True))
 
 
-def first(result: VideosResult, stage: str) -> tuple[float, float]:
-    """When a stage began with the first video, and when it ended."""
-    spans = [span for span in result.spans if span.stage == stage and span.video == 0]
-    return min(span.began for span in spans), max(span.ended for span in spans)
+def at_work(spans: list[stages.Span], stage: str) -> list[int]:
+    """On which videos a stage worked, in order."""
+    return [span.video for span in sorted(spans, key=lambda span: span.began) if span.stage == stage]
 
 
-@pytest.mark.slow
-def test_two_videos_with_all_their_stages(
-    configure: Callable, lines: list, bars: list, tmp_path: Path, ray_cluster: None
-):
+def test_two_videos_with_all_their_stages(configure: Callable, lines: list, bars: list, tmp_path: Path, anywhere: None):
     config = configure("num_videos=2", "seed=5", "video.fps=4")
     result = make_videos(config)
     work = {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 2 * 2, DECODED: 5, UPSCALED: 5}  # of each video
@@ -154,14 +166,11 @@ def test_two_videos_with_all_their_stages(
     )
     assert all(f"{stage} " in summary for stage in ("key frames", "interpolated", "decoded", "upscaled"))
 
-    # The stages work side by side: they take up the second video before the first is done.
-    began = {
-        stage: min(s.began for s in result.spans if s.stage == stage and s.video == 1)
-        for stage in (PICTURE, KEY_FRAMES)
+    # What each stage was at, and in which order: windows of a video one after the other, and videos, too.
+    parts = {PICTURE: 1, KEY_FRAMES: 1, INTERPOLATED: 2, DECODED: 2, UPSCALED: 2}
+    assert {stage: at_work(result.spans, stage) for stage in parts} == {
+        stage: [0] * count + [1] * count for stage, count in parts.items()
     }
-    assert began[PICTURE] < first(result, INTERPOLATED)[1]
-    assert began[KEY_FRAMES] < first(result, UPSCALED)[1]
-    assert first(result, DECODED)[0] < first(result, INTERPOLATED)[1]
 
     # The same seed makes the same video, whatever is made beside it; numbers go on.
     again = make_videos(configure("seed=6", "video.fps=4"))
@@ -170,7 +179,42 @@ def test_two_videos_with_all_their_stages(
     assert difference(*(Image.open(folder / f"{number:05d}.png") for number in (1, 2))) <= 1
 
 
-def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
+def test_stages_wait_for_what_they_need_and_for_nothing_else(configure: Callable, here: Actors):
+    """So they work side by side: the second video is begun, and the first windows are decoded, before the last are drawn."""
+    line = stages.Line(configure(), Plan(height=16, width=24, num_key_frames=3, window=3, factor=4), None)
+    first, second = line.make([VideoRequest("a cat", seed) for seed in (0, 1)])
+    stages.get(second[PICTURE][0])
+    assert line.done() == {PICTURE: 2 * STEPS["image"]}
+    stages.get(first[UPSCALED][0])
+    for stage in (KEY_FRAMES, INTERPOLATED, DECODED, UPSCALED):
+        assert at_work(line.spans(), stage) == [0]
+    stages.get(first[UPSCALED][1])
+    assert at_work(line.spans(), DECODED) == [0, 0]
+    assert at_work(line.spans(), KEY_FRAMES) == [0]
+
+
+def test_so_many_videos_are_under_way_at_once(configure: Callable, here: Actors):
+    """None is waited for before the next is begun, and no more are held than are needed for that."""
+    line = stages.Line(configure(), Plan(height=16, width=24, num_key_frames=3, window=3, factor=4), None)
+    asked = []
+    requests = (asked.append(seed) or VideoRequest("a cat", seed) for seed in range(9))
+    next(line.make(requests))
+    assert len(asked) == stages.VIDEOS_UNDER_WAY == 3
+
+
+def test_actors_of_ray_make_frames_of_a_picture(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    [video] = make_videos(configure(f"picture={tmp_path / 'red.png'}", of=("video",))).videos
+    assert lines[0].done() == lines[0].work() == {KEY_FRAMES: 3, DECODED: 3}
+    assert set(video.stages) == {PICTURE, KEY_FRAMES, DECODED}
+    assert [frame.size for frame in read_frames(Path(video.path))] == [(24, 16)] * 3
+    assert {stage: at_work(lines[0].spans(), stage) for stage in (KEY_FRAMES, DECODED)} == {
+        KEY_FRAMES: [0],
+        DECODED: [0],
+    }
+
+
+def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, anywhere: None):
     result = make_videos(configure("prompt=a dog", of=("image", "video")))
     assert lines[0].done() == lines[0].work() == {PICTURE: 4, KEY_FRAMES: 3, DECODED: 3}
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
@@ -178,9 +222,7 @@ def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: 
     assert read_video_parameters(tmp_path / "videos/00000.mp4")["fps"] == 7
 
 
-def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(
-    configure: Callable, lines: list, ray_cluster: None
-):
+def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(configure: Callable, lines: list, here: Actors):
     alone = make_videos(configure("decode=null", of=("image", "video", "interpolation"))).videos[0]
     assert lines[0].done() == lines[0].work() == {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4}
     assert set(alone.stages) == {PICTURE, KEY_FRAMES, INTERPOLATED}
@@ -219,7 +261,7 @@ def test_a_stage_that_is_left_out_leaves_the_others(
     lines: list,
     bars: list,
     tmp_path: Path,
-    ray_cluster: None,
+    here: Actors,
     left_out: set[str],
     work: dict[str, int],
     made: dict[str, int],
@@ -243,9 +285,9 @@ def test_a_stage_that_is_left_out_leaves_the_others(
 
 
 def test_models_and_adapters_are_found_from_the_folder_where_the_command_runs(
-    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anywhere: None
 ):
-    """Actors run in another one, as they do in a cluster that was joined."""
+    """Ray's actors run in another one, as they do in a cluster that was joined."""
     monkeypatch.chdir(tmp_path)
     vae = load_model(configure().video.model, {"vae"}).vae
     weights.save_component(vae, Path("models/vae"))
@@ -265,7 +307,7 @@ def test_models_and_adapters_are_found_from_the_folder_where_the_command_runs(
     assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
 
 
-def test_a_picture_of_ones_own_is_made_larger(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
+def test_a_picture_of_ones_own_is_made_larger(configure: Callable, lines: list, tmp_path: Path, here: Actors):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
     result = make_videos(configure(f"picture={tmp_path / 'red.png'}", "prompt=", "num_videos=2", of=("upscale",)))
     assert (lines[0].work(), lines[0].done()) == ({UPSCALED: 1}, {UPSCALED: 2})  # of one video, and of both
@@ -344,7 +386,7 @@ def test_adapters_of_a_stage_are_taken(configure: Callable, tmp_path: Path, stag
     text_to_video._check_adapters(stages.stage_models(configure(f"{stage}.adapter={path}")))
 
 
-def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp_path: Path, ray_cluster: None):
+def test_a_model_that_cannot_be_loaded_is_told_in_words(configure: Callable, tmp_path: Path, here: Actors):
     config = configure("image.model.unet.architecture.cross_attention_dim=48", of=("image", "upscale"))
     with pytest.raises(ArtifactError, match="takes text embeddings of width 48"):
         make_videos(config)
@@ -361,6 +403,16 @@ def test_gpus_are_divided_so_that_every_stage_has_a_part(
 ):
     monkeypatch.setattr(stages, "possible_resources", lambda: {"CPU": 8, "GPU": gpus})
     assert gpu_share(actors) == share
+
+
+def test_actors_of_stages_ask_for_their_part_of_the_gpus(configure: Callable):
+    actors = Actors()
+    with actors.instead_of_ray(CPU=1, GPU=2):
+        stages.Line(
+            configure(of=("image", "video")), Plan(height=16, width=24, num_key_frames=3, window=2, factor=1), None
+        )
+    asked = {name: resources["num_gpus"] for name, resources in actors.asked.items() if name != "_Board"}
+    assert asked == {"_Picture": 0.5, "_KeyFrames": 0.5, "_Decoding": 0.5}
 
 
 ASKED_FOR = """
@@ -381,7 +433,9 @@ print(json.dumps(asked))
 """Starts the actors of a command in a Ray instance that counts two GPUs, and prints what each asked for."""
 
 
-def test_actors_of_stages_ask_for_their_part_of_the_gpus():
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_actors_of_stages_get_their_part_of_the_gpus_on_one_cpu():
     settings = ["prompt=a cat", "image.model=tiny_random", "video.model=tiny_random_video"]
     settings += ["interpolation=null", "upscale=null"]
     done = subprocess.run([sys.executable, "-c", ASKED_FOR, *settings], capture_output=True, text=True)
@@ -394,14 +448,21 @@ def test_actors_of_stages_ask_for_their_part_of_the_gpus():
     }
 
 
-def test_a_stage_whose_process_dies_is_told_in_words(ray_cluster: None):
+def test_a_stage_that_fails_or_whose_process_dies_is_told_in_words(ray_cluster: None):
     @ray.remote(num_cpus=0.1)
-    class Dying:
+    class Failing:
+        def refuse(self) -> None:
+            from ray_sd.errors import ArtifactError
+
+            raise ArtifactError("no weights for the unet")
+
         def die(self) -> None:
             import os
 
             os._exit(1)
 
-    actor = Dying.remote()
+    actor = Failing.remote()
+    with pytest.raises(ArtifactError, match="no weights for the unet"):
+        stages.get(actor.refuse.remote())
     with pytest.raises(RaySdError, match="the process of a stage died"):
         stages.get(actor.die.remote())

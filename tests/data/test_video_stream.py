@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import prepare
 from PIL import Image
 from sample_pictures import encoded
 from sample_videos import (
@@ -30,6 +31,7 @@ from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.stills import StillFrames
 from ray_sd.data.video.stream import EncodedVideo
 from ray_sd.data.video.timing import survey
+from ray_sd.methods import build_method
 
 
 def settings(**dataset: object) -> DatasetConfig:
@@ -230,11 +232,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_path: Path, rejected: Callable):
-    from ray_sd.data import prepare
-    from ray_sd.methods import build_method
-
     folder = tmp_path / "videos"
     folder.mkdir()
     for name, (content, _) in BROKEN.items():
@@ -262,11 +260,7 @@ def test_broken_videos_are_rejected_with_reasons_and_the_others_are_kept(tmp_pat
     }
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_damaged_member_of_a_tar_loses_no_other(tmp_path: Path, rejected: Callable):
-    from ray_sd.data import prepare
-    from ray_sd.methods import build_method
-
     members = {"a.mp4": counted(20), "b.mp4": BROKEN["damaged.mp4"][0], "c.mp4": counted(20), "d.mp4": counted(30)}
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in members.items():
