@@ -1,20 +1,19 @@
-# setup demo test serve lint types bench embedded: each makes .venv first, if pyproject.toml or constraints.txt changed since.
+# setup demo test test-all serve lint types bench embedded: each makes .venv first, if pyproject.toml or constraints.txt changed since.
 PYTHON ?= python3
 ARGS ?=
+QUARTER ?= 0
 VENV := .venv
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 STAMP := $(VENV)/.installed
-# DeepSpeed finds ninja on the PATH when it builds its op.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test serve lint format types bench docs embedded
+.PHONY: setup demo test test-all test-slow serve lint format types bench docs embedded
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12 …"; exit 1; }
-	@command -v $${CXX:-c++} > /dev/null || \
-	    { echo "error: a C++ compiler is needed (DeepSpeed builds an operation with it): apt install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -22,8 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	python jobs/demo.py $(ARGS)
 
+# All tests but the slow ones, whole files to each of two processes.
 test: $(STAMP)
-	python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) -m 'not gpu' $(ARGS)
+
+# A quarter of the slow tests (0 to 3): make test-slow QUARTER=2
+test-slow: $(STAMP)
+	$(PYTEST) -m 'slow and not gpu' --quarter=$(QUARTER) $(ARGS)
 
 # The embedded model at http://localhost:8000, until Ctrl-C.
 serve: $(STAMP)

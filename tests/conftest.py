@@ -8,6 +8,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # as ray_sd.da
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,47 @@ import pytest
 NO_RIGHT = "this machine does not allow"
 """Begins the reason of the only skip that is none of a missing program, which could be installed."""
 OBJECT_STORE_BYTES = 500 * 2**20
+QUARTERS: tuple[dict[str, int], ...] = (
+    {
+        "tune/test_survival.py": 200,
+        "train/test_fit_clips.py": 90,
+        "test_demo.py": 45,
+        "train/test_fit_metrics.py": 25,
+    },
+    {
+        "train/test_resume.py": 150,
+        "tune/test_killed_sweep.py": 150,
+        "test_notebook.py": 40,
+        "train/test_fit_upscaler.py": 25,
+    },
+    {
+        "train/test_failures.py": 120,
+        "tune/test_sweep.py": 110,
+        "train/test_engine.py": 100,
+        "tune/test_preparer.py": 25,
+    },
+    {
+        "train/test_job_submit.py": 90,
+        "tune/test_population.py": 90,
+        "data/test_video_job.py": 80,
+        "train/test_loop.py": 75,
+        "data/test_prior.py": 30,
+        "test_svd_gpu.py": 12,
+        "embedded/test_embedded_chain.py": 10,
+        "embedded/test_clip.py": 10,
+        "methods/test_lora_layouts.py": 8,
+        "data/test_finders.py": 5,
+        "train/test_memory.py": 5,
+    },
+)
+"""The files that have slow tests and about how many seconds these take on two cores, in parts of about equal length."""
+LONG = {
+    "train/test_fit.py": 80,
+    "train/test_engine.py": 70,
+    "train/test_fit_clips.py": 45,
+    "serve/test_serve_api.py": 40,
+}
+"""The longest files without their slow tests, and about how many seconds they take."""
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +76,34 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, one of these has all that fill the machine by themselves, the others the rest."""
-    heavy = {
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quarter", type=int, choices=range(len(QUARTERS)), help="only the files of this part of QUARTERS"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    quarter_of = {file: number for number, files in enumerate(QUARTERS) for file in files}
+    for file in {_file(item) for item in items if item.get_closest_marker("slow")} - quarter_of.keys():
+        raise pytest.UsageError(f"tests/{file} has slow tests; put it into one of QUARTERS in tests/conftest.py")
+    quarter = config.getoption("quarter")
+    if quarter is not None:
+        config.hook.pytest_deselected(items=[item for item in items if quarter_of.get(_file(item)) != quarter])
+        items[:] = [item for item in items if quarter_of.get(_file(item)) == quarter]
+    # The longest files first, so that two processes end at about the same time.
+    seconds = (
+        LONG if "not slow" in config.option.markexpr else {file: s for part in QUARTERS for file, s in part.items()}
+    )
+    with_ray = {
         item.path
         for item in items
         if "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cluster")
     }
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if item.path in heavy else str(item.path)))
+    items.sort(key=lambda item: (-seconds.get(_file(item), 0), item.path not in with_ray))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 @pytest.hookimpl(wrapper=True)

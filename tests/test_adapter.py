@@ -39,7 +39,7 @@ def test_an_adapter_loads_by_its_folder_alone(tiny: Path, lora: Path):  # noqa: 
     assert load_adapter(model, lora) == 64
     plain = load_model(tiny_config(tiny)).pipeline()
     plain.load_lora_weights(lora)
-    assert difference(draw(model.pipeline()), draw(plain)) == 0
+    assert difference(draw(model.pipeline()), draw(plain)) <= 1
     assert difference(draw(plain), before) > 10
 
 

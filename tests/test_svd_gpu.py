@@ -1,12 +1,15 @@
 """benchmarks/svd_gpu.py, as far as it goes without a GPU."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 RESULT = BENCHMARKS / "results" / "svd_gpu.json"
@@ -26,11 +29,37 @@ def run(*options: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_without_a_gpu_it_says_in_one_line_that_it_needs_one():
-    [line] = run()
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("svd_gpu")
+
+
+def test_without_a_gpu_it_says_in_one_line_that_it_needs_one(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["svd_gpu.py"])
+    benchmark.main()
+    [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("svd_gpu: needs a CUDA GPU")
 
 
+def test_a_steps_operations_are_counted_without_weights_and_grow_with_its_clips(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    counted = []
+    for batch in (1, 2):
+        monkeypatch.setattr(sys, "argv", ["svd_gpu.py", "--tiny", f"--batch={batch}"])
+        config = benchmark.configure(benchmark.parse_options())
+        shapes, flops = benchmark.step_flops(config)
+        assert shapes["latent_mean"].shape == (batch, 3, 4, 8, 8)
+        assert all(tensor.is_meta for tensor in shapes.values())
+        counted.append(flops)
+    assert counted[1] == 2 * counted[0] > 0
+
+
+@pytest.mark.slow
 def test_a_tiny_model_goes_all_the_way_on_a_cpu():
     figures = json.loads(run("--tiny", "--steps=2", "--warmup=1")[-1])
     assert min(figures.values()) > 0

@@ -341,7 +341,11 @@ def random_batch(rows: int = 3, text: str = "embeddings", seed: int = 0) -> dict
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
-    """Largest difference of two pictures' pixels, of 255."""
+    """Largest difference of two pictures' pixels, of 255.
+
+    Two ways to one picture may be 1 apart: batches of other sizes, and weights that lie otherwise in memory, are rounded
+    otherwise in the last bit by many a processor, which may tip a pixel.
+    """
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 

@@ -5,6 +5,7 @@ has: they are gathered when the batch changes, and a step then adds two batched 
 result does not depend on the rows beside it.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,8 +25,8 @@ NOTHING = 0
 class LoraBank:
     """The adapters of a model's layers.
 
-    Not for several threads at once, but that adapters may be added and removed while another thread runs a component whose rows
-    are chosen: pages that those rows took are theirs.
+    One thread may add and remove adapters while another chooses rows and runs a component whose rows are chosen: pages that those
+    rows took are theirs.
     """
 
     def __init__(self, layers: Mapping[Layer, nn.Module], page_rank: int = 8) -> None:
@@ -37,6 +38,7 @@ class LoraBank:
         self._free: list[int] = []
         self._made = 1  # the page of zeros
         self._chosen: dict[str, tuple[Mix, ...]] = {}
+        self._lock = threading.Lock()
 
     def __contains__(self, name: str) -> bool:
         return name in self._pages
@@ -59,43 +61,47 @@ class LoraBank:
 
     def add(self, name: str, updates: Updates) -> None:
         """Keep the LoRA of an adapter. None of its updates may be a DoRA, and no adapter may have the name already."""
-        while len(self._free) < self._page_count(updates):
-            self._free.append(self._made)
-            self._made += 1
-        pages = [self._free.pop() for _ in range(self._page_count(updates))]
-        layers = [(component, layer) for component, of_layers in updates.items() for layer in of_layers]
-        for key in layers:
-            if key not in self._banked:
-                self._banked[key] = BankedLayer(self._modules[key], self._page_rank)
-        for (component, layer), banked in self._banked.items():
-            banked.write(pages, updates.get(component, {}).get(layer))
-        self._pages[name], self._touched[name] = pages, layers
+        with self._lock:
+            while len(self._free) < self._page_count(updates):
+                self._free.append(self._made)
+                self._made += 1
+            pages = [self._free.pop() for _ in range(self._page_count(updates))]
+            layers = [(component, layer) for component, of_layers in updates.items() for layer in of_layers]
+            for key in layers:
+                if key not in self._banked:
+                    self._banked[key] = BankedLayer(self._modules[key], self._page_rank)
+            for (component, layer), banked in self._banked.items():
+                banked.write(pages, updates.get(component, {}).get(layer), self._made)
+            self._pages[name], self._touched[name] = pages, layers
 
     def remove(self, name: str) -> None:
         """Forget an adapter; layers that no other has are as they were."""
-        self._free += self._pages.pop(name)
-        del self._touched[name]
-        self._chosen = {
-            component: rows
-            for component, rows in self._chosen.items()
-            if all(other != name for row in rows for other, _ in row)
-        }
-        in_use = {layer for layers in self._touched.values() for layer in layers}
-        for key in [key for key in self._banked if key not in in_use]:
-            self._banked.pop(key).take_off()
+        with self._lock:
+            self._free += self._pages.pop(name)
+            del self._touched[name]
+            self._chosen = {
+                component: rows
+                for component, rows in self._chosen.items()
+                if all(other != name for row in rows for other, _ in row)
+            }
+            in_use = {layer for layers in self._touched.values() for layer in layers}
+            for key in [key for key in self._banked if key not in in_use]:
+                self._banked.pop(key).take_off()
 
     def choose(self, component: str, rows: Sequence[Mix]) -> None:
         """Give the rows of a component's next batches their adapters; one mix is for all rows of a text encoder's."""
         chosen = tuple(rows)
-        if self._chosen.get(component) == chosen:
-            return
-        names = {name for row in chosen for name, weight in row if weight}
-        touched = {layer for name in names for layer in self._touched[name]}
-        pages, weights = self._table(chosen)
-        for key, banked in list(self._banked.items()):
-            if key[0] == component:
-                banked.choose(pages if key in touched else None, weights)
-        self._chosen[component] = chosen
+        with self._lock:
+            if self._chosen.get(component) == chosen:
+                return
+            names = {name for row in chosen for name, weight in row if weight}
+            touched = {layer for name in names for layer in self._touched[name]}
+            pages, weights = self._table(chosen)
+            self._chosen.pop(component, None)  # in case not all layers come to change
+            for key, banked in self._banked.items():
+                if key[0] == component:
+                    banked.choose(pages if key in touched else None, weights)
+            self._chosen[component] = chosen
 
     def _page_count(self, updates: Updates) -> int:
         highest = max((update.rank for of_layers in updates.values() for update in of_layers.values()), default=0)
@@ -132,9 +138,12 @@ class BankedLayer:
         return page_rank * (weight[0].numel() + len(weight)) * weight.element_size()
 
     @torch.no_grad()
-    def write(self, pages: Sequence[int], update: LowRank | None) -> None:
-        """Fill pages with an update, and with zeros what it leaves over."""
-        short = max(pages, default=0) + 1 - len(self._down)
+    def write(self, pages: Sequence[int], update: LowRank | None, made: int) -> None:
+        """Fill pages with an update, and with zeros what it leaves over.
+
+        made: pages of all adapters; rows may take any, also beside rows whose adapters change this layer.
+        """
+        short = made - len(self._down)
         if short > 0:
             more = max(short, len(self._down))  # doubled, so that growing is rare
             self._down, self._up = (functional.pad(stack, (0, 0, 0, 0, 0, more)) for stack in (self._down, self._up))

@@ -136,6 +136,7 @@ class ModelReplica:
     async def figures(self) -> dict[str, Any]:
         """What the engine has done so far."""
         return vars(self._engine.figures) | {
+            "busy": self._engine.busy,
             "waiting": self._engine.waiting,
             "adapters": self._engine.adapters.keys,
             "adapter_bytes": self._engine.adapters.bytes,

@@ -202,6 +202,7 @@ def test_so_many_videos_are_under_way_at_once(configure: Callable, here: Actors)
     assert len(asked) == stages.VIDEOS_UNDER_WAY == 3
 
 
+@pytest.mark.slow
 def test_actors_of_ray_make_frames_of_a_picture(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
     Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
     [video] = make_videos(configure(f"picture={tmp_path / 'red.png'}", of=("video",))).videos

@@ -69,7 +69,7 @@ def test_clips_are_captioned_and_their_motion_is_known(tmp_path):
             assert rebuilt.words() == actor.motion.words()
         assert row["caption"].startswith(f"a {truth[0]['sprite']} ")
         assert row["caption"].endswith(f" on a {clip.background.words()}")
-        np.testing.assert_array_equal(decode(row["video"]), decode(encode(render(clip))))
+        assert np.abs(decode(row["video"]).astype(int) - decode(encode(render(clip)))).mean() < 1
 
 
 def test_clips_hold_every_motion_but_spinning_and_every_sprite_as_often():

@@ -26,7 +26,7 @@ def test_a_row_does_not_depend_on_what_else_there_is():
 
 
 def test_sprites_are_whole_within_pictures_and_in_many_places():
-    whole = pictures([row for seed in range(40) for row in large_rows([disc()], seed) if row["id"].endswith("-0")])
+    whole = pictures([next(iter(large_rows([disc()], seed))) for seed in range(40)])  # windows come behind it
     found = []
     for picture in whole:
         pixels = np.asarray(picture).astype(int)

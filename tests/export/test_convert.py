@@ -84,7 +84,7 @@ def test_an_embedding_changes_its_layout_and_its_word(tiny: Path, adapters: dict
     expected = picture(tiny, adapters["tokens"])
     job("convert", f"adapter={adapters['tokens']}", "layout=a1111", "output=katze.safetensors")
     assert list(load_file("katze.safetensors")) == ["emb_params"]
-    assert difference(picture(tiny, "katze.safetensors", prompt="a katze"), expected) == 0
+    assert difference(picture(tiny, "katze.safetensors", prompt="a katze"), expected) <= 1
     job("convert", "adapter=katze.safetensors", "token=<neko>", "output=neko.safetensors", "dtype=float16")
     assert {name: tensor.dtype for name, tensor in load_file("neko.safetensors").items()} == {"<neko>": torch.float16}
     assert difference(picture(tiny, "neko.safetensors", prompt="a <neko>"), expected) <= 1
@@ -101,7 +101,7 @@ def test_the_word_of_an_xl_embedding_in_the_layout_of_a1111_is_its_files_name(
     assert difference(picture(tiny_xl, config=tiny_xl_config), expected) > 5
     settings = ["adapter=cat.safetensors", "layout=a1111", "output=katze.safetensors"]
     job("convert", *settings, base=tiny_xl, model="sdxl")
-    assert difference(picture(tiny_xl, "katze.safetensors", prompt="a katze", config=tiny_xl_config), expected) == 0
+    assert difference(picture(tiny_xl, "katze.safetensors", prompt="a katze", config=tiny_xl_config), expected) <= 1
 
 
 def test_the_words_of_a_pivotal_tuning_lie_beside_its_file(tiny: Path, adapters: dict[str, Path], job: Callable):

@@ -91,7 +91,7 @@ def test_requests_choose_their_sampler(tiny: Path, sampler: str):
     request = ImageRequest("a cat", num_inference_steps=4)
     [asked] = generate(model, [replace(request, scheduler=sampler)])
     [expected] = generate(load_model(tiny_config(tiny, scheduler={"sampler": sampler})), [request])
-    assert difference(asked, expected) == 0
+    assert difference(asked, expected) <= 1
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -75,7 +75,7 @@ def test_subject_similarity_is_the_mean_over_all_pairs(clip: Clip, drawn: list[I
         for other in references
     ]
     found = PictureMetrics([SUBJECT], {SUBJECT.key: references}).measure(drawn, PROMPTS)
-    assert found == {"val/subject_similarity": pytest.approx(np.mean(pairs))}
+    assert found == {"val/subject_similarity": pytest.approx(np.mean(pairs), abs=1e-5)}
 
 
 def test_a_picture_answers_its_own_prompt_better_than_anothers(drawn: list[Image.Image]):
@@ -89,20 +89,20 @@ def test_a_picture_answers_its_own_prompt_better_than_anothers(drawn: list[Image
         metrics.measure([picture], [prompt])["val/prompt_similarity"]
         for picture, prompt in zip(drawn, PROMPTS, strict=True)
     ]
-    assert together == pytest.approx(np.mean(alone))
+    assert together == pytest.approx(np.mean(alone), abs=1e-5)
 
 
 def test_new_words_of_prompts_are_read_as_plain_ones(drawn: list[Image.Image]):
     plain, replaced = PromptSimilarity(model=EMOJI), PromptSimilarity(model=EMOJI, label="r", replace={"<pet>": "dog"})
     expected = PictureMetrics([plain], {}).measure(drawn[:1], PROMPTS[:1])["val/prompt_similarity"]
     found = PictureMetrics([plain, replaced], {}).measure(drawn[:1], ["a <pet> on a red background"])
-    assert found["val/r"] == pytest.approx(expected)
-    assert found["val/prompt_similarity"] < expected
+    assert found["val/r"] == pytest.approx(expected, abs=1e-5)
+    assert found["val/prompt_similarity"] < expected - 0.01
 
 
 def test_pictures_that_are_the_bases_have_not_drifted(drawn: list[Image.Image]):
     metrics = PictureMetrics([DRIFT], {})
-    assert metrics.measure(drawn, PROMPTS, dict(enumerate(drawn)))["val/base_drift"] == pytest.approx(0, abs=1e-6)
+    assert metrics.measure(drawn, PROMPTS, dict(enumerate(drawn)))["val/base_drift"] == pytest.approx(0, abs=1e-5)
     moved = metrics.measure(drawn, PROMPTS, dict(enumerate([*drawn[1:], drawn[0]])))["val/base_drift"]
     assert moved > 0.3
 
@@ -119,8 +119,8 @@ def test_a_metric_counts_the_prompts_that_it_is_told_to(drawn: list[Image.Image]
     base = dict(enumerate([*drawn, drawn[0]]))
     references = {subject.key: owls("owl")[:1], SUBJECT.key: owls("owl")[:1]}
     found = PictureMetrics([subject, others, SUBJECT, DRIFT], references).measure(pictures, prompts, base)
-    assert found["val/owl"] == pytest.approx(1)
-    assert found["val/others"] == pytest.approx(0, abs=1e-6)
+    assert found["val/owl"] == pytest.approx(1, abs=1e-5)
+    assert found["val/others"] == pytest.approx(0, abs=1e-5)
     assert found["val/subject_similarity"] < 0.6
     assert found["val/base_drift"] > 0.1
 
@@ -153,7 +153,7 @@ def test_an_embedding_does_not_depend_on_its_batch(
     together = clip.embed_pictures(drawn), clip.embed_texts(PROMPTS)
     monkeypatch.setattr(embedders, "BATCH_SIZE", 2)
     apart = clip.embed_pictures(drawn), clip.embed_texts(PROMPTS)
-    torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -228,7 +228,8 @@ def test_lpips_is_that_of_the_package_lpips(backbones: dict[str, Path], net: str
     metric = Lpips(weights=str(backbones[net]))
     found = PictureMetrics([metric], {}).measure(pictures, ["a", "b"], dict(enumerate(others)))
     assert found == {"val/lpips": pytest.approx(np.mean(expected), abs=2e-5)}
-    assert PictureMetrics([metric], {}).measure(pictures, ["a", "b"], dict(enumerate(pictures))) == {"val/lpips": 0}
+    same = PictureMetrics([metric], {}).measure(pictures, ["a", "b"], dict(enumerate(pictures)))
+    assert same == {"val/lpips": pytest.approx(0, abs=1e-6)}
 
 
 def test_lpips_reads_weights_as_torchvision_saves_them(backbones: dict[str, Path], tmp_path: Path):
@@ -238,7 +239,7 @@ def test_lpips_reads_weights_as_torchvision_saves_them(backbones: dict[str, Path
         PerceptualDistance(str(path), "cpu", "w").distances(pictures, others)
         for path in (tmp_path / "alexnet.pth", backbones["alexnet"])
     )
-    assert one == other
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ TINY = (
 REQUEST = VideoRequest("a cat", seed=3)
 
 
+@cache
 def configure(*settings: str) -> TextToVideoConfig:
     """The tiny models of all stages, but for those that are left out."""
     left_out = tuple(setting.replace("=null", ".") for setting in settings if setting.endswith("=null"))
@@ -63,6 +64,11 @@ def skeletons(config: TextToVideoConfig) -> dict[str, DiffusionModel]:
 
 def planned(config: TextToVideoConfig, picture: Image.Image | None = None) -> Plan:
     return plan(config, skeletons(config), picture)
+
+
+@cache
+def tiny_plan() -> Plan:
+    return planned(configure())
 
 
 def picture(seed: int = 0, width: int = 48, height: int = 32) -> Image.Image:
@@ -132,8 +138,7 @@ def test_models_that_do_not_go_together_are_told(settings: list[str], words: str
 
 
 def test_the_picture_and_key_frames_follow_their_seed_and_settings(tell: Callable, counted: list[int]):
-    config = configure()
-    made = planned(config)
+    config, made = configure(), tiny_plan()
     image, video = tiny_model("image"), tiny_model("video")
     drawn = [draw_picture(image, config.image, made, VideoRequest("a cat", seed), tell) for seed in (3, 3, 4)]
     assert drawn[0].size == (48, 32)
@@ -151,7 +156,7 @@ def test_the_picture_and_key_frames_follow_their_seed_and_settings(tell: Callabl
 
 def test_windows_join_into_a_sequence_that_keeps_its_key_frames(tell: Callable, counted: list[int]):
     config = configure()
-    made, video = planned(config), tiny_model("video")
+    made, video = tiny_plan(), tiny_model("video")
     latents, frames = draw_key_frames(video, config.video, made, picture(), 3, 8, lambda _: None)
     windows = [
         draw_window(video, config.interpolation, made, latents, frames, number, 3, 21.0, tell) for number in range(2)
@@ -210,7 +215,7 @@ ELSEWHERE = {*StageModel.model_fields, "num_frames", "batch_size", "tiling"}
 def made_by(stage: str, *changed: str) -> np.ndarray:
     """What a stage makes of the same pictures, with settings that are changed."""
     config = configure(*changed)
-    settings, model, made = getattr(config, stage), tiny_model(stage), planned(config)
+    settings, model, made = getattr(config, stage), tiny_model(stage), tiny_plan()
     request = VideoRequest("a (cat)1.8", seed=3)
     match stage:
         case "image":

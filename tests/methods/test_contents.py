@@ -65,7 +65,7 @@ def test_an_embedding_of_each_layout_is_an_adapter_whose_word_draws(tiny: Path, 
         loaded = load_model(tiny_config(tiny))
         before = draw(loaded.pipeline(), f"a {word}")
         assert load_adapter(loaded, path) == 1
-        assert difference(draw(loaded.pipeline(), f"a {word}"), expected) == 0
+        assert difference(draw(loaded.pipeline(), f"a {word}"), expected) <= 1
         assert difference(before, expected) > 5
     (tmp_path / "manifest.json").unlink()
     assert load_adapter(load_model(tiny_config(tiny)), tmp_path) == 1
@@ -85,7 +85,7 @@ def test_a_pivotal_folder_without_its_manifest_holds_both(tiny: Path, model: Dif
     loaded = load_model(tiny_config(tiny))
     assert read_contents(tmp_path, loaded).summary() == "32 layers of the unet, the token <cat>"
     load_adapter(loaded, tmp_path)
-    assert difference(draw(loaded.pipeline(), "a <cat>"), draw(model.pipeline(), "a <cat>")) == 0
+    assert difference(draw(loaded.pipeline(), "a <cat>"), draw(model.pipeline(), "a <cat>")) <= 1
 
 
 def test_whole_weights_without_a_manifest_are_parts_of_a_model(tiny: Path, model: DiffusionModel, tmp_path: Path):

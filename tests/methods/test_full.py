@@ -42,14 +42,14 @@ def test_an_export_draws_alike_in_plain_diffusers_and_here(tiny: Path, tmp_path:
         parts["text_encoder"] = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
     plain = load_model(tiny_config(tiny)).pipeline()
     plain = StableDiffusionPipeline(**{**plain.components, **parts}, requires_safety_checker=False)
-    assert difference(draw(plain), expected) == 0
+    assert difference(draw(plain), expected) <= 1
 
     ours = load_model(tiny_config(tiny))
     assert method.attach(ours, tmp_path, 1.0) == sum(len(getattr(model, part).state_dict()) for part in parts)
-    assert difference(draw(ours.pipeline()), expected) == 0
+    assert difference(draw(ours.pipeline()), expected) <= 1
 
     config = tiny_config(tiny, **{part: str(tmp_path / part) for part in parts})  # as the base of more training
-    assert difference(draw(load_model(config).pipeline()), expected) == 0
+    assert difference(draw(load_model(config).pipeline()), expected) <= 1
 
 
 @pytest.mark.parametrize("method", [FullMethod(text_encoder=True), AutoencoderMethod()])

@@ -55,14 +55,19 @@ def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(tiny: Pat
     plain = whole(tiny).pipeline()
     before = draw(plain)
     plain.load_lora_weights(tmp_path)
-    assert difference(draw(plain), expected) == 0
+    assert difference(draw(plain), expected) <= 1
     assert difference(before, expected) > 10
 
     ours = whole(tiny)
     count = method.attach(ours, tmp_path, 1.0)
-    assert difference(draw(ours.pipeline()), expected) == 0
+    assert difference(draw(ours.pipeline()), expected) <= 1
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as tensors:
         assert count == len(list(tensors.keys()))
+
+    if "dora" not in variant:  # which has no kohya file
+        pipeline = whole(tiny).pipeline()
+        pipeline.load_lora_weights(tmp_path / "kohya", weight_name="lora.safetensors")
+        assert difference(draw(pipeline), expected) <= 1
 
 
 def test_text_encoder_names_have_the_prefix_that_other_tools_expect(tiny: Path, tmp_path: Path):
@@ -73,15 +78,6 @@ def test_text_encoder_names_have_the_prefix_that_other_tools_expect(tiny: Path, 
     layer = "text_encoder.text_model.encoder.layers.1.self_attn.k_proj.lora_linear_layer"
     assert {f"{layer}.down.weight", f"{layer}.up.weight"} <= set(names)
     assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
-
-
-@pytest.mark.parametrize("variant", ["attention", "broad", "text", "text_mlp"])
-def test_the_kohya_export_draws_alike_in_plain_diffusers(tiny: Path, tmp_path: Path, variant: str):
-    method, trained = train(tiny, **VARIANTS[variant])
-    method.export(trained, tmp_path)
-    pipeline = whole(tiny).pipeline()
-    pipeline.load_lora_weights(tmp_path / "kohya", weight_name="lora.safetensors")
-    assert difference(draw(pipeline), draw(whole(tiny, trained).pipeline())) <= 1
 
 
 def test_the_kohya_export_has_its_names_and_alphas(tiny: Path, tmp_path: Path):
@@ -141,10 +137,10 @@ def test_scale_weighs_the_adapter(tiny: Path, tmp_path: Path):
     method.attach(nothing, tmp_path, 0.0)
     method.attach(half, tmp_path, 0.5)
     plain = whole(tiny).pipeline()
-    assert difference(draw(nothing.pipeline()), draw(plain)) == 0
+    assert difference(draw(nothing.pipeline()), draw(plain)) <= 1
     plain.load_lora_weights(tmp_path, adapter_name="lora")
     plain.set_adapters("lora", 0.5)
-    assert difference(draw(half.pipeline()), draw(plain)) == 0
+    assert difference(draw(half.pipeline()), draw(plain)) <= 1
 
 
 def test_two_adapters_add_up_as_in_plain_diffusers(tiny: Path, tmp_path: Path):
@@ -159,7 +155,7 @@ def test_two_adapters_add_up_as_in_plain_diffusers(tiny: Path, tmp_path: Path):
     plain.load_lora_weights(tmp_path / "one", adapter_name="one")
     plain.load_lora_weights(tmp_path / "other", adapter_name="other")
     plain.set_adapters(["one", "other"], [0.7, 0.4])
-    assert difference(draw(ours.pipeline()), draw(plain)) == 0
+    assert difference(draw(ours.pipeline()), draw(plain)) <= 1
 
 
 def test_checkpointing_gives_the_same_gradients(tiny: Path):
@@ -199,7 +195,7 @@ def test_min_snr_and_noise_offset_weigh_training_but_not_validation(tiny: Path):
     plain.prepare(model, TrainerConfig())
     batch = random_batch()
     assert not torch.allclose(weighing.row_losses(model, batch), plain.row_losses(model, batch))
-    assert torch.equal(weighing.validation_losses(model, batch), plain.row_losses(model, batch))
+    torch.testing.assert_close(weighing.validation_losses(model, batch), plain.row_losses(model, batch))
 
 
 def test_a_target_that_names_no_layer_is_refused(tiny: Path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ VARIANTS: dict[str, dict] = {
     "dora": {"dora": True},
     "dora of convolutions": {"dora": True, "convolutions": True},
 }
+HELD_BY_ANOTHER = ("convolutions", "dora")
+"""Variants whose layers are among those of a variant that has more."""
 
 
 def skeleton(layout: str, folder: Path) -> DiffusionModel:
@@ -70,24 +73,28 @@ def kohya_names(model: DiffusionModel) -> set[str]:
 
 
 @pytest.mark.parametrize("layout", FAMILIES)
-def test_full_size_models_have_the_published_numbers_of_parameters(layout: str, tmp_path: Path):
+def test_full_size_models_have_the_published_numbers_of_parameters_and_spellings_of_their_own(
+    layout: str, tmp_path: Path
+):
     model = skeleton(layout, tmp_path)
     found = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in SIZES[layout]}
     assert found == SIZES[layout]
+    names = LoraNames(model)
+    spelled = [spelling for layer in names.layers for spelling in set(names._spellings(layer))]
+    assert len(spelled) == len(set(spelled)) == len(names.spellings())
 
 
 @pytest.mark.parametrize("layout", FAMILIES)
-def test_a_lora_of_all_linear_layers_has_the_keys_of_kohyas_default(layout: str, tmp_path: Path):
+def test_a_lora_has_the_keys_of_kohyas_default_and_of_its_conv_dim(layout: str, tmp_path: Path):
+    """Of all linear layers the one, of convolutions the other."""
     model = skeleton(layout, tmp_path)
-    adapted(model, target_modules=LINEAR, text_encoder=True, text_encoder_target_modules=TEXT)
-    assert kohya_names(model) == PUBLISHED[layout]
-
-
-@pytest.mark.parametrize("layout", FAMILIES)
-def test_a_lora_of_convolutions_has_the_keys_of_kohyas_conv_dim(layout: str, tmp_path: Path):
-    model = skeleton(layout, tmp_path)
-    adapted(model, target_modules=CONVOLUTIONS)
-    assert kohya_names(model) == PUBLISHED_CONVOLUTIONS[layout]
+    targets = (*LINEAR, *CONVOLUTIONS)
+    adapted(model, target_modules=targets, text_encoder=True, text_encoder_target_modules=TEXT)
+    convolutions = {name for name in trained_updates(model)["unet"] if name.endswith(CONVOLUTIONS)}
+    names = LoraNames(model)
+    spelled = {names.kohya(("unet", name)) for name in convolutions}
+    assert spelled == PUBLISHED_CONVOLUTIONS[layout]
+    assert kohya_names(model) - spelled == PUBLISHED[layout]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +116,7 @@ def test_a_default_lora_trains_the_attention_of_every_transformer_block(
     )
 
 
-@pytest.mark.parametrize("layout", FAMILIES)
-def test_no_two_layers_share_a_spelling(layout: str, tmp_path: Path):
-    names = LoraNames(skeleton(layout, tmp_path))
-    spelled = [spelling for layer in names.layers for spelling in set(names._spellings(layer))]
-    assert len(spelled) == len(set(spelled)) == len(names.spellings())
-
-
-@pytest.fixture(params=["sd", "xl"])
+@pytest.fixture(scope="module", params=["sd", "xl"])
 def base(request: pytest.FixtureRequest, tiny: Path, tiny_xl: Path) -> Callable[[], DiffusionModel]:
     """Loads a tiny model of either family, anew at every call."""
     config = tiny_config(tiny) if request.param == "sd" else tiny_xl_config(tiny_xl)
@@ -153,27 +153,56 @@ def picture_with(model: DiffusionModel, updates: Updates) -> Image.Image:
     return draw(model.pipeline())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
-def test_a_lora_draws_alike_through_every_layout_here_and_in_its_own_tools(
-    base: Callable[[], DiffusionModel], tmp_path: Path, variant: str, layout: str
-):
-    model = base()
+class Written(NamedTuple):
+    """A random LoRA, a folder that holds it in every layout, and what its model draws with it."""
+
+    variant: str
+    updates: Updates
+    folder: Path
+    expected: Image.Image
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in HELD_BY_ANOTHER)) for name in VARIANTS],
+)
+def written(
+    request: pytest.FixtureRequest, base: Callable[[], DiffusionModel], tmp_path_factory: pytest.TempPathFactory
+) -> Written:
+    model, folder = base(), tmp_path_factory.mktemp("layouts")
     names = LoraNames(model)
-    updates = random_updates(model, **VARIANTS[variant])
-    write_diffusers(updates, tmp_path / "diffusers.safetensors")
-    write_kohya(updates, tmp_path / "kohya.safetensors", names)
-    write_peft(updates, tmp_path / "peft", names)
+    updates = random_updates(model, **VARIANTS[request.param])
+    write_diffusers(updates, folder / "diffusers.safetensors")
+    write_kohya(updates, folder / "kohya.safetensors", names)
+    write_peft(updates, folder / "peft", names)
     before = draw(model.pipeline())
     expected = picture_with(model, updates)
     assert difference(before, expected) > 10
+    return Written(request.param, updates, folder, expected)
 
-    path = tmp_path / (layout if layout == "peft" else f"{layout}.safetensors")
-    again = base()
-    assert difference(picture_with(again, read_lora(path, LoraNames(again))), expected) <= 1
-    if layout == "kohya" and "dora" in variant:
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_a_lora_draws_alike_through_every_layout_here_and_in_its_own_tools(
+    base: Callable[[], DiffusionModel], written: Written, layout: str
+):
+    path = written.folder / (layout if layout == "peft" else f"{layout}.safetensors")
+    model = base()
+    found = read_lora(path, LoraNames(model))
+    assert {part: layers.keys() for part, layers in found.items()} == {p: u.keys() for p, u in written.updates.items()}
+    for part, layers in found.items():
+        for name, layer in layers.items():
+            wanted = written.updates[part][name]
+            torch.testing.assert_close(layer.delta(), wanted.delta(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.magnitude, wanted.magnitude)
+    if layout == "kohya" and "dora" in written.variant:
         return  # diffusers leaves a kohya file's magnitudes out
-    assert difference(draw(in_plain_tools(base().pipeline(), path)), expected) <= 1
+    assert difference(draw(in_plain_tools(model.pipeline(), path)), written.expected) <= 1
+
+
+def test_a_lora_that_was_read_draws_what_it_drew(base: Callable[[], DiffusionModel], written: Written):
+    model = base()
+    updates = read_lora(written.folder / "kohya.safetensors", LoraNames(model))
+    assert difference(picture_with(model, updates), written.expected) <= 1
 
 
 def in_plain_tools(pipeline: DiffusionPipeline, path: Path) -> DiffusionPipeline:
@@ -232,7 +261,11 @@ def test_xl_files_in_either_spelling_of_the_unet_mean_the_same(tiny_xl: Path, tm
     one, other = (read_lora(tmp_path / f"{name}.safetensors", names) for name in ("original", "diffusers"))
     assert {part: layers.keys() for part, layers in one.items()} == {p: u.keys() for p, u in other.items()}
     for component, layers in one.items():
-        assert all(torch.equal(layer.delta(), other[component][name].delta()) for name, layer in layers.items())
+        for name, layer in layers.items():
+            again = other[component][name]
+            assert torch.equal(layer.down, again.down)
+            assert torch.equal(layer.up, again.up)
+            assert layer.alpha == again.alpha
 
 
 def test_files_of_old_diffusers_read_as_plain_diffusers_reads_them(tiny: Path, tmp_path: Path):

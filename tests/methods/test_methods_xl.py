@@ -1,5 +1,7 @@
 """Every method on Stable Diffusion XL: what it exports draws alike in training, in plain diffusers and here."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,22 @@ METHODS = {
     "dreambooth": {"name": "dreambooth", "class_prompt": "a cat", "adapter": LORA_TEXT},
     "pivotal": {"name": "dreambooth", "class_prompt": "a cat", "adapter": LORA_TEXT, "tokens": TOKENS},
 }
+Exported = tuple[Method, DiffusionModel, Path]
 REQUEST = ImageRequest("a <cat> on", seed=1, num_inference_steps=3, guidance_scale=5.0)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """What a method of METHODS trains and exports."""
+
+    @cache
+    def train(name: str) -> Exported:
+        method, model = trained_on(tiny_xl, METHODS[name])
+        folder = tmp_path_factory.mktemp("exported")
+        method.export(model, folder)
+        return method, model, folder
+
+    return train
 
 
 def trained_on(folder: Path, settings: dict) -> tuple[Method, DiffusionModel]:
@@ -67,17 +84,18 @@ def batch_of(method: Method, model: DiffusionModel, seed: int) -> dict[str, torc
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(tiny_xl: Path, tmp_path: Path, name: str):
-    method, trained = trained_on(tiny_xl, METHODS[name])
-    method.export(trained, tmp_path)
+def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(
+    tiny_xl: Path, exported: Callable[[str], Exported], name: str
+):
+    method, trained, folder = exported(name)
     expected = generate(trained, [REQUEST])[0]
     assert difference(generate(load_model(tiny_xl_config(tiny_xl)), [REQUEST])[0], expected) > 5
 
     ours = load_model(tiny_xl_config(tiny_xl))
-    assert method.attach(ours, tmp_path, 1.0) > 0
+    assert method.attach(ours, folder, 1.0) > 0
     assert difference(generate(ours, [REQUEST])[0], expected) <= 1
 
-    plain = load_in_plain_diffusers(tiny_xl, tmp_path)
+    plain = load_in_plain_diffusers(tiny_xl, folder)
     assert difference(draw(plain, REQUEST.prompt, guidance_scale=5.0), expected) <= 1
 
 
@@ -104,28 +122,26 @@ def load_in_plain_diffusers(base: Path, folder: Path) -> StableDiffusionXLPipeli
     return pipeline
 
 
-def test_layers_that_the_unet_never_reads_do_not_train(tiny_xl: Path):
-    for settings in (METHODS["lora with text"], METHODS["full with text"]):
-        _, model = trained_on(tiny_xl, settings)
+def test_layers_that_the_unet_never_reads_do_not_train(exported: Callable[[str], Exported]):
+    for kind in ("lora with text", "full with text"):
+        _, model, _ = exported(kind)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert any(name.startswith("text_encoder.encoder.layers.0.") for name in names)
         assert not any(name.startswith("text_encoder.encoder.layers.1.") for name in names)
         assert any(name.startswith("text_encoder_2.text_model.encoder.layers.1.") for name in names)
 
 
-def test_a_pair_of_embeddings_is_one_file_of_the_published_layout(tiny_xl: Path, tmp_path: Path):
-    method, trained = trained_on(tiny_xl, METHODS["textual inversion"])
-    method.export(trained, tmp_path)
-    tensors = load_file(tmp_path / "learned_embeds.safetensors")
+def test_a_pair_of_embeddings_is_one_file_of_the_published_layout(exported: Callable[[str], Exported]):
+    _, _, folder = exported("textual inversion")
+    tensors = load_file(folder / "learned_embeds.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"clip_l": (2, 32), "clip_g": (2, 48)}
-    assert load_file(tmp_path / "a1111/cat.safetensors").keys() == tensors.keys()
-    assert read_embedding(tmp_path / "learned_embeds.safetensors")[0] == "<cat>"
+    assert load_file(folder / "a1111/cat.safetensors").keys() == tensors.keys()
+    assert read_embedding(folder / "learned_embeds.safetensors")[0] == "<cat>"
 
 
-def test_an_embedding_of_another_family_is_refused(tiny: Path, tiny_xl: Path, tmp_path: Path):
-    method, trained = trained_on(tiny_xl, METHODS["textual inversion"])
-    method.export(trained, tmp_path)
+def test_an_embedding_of_another_family_is_refused(tiny: Path, exported: Callable[[str], Exported]):
+    method, _, folder = exported("textual inversion")
     with pytest.raises(
         ArtifactError, match="has vectors for text_encoder and text_encoder_2, the base has text_encoder"
     ):
-        method.attach(load_model(tiny_config(tiny)), tmp_path, 1.0)
+        method.attach(load_model(tiny_config(tiny)), folder, 1.0)

@@ -81,11 +81,13 @@ def test_an_export_loads_in_the_plain_pipeline(tiny_video: Path, tmp_path: Path)
     unet = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "unet", use_safetensors=True)
     pipeline = StableVideoDiffusionPipeline.from_pretrained(tiny_video, unet=unet)
     batch = random_clips()
-    torch.testing.assert_close(pipeline.unet(*unet_inputs()).sample, model.unet(*unet_inputs()).sample)
+    expected = model.unet(*unet_inputs()).sample
     fresh = load_model(tiny_video_config(tiny_video))
-    assert not torch.equal(fresh.loss(batch), model.loss(batch))
+    learnt = (fresh.unet(*unet_inputs()).sample - expected).abs().max()
+    assert (pipeline.unet(*unet_inputs()).sample - expected).abs().max() < 1e-3 * learnt
+    assert not torch.allclose(fresh.loss(batch), model.loss(batch), rtol=1e-2)
     assert method.attach(fresh, tmp_path, 1.0) == len(model.unet.state_dict())
-    torch.testing.assert_close(fresh.loss(batch), model.loss(batch))
+    torch.testing.assert_close(fresh.loss(batch), model.loss(batch), rtol=1e-4, atol=1e-5)
     with pytest.raises(ArtifactError, match="no strength"):
         method.attach(fresh, tmp_path, 0.5)
 
@@ -107,8 +109,9 @@ def test_a_lora_trains_temporal_layers_only_and_is_exported_fused(tiny_video: Pa
     train(method, model)
     method.export(model, tmp_path)
     plain = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "unet", use_safetensors=True)
-    torch.testing.assert_close(plain(*unet_inputs()).sample, model.unet(*unet_inputs()).sample, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before, plain(*unet_inputs()).sample, atol=1e-3)
+    found = plain(*unet_inputs()).sample
+    expected = model.unet(*unet_inputs()).sample
+    assert (found - expected).abs().max() < 1e-2 * (before - expected).abs().max()
     assert set(plain.state_dict()) == set(UNetSpatioTemporalConditionModel(**UNET_VIDEO).state_dict())
 
 
@@ -126,8 +129,7 @@ def test_queries_and_keys_of_cross_attention_to_one_token_get_no_gradient(tiny_v
     gradients = {name: p.grad.abs().max().item() for name, p in model.unet.named_parameters() if p.requires_grad}
     dead = {name for name in gradients if ".attn2.to_q." in name or ".attn2.to_k." in name}
     assert dead
-    assert max(gradients[name] for name in dead) < 1e-8
-    assert max(gradients.values()) > 1e-3
+    assert max(gradients[name] for name in dead) < 1e-5 * max(gradients.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

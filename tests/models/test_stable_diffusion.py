@@ -49,7 +49,7 @@ def test_the_loss_equals_the_reference(tiny: Path, prediction_type: str, gamma: 
     expected = reference_losses(model, batch, prediction_type, gamma, offset)
     losses = model.loss(batch, DiffusionLoss(gamma, offset))
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_rows_loss_does_not_depend_on_its_batch(tiny: Path):
@@ -57,7 +57,7 @@ def test_a_rows_loss_does_not_depend_on_its_batch(tiny: Path):
     batch = random_batch(rows=4)
     whole = model.loss(batch)
     halves = [model.loss({name: value[rows] for name, value in batch.items()}) for rows in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(whole, torch.cat(halves))
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-4, atol=1e-5)
     assert len(whole.unique()) == 4
 
 
@@ -213,6 +213,6 @@ def test_a_masked_row_counts_only_within_its_mask(tiny: Path):
     noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * draws.noise
     error = (model.unet(noisy, batch["timesteps"], batch["text_embeds"]).sample - draws.noise).square()[0]
     expected = (error[:, :4].sum() + 0.25 * error[:, 4:].sum()) / (4 * 8 * (4 + 0.25 * 4))
-    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert found[1] == 0  # nothing of it counts
     assert torch.equal(model.loss(batch), model.loss({k: v for k, v in batch.items() if k != "loss_mask"}))

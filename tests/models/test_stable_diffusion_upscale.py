@@ -77,7 +77,7 @@ def test_a_rows_loss_does_not_depend_on_its_batch(tiny_upscale: Path):
     batch = random_upscale_batch(rows=4)
     whole = model.loss(batch)
     halves = [model.loss({name: value[rows] for name, value in batch.items()}) for rows in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(whole, torch.cat(halves))
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-4, atol=1e-5)
     assert len(whole.unique()) == 4
 
 

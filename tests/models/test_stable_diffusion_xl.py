@@ -62,11 +62,11 @@ def test_loss_and_gradient_equal_those_written_from_the_papers(tiny_xl: Path):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     found = model.loss(batch, DiffusionLoss(min_snr_gamma=5.0))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     found.mean().backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
 
 
 def test_embeddings_made_beforehand_give_the_same_loss(tiny_xl: Path):
@@ -112,8 +112,8 @@ def test_a_long_prompt_fills_several_chunks(tiny_xl: Path):
     assert alone.excess_tokens([long]) == [15]
     found, parts = model.encode_text(model.tokenize([long])), alone.encode_text(alone.tokenize([" ".join("a" * 14)]))
     assert found["text_embeds"].shape == (1, 48, 80)
-    torch.testing.assert_close(found["text_embeds"][:, :16, :], parts["text_embeds"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(found["pooled_text_embeds"], parts["pooled_text_embeds"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["text_embeds"][:, :16, :], parts["text_embeds"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["pooled_text_embeds"], parts["pooled_text_embeds"], atol=1e-4, rtol=0)
 
 
 def test_pooling_finds_the_end_of_text_behind_a_new_token(tiny_xl: Path):

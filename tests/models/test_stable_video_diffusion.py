@@ -97,7 +97,7 @@ def test_a_clips_loss_does_not_depend_on_its_batch(tiny_video: Path):
         model.loss({name: value[rows] for name, value in batch.items()}, VideoLoss(dropout=0.2))
         for rows in (slice(0, 1), slice(1, 4))
     ]
-    torch.testing.assert_close(whole, torch.cat(parts))
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-5)
     assert len(whole.unique()) == 4
 
 
@@ -106,6 +106,7 @@ def test_noise_levels_are_lognormal_and_fixed_quantiles_take_their_place(tiny_vi
     told = []
     monkeypatch.setattr(model, "denoise", lambda latents, timesteps, _: (told.append(4 * timesteps), latents)[1])
     batch = random_clips(rows=400, num_frames=1)
+    batch["condition_pixels"] = batch["condition_pixels"][..., :8, :8]
     model.loss(batch, VideoLoss(sigma_mean=1.0, sigma_std=0.5))
     assert told[0].mean() == pytest.approx(1.0, abs=0.1)
     assert told[0].std() == pytest.approx(0.5, abs=0.06)
@@ -118,7 +119,8 @@ def test_each_clip_is_told_its_own_noise_frames_a_second_less_one_and_motion(tin
     model = load_model(tiny_video_config(tiny_video), TRAINING)
     given = {}
     monkeypatch.setattr(model, "denoise", lambda latents, timesteps, conditions: (given.update(conditions), latents)[1])
-    batch = random_clips(rows=60)
+    batch = random_clips(rows=60, num_frames=1)
+    batch["condition_pixels"] = batch["condition_pixels"][..., :8, :8]
     model.loss(batch, VideoLoss(augmentation_mean=-2.0, augmentation_std=0.25))
     ids = given["added_time_ids"]
     torch.testing.assert_close(ids[:, :2], torch.stack([batch["fps"] - 1, batch["motion_bucket_id"]], dim=1))
@@ -161,7 +163,7 @@ def test_dropout_leaves_out_the_image_the_latents_or_both(tiny_video: Path, monk
     given = {}
     monkeypatch.setattr(model, "denoise", lambda latents, timesteps, conditions: (given.update(conditions), latents)[1])
     batch = random_clips(rows=600, num_frames=1)
-    batch["condition_pixels"] = batch["condition_pixels"][:, :, :, :8, :8]
+    batch["condition_pixels"] = batch["condition_pixels"][..., :8, :8]
     model.loss(batch, VideoLoss(dropout=0.2))
     no_image = ~given["image_embeds"].flatten(1).any(dim=1)
     no_latents = ~given["condition_latents"].flatten(1).any(dim=1)
@@ -194,7 +196,7 @@ def test_a_whole_model_makes_the_pipelines_clip(tiny_video: Path):
     ):
         pipeline.set_progress_bar_config(disable=True)
         clips.append(pipeline(picture(), generator=torch.Generator().manual_seed(2), **settings).frames)
-    torch.testing.assert_close(*clips)
+    torch.testing.assert_close(*clips, rtol=0, atol=2e-3)  # half a step of 255, as for pictures elsewhere
 
 
 def test_the_autoencoder_stays_whole_where_it_asks_for_it(tiny_video: Path):

@@ -87,7 +87,8 @@ def test_a_rows_result_does_not_depend_on_the_rows_beside_it(part: Part, bank: L
     beside = part(*inputs(2))
     bank.choose("unet", [(("a", 1.0),)])
     for found, expected in zip(part(*inputs(1)), beside, strict=True):
-        torch.testing.assert_close(found, expected[:1], rtol=1e-5, atol=1e-6)
+        # Of one row and of two, products are summed in other orders; what another row adds is of the size of the result.
+        torch.testing.assert_close(found, expected[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_removed_leaves_the_layers_as_they_were(part: Part, bank: LoraBank):
@@ -112,6 +113,19 @@ def test_pages_are_used_again(part: Part, bank: LoraBank):
                 torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4)
             bank.remove("new")
     assert bank._made == 1 + 3 + 3
+
+
+def test_rows_take_pages_beyond_those_of_an_adapter_beside_them(part: Part, bank: LoraBank):
+    bank.add("gone", lora(part, 4, seed=0, layers=("tokens",)))
+    large, small = lora(part, 11, seed=1, layers=("tokens",)), lora(part, 4, seed=2, layers=("vectors",))
+    bank.add("large", large)
+    bank.remove("gone")
+    bank.add("small", small)  # takes the page that is free, below those of the large one
+    bank.choose("unet", [(("large", 1.0),), (("small", 1.0),)])
+    together = part(*inputs(2))
+    for row, mix in enumerate(([(large, 1.0)], [(small, 1.0)])):
+        for found, expected in zip(together, fused(part, mix, row), strict=True):
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_is_foreseen(part: Part, bank: LoraBank):

@@ -22,10 +22,15 @@ KEYS = {
 }
 
 
-def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100) -> httpx.AsyncClient:
+def client(
+    keys: dict[str, ApiKey] | None = None, max_body: int = 100, barrier: asyncio.Barrier | None = None
+) -> httpx.AsyncClient:
+    """barrier: what each answer waits at."""
+
     async def answer(request: Request) -> PlainTextResponse:
         body = await request.body()
-        await asyncio.sleep(0.05)
+        if barrier is not None:
+            await barrier.wait()
         return PlainTextResponse(f"{request.scope['state'][CLIENT].name} {len(body)}")
 
     routes = [Route("/v1/draw", answer, methods=["GET", "POST"]), Route("/health", answer)]
@@ -70,11 +75,17 @@ def test_requests_that_are_too_large_are_ended_whatever_they_say():
 
 def test_no_more_run_at_once_than_a_key_allows():
     async def several() -> list[httpx.Response]:
-        async with client() as http:
-            return await asyncio.gather(*(http.post("/v1/draw", headers=as_("bob")) for _ in range(3)))
+        barrier = asyncio.Barrier(3)
+        async with client(barrier=barrier) as http:
+            first = [asyncio.create_task(http.post("/v1/draw", headers=as_("bob"))) for _ in range(2)]
+            while barrier.n_waiting < 2:
+                await asyncio.sleep(0.001)
+            refused = await http.post("/v1/draw", headers=as_("bob"))
+            await barrier.wait()
+            return [*await asyncio.gather(*first), refused]
 
     responses = asyncio.run(several())
-    assert sorted(response.status_code for response in responses) == [200, 200, 429]
+    assert [response.status_code for response in responses] == [200, 200, 429]
 
 
 def test_no_more_come_in_a_minute_than_a_key_allows(monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,15 @@
 """The HTTP side with a real Ray Serve, by the unmodified OpenAI client."""
 
 import base64
+import http.client
 import io
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -22,7 +25,14 @@ from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.serve.app import build
 
-LIMITS = {"max_pixels": 128 * 128, "max_steps": 900, "max_images": 3, "max_upload_bytes": 100_000, "deadline": 60}
+LIMITS = {"max_pixels": 256 * 256, "max_steps": 900, "max_images": 3, "max_upload_bytes": 100_000, "deadline": 600}
+PATIENCE = 10_000
+"""More than the steps of any picture, so that of those that take their steps alone the first takes all of its own."""
+LONG = {"prompt": "leaves", "num_inference_steps": 900, "size": "256x256"}
+"""Takes far longer than a test does anything with it."""
+PATH = "/v1/images/generations"
+SAME = 2
+"""Of 255: sums in another order, as other batches and processors have them, may end at the other side of a rounding."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = [f"model.base={tiny}", "model.name=tiny_served", "model.scheduler.sampler=ddim"]
     arguments = {
-        "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8}}},
+        "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8, "patience": PATIENCE}}},
         "adapters": str(folder),
         "limits": LIMITS,
         "defaults": {"num_inference_steps": 4, "guidance_scale": 3.0},
@@ -90,7 +100,7 @@ def test_pictures_are_those_of_the_plain_pipeline(client: openai.OpenAI, tiny: P
     assert response.size == "64x64"
     for number, data in enumerate(response.data):
         picture = opened(data.b64_json)
-        assert difference(picture, plain(tiny, "a cat", 5 + number)) <= 1
+        assert difference(picture, plain(tiny, "a cat", 5 + number)) <= SAME
         parameters = read_parameters(io.BytesIO(base64.b64decode(data.b64_json)))
         assert parameters == {
             "model": "tiny",
@@ -121,10 +131,10 @@ def test_an_adapter_is_a_model_or_a_choice(client: openai.OpenAI, tiny: Path, fo
     chosen = client.images.generate(prompt="a cat", extra_body={"seed": 5, "adapters": ["pet"]})
     expected = plain(tiny, "a cat", 5, folder / "pet")
     for response in (as_model, chosen):
-        assert difference(opened(response.data[0].b64_json), expected) <= 1
+        assert difference(opened(response.data[0].b64_json), expected) <= SAME
     mixed = {"seed": 5, "adapters": [{"name": "pet", "weight": 0.5}, {"name": "word"}]}
     response = client.images.generate(prompt="a <cat>", extra_body=mixed)
-    assert difference(opened(response.data[0].b64_json), expected) > 1
+    assert difference(opened(response.data[0].b64_json), expected) > 5 * SAME
     assert read_parameters(io.BytesIO(base64.b64decode(response.data[0].b64_json)))["adapters"] == [
         {"name": "pet", "weight": 0.5},
         {"name": "word", "weight": 1.0},
@@ -151,8 +161,8 @@ def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, tiny: Path
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
     pictures = [opened(event.b64_json) for event in events]
-    assert difference(pictures[-1], plain(tiny, "a cat", 5, steps=9)) <= 1
-    assert difference(pictures[0], pictures[-1]) > 1
+    assert difference(pictures[-1], plain(tiny, "a cat", 5, steps=9)) <= SAME
+    assert difference(pictures[0], pictures[-1]) > SAME
 
 
 def test_a_stream_tells_place_and_steps_in_comments(server: str):
@@ -176,7 +186,7 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
     )
     sizes = {opened(response.data[0].b64_json).size for response in (whole, masked)}
     assert sizes == {(64, 64)}
-    assert difference(opened(whole.data[0].b64_json), opened(masked.data[0].b64_json)) > 1
+    assert difference(opened(whole.data[0].b64_json), opened(masked.data[0].b64_json)) > 5 * SAME
     events = list(
         client.images.edit(image=png(photo(72)), prompt="a cat", stream=True, partial_images=1, extra_body=settings)
     )
@@ -193,7 +203,7 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ({"prompt": "a", "n": 4}, 400, "n", "n: 4 is more than the 3"),
         ({"prompt": "a", "size": "big"}, 400, "size", "WIDTHxHEIGHT"),
         ({"prompt": "a", "size": "60x64"}, 400, "size", "multiples of 8"),
-        ({"prompt": "a", "size": "256x256"}, 400, "size", "more than 16384 pixels"),
+        ({"prompt": "a", "size": "512x512"}, 400, "size", "more than 65536 pixels"),
         ({"prompt": "a", "num_inference_steps": 901}, 400, "num_inference_steps", "more than the 900"),
         ({"prompt": "a" * 2001}, 400, "prompt", "2001 is more than the 2000"),
         ({"prompt": "a", "scheduler": "magic"}, 400, "scheduler", "scheduler: "),
@@ -230,41 +240,52 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
 
 
 def test_too_many_are_sent_away_with_a_time(server: str):
-    body = {"prompt": "a cat", "num_inference_steps": 900, "n": 3}
-    with httpx.Client(timeout=60) as client:
-        streams = [
-            client.stream("POST", f"{server}/v1/images/generations", json=body | {"stream": True}) for _ in range(6)
-        ]
-        responses = [stream.__enter__() for stream in streams]
-        deadline = time.monotonic() + 30
-        answer = client.post(f"{server}/v1/images/generations", json=body)
-        while answer.status_code != 429 and time.monotonic() < deadline:
-            answer = client.post(f"{server}/v1/images/generations", json=body)
-        for stream in streams:
-            stream.__exit__(None, None, None)
-        assert [response.status_code for response in responses] == [200] * 6
+    body = LONG | {"n": 3}
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=300))
+        # Of nine pictures one takes its steps, which makes eight that wait.
+        for signs in ('"step": 1', '"position"', '"position"'):
+            stream = stack.enter_context(client.stream("POST", f"{server}{PATH}", json=body | {"stream": True}))
+            assert stream.status_code == 200
+            assert any(signs in line for line in stream.iter_lines())
+        answer = client.post(f"{server}{PATH}", json=body)
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_who_goes_away_is_drawn_for_no_further(server: str):
-    handle = serve.get_deployment_handle("model-tiny", "ray_sd")
-    body = {"prompt": "leaves", "num_inference_steps": 900, "stream": True}
-    with httpx.stream("POST", f"{server}/v1/images/generations", json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        assert any('"step": 5' in line for line in lines)
-    deadline = time.monotonic() + 30
-    steps = []
-    while (time.monotonic() < deadline and len(set(steps[-4:])) != 1) or len(steps) < 4:
-        steps.append(handle.figures.remote().result()["steps"])
-        time.sleep(0.25)
-    assert len(set(steps[-4:])) == 1
-    assert handle.figures.remote().result()["cancelled"] > 0
-    large = body | {"stream": False, "n": 3, "size": "128x128"}  # too much for a second
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server}/v1/images/generations", json=large, timeout=1)
-    time.sleep(3)
-    before = handle.figures.remote().result()["steps"]
-    time.sleep(1)
-    assert handle.figures.remote().result()["steps"] == before
+def figures() -> dict[str, Any]:
+    """What the engine has done so far."""
+    return serve.get_deployment_handle("model-tiny", "ray_sd").figures.remote().result()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_who_leaves_a_stream_is_drawn_for_no_further(server: str):
+    wait_for(lambda: not figures()["busy"])
+    before = figures()
+    with httpx.stream("POST", f"{server}{PATH}", json=LONG | {"stream": True}, timeout=300) as response:
+        assert any('"step": 5' in line for line in response.iter_lines())
+    wait_for(lambda: not figures()["busy"])
+    after = figures()
+    assert after["cancelled"] == before["cancelled"] + 1
+    assert 5 <= after["steps"] - before["steps"] < LONG["num_inference_steps"]
+
+
+def test_who_leaves_before_an_answer_is_drawn_for_no_further(server: str):
+    wait_for(lambda: not figures()["busy"])
+    before = figures()
+    connection = http.client.HTTPConnection(server.removeprefix("http://"))
+    body = json.dumps(LONG | {"n": 3})
+    connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+    wait_for(lambda: figures()["steps"] >= before["steps"] + 5)
+    connection.close()
+    wait_for(lambda: figures()["cancelled"] == before["cancelled"] + 3)
+    after = figures()
+    assert not after["busy"]
+    assert after["steps"] - before["steps"] < LONG["num_inference_steps"]

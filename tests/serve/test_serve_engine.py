@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,13 @@ from ray_sd.serve.engine import Engine
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Queued, Shown, Stepped, Ticket
 
 PLENTY = 2**30
+SAME = 2
+"""Of 255: sums in another order, as other batches and processors have them, may end at the other side of a rounding.
+
+What is drawn without an adapter, or with another one, differs by tens.
+"""
+LONG = ImageRequest("long", num_inference_steps=900, height=256, width=256)
+"""A picture that takes far longer than a test does anything with it."""
 
 
 @pytest.fixture
@@ -62,9 +70,13 @@ class Client:
         self.tickets.append(ticket)
         return ticket
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, seconds)
+
+    def wait_for_step(self, number: int) -> None:
+        """Until the picture that was ordered as this one, from 0, has taken a step."""
+        self.wait(lambda: any(isinstance(event, Stepped) for event in self.events[number]))
 
     def finish(self) -> list:
         """The last event of each order that was not cancelled."""
@@ -75,6 +87,13 @@ class Client:
             )
         )
         return [events[-1] if events else None for events in self.events]
+
+
+def wait_until_idle(engine: Engine, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while engine.busy:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def draw(engine: Engine, orders: Sequence[Order]) -> list[Image.Image]:
@@ -88,72 +107,94 @@ def draw(engine: Engine, orders: Sequence[Order]) -> list[Image.Image]:
     return [event.image for event in ended]
 
 
-def plain(tiny: Path, folder: Path, order: Order) -> Image.Image:
-    """What diffusers' own pipeline draws."""
-    request = order.request
-    settings = {} if request.scheduler is None else {"scheduler": {"sampler": request.scheduler}}
-    model = load_model(tiny_config(tiny, **settings))
-    for name, weight in order.adapters:
+def plain(tiny: Path, folder: Path, orders: Sequence[Order]) -> list[Image.Image]:
+    """What diffusers' own pipeline draws; the orders are of one sampler and the same adapters."""
+    sampler, adapters = orders[0].request.scheduler, orders[0].adapters
+    model = load_model(tiny_config(tiny, **({} if sampler is None else {"scheduler": {"sampler": sampler}})))
+    for name, weight in adapters:
         load_adapter(model, folder / name, weight, allow_other_base=True)
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        height=request.height,
-        width=request.width,
-        generator=torch.Generator().manual_seed(request.seed),
-    ).images[0]
+    pictures = []
+    for order in orders:
+        request = order.request
+        assert (request.scheduler, order.adapters) == (sampler, adapters)
+        pictures += pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            height=request.height,
+            width=request.width,
+            generator=torch.Generator().manual_seed(request.seed),
+        ).images
+    return pictures
 
 
 MIXED = [
-    Order(ImageRequest("a cat", seed=1, num_inference_steps=5)),
-    Order(ImageRequest("a dog", "bad", seed=2, num_inference_steps=8, guidance_scale=3.0, scheduler="euler")),
-    Order(ImageRequest("an owl", seed=3, num_inference_steps=4, guidance_scale=1.0, scheduler="dpmpp_2m")),
-    Order(ImageRequest("an owl", seed=3, num_inference_steps=6, scheduler="unipc", height=64, width=96)),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=5), (("lora", 1.0),)),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=7), (("wide", 0.6), ("lora", -0.5))),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=5, scheduler="euler_ancestral"), (("reads", 1.0),)),
-    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=5), (("word", 1.0),)),
-    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=5), (("other-word", 1.0), ("lora", 0.7))),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=5), (("dora", 0.8),)),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=5), (("loha", 1.0),)),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=4), (("oft", 1.0), ("lora", 1.0))),
+    Order(ImageRequest("a cat", seed=1, num_inference_steps=3)),
+    Order(ImageRequest("a dog", "bad", seed=2, num_inference_steps=4, guidance_scale=3.0, scheduler="euler")),
+    Order(ImageRequest("an owl", seed=3, num_inference_steps=2, guidance_scale=1.0, scheduler="dpmpp_2m")),
+    Order(ImageRequest("an owl", seed=3, num_inference_steps=3, scheduler="unipc", height=64, width=96)),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=3), (("lora", 1.0),)),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=4), (("wide", 0.6), ("lora", -0.5))),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=3, scheduler="euler_ancestral"), (("reads", 1.0),)),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3), (("word", 1.0),)),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3), (("other-word", 1.0), ("lora", 0.7))),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=3), (("dora", 0.8),)),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=3), (("loha", 1.0),)),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=2), (("oft", 1.0), ("lora", 1.0))),
 ]
 
 
-def test_mixed_pictures_equal_the_plain_pipelines_whatever_they_are_drawn_with(build, tiny: Path, adapter_folder: Path):
-    together = draw(build(), MIXED)
-    alone = build(max_rows=1)
-    for order, picture in zip(MIXED, together, strict=True):
-        expected = plain(tiny, adapter_folder, order)
-        assert difference(picture, expected) <= 1, order
-        assert difference(draw(alone, [order])[0], picture) <= 1, order
-    assert len({np.asarray(picture).tobytes() for picture in together}) == len(MIXED)
+@pytest.fixture(scope="module")
+def mixed_engine(tiny: Path, adapter_folder: Path) -> Iterator[Engine]:
+    model = load_model(tiny_config(tiny))
+    engine = Engine(model, LoadedAdapters(model, AdapterFolder(adapter_folder), PLENTY), BatchingConfig(result_cache=0))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def mixed_pictures(mixed_engine: Engine) -> list[Image.Image]:
+    """All of MIXED, drawn together."""
+    return draw(mixed_engine, MIXED)
+
+
+@pytest.mark.parametrize("number", range(len(MIXED)))
+def test_a_picture_is_the_plain_pipelines_whatever_it_is_drawn_with(
+    mixed_engine: Engine, mixed_pictures: list[Image.Image], tiny: Path, adapter_folder: Path, number: int
+):
+    order, picture = MIXED[number], mixed_pictures[number]
+    [expected] = plain(tiny, adapter_folder, [order])
+    assert difference(picture, expected) <= SAME
+    [alone] = draw(mixed_engine, [order])
+    assert difference(alone, picture) <= SAME
+    for other in mixed_pictures[:number] + mixed_pictures[number + 1 :]:
+        assert other.size != picture.size or difference(other, picture) > 5 * SAME
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_keeps_its_own_state(build, tiny: Path, adapter_folder: Path, sampler: str):
     orders = [
         Order(ImageRequest("a cat", seed=seed, num_inference_steps=steps, scheduler=sampler))
-        for seed, steps in enumerate((4, 7, 9))
+        for seed, steps in enumerate((3, 4, 6))
     ]
-    for order, picture in zip(orders, draw(build(), orders), strict=True):
-        assert difference(picture, plain(tiny, adapter_folder, order)) <= 1
+    for picture, expected in zip(draw(build(), orders), plain(tiny, adapter_folder, orders), strict=True):
+        assert difference(picture, expected) <= SAME
 
 
 def test_pictures_enter_and_leave_between_steps(build):
     engine = build()
     client = Client(engine)
-    client.order(Order(ImageRequest("long", num_inference_steps=400, guidance_scale=1.0)))
-    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[0]))
-    client.order(Order(ImageRequest("short", num_inference_steps=3, guidance_scale=1.0)))
+    size = {"height": 128, "width": 128}
+    client.order(Order(ImageRequest("long", num_inference_steps=900, guidance_scale=1.0, **size)))
+    client.wait_for_step(0)
+    client.order(Order(ImageRequest("short", num_inference_steps=3, guidance_scale=1.0, **size)))
     client.wait(lambda: bool(client.events[1]) and isinstance(client.events[1][-1], Drawn))
     last = client.events[0][-1]
     assert isinstance(last, Stepped)
-    assert last.steps == 400
+    assert last.steps == 900
     client.tickets[0].cancel()
     assert engine.figures.rows > engine.figures.steps  # some steps had both
 
@@ -169,14 +210,11 @@ def test_unguided_pictures_cost_one_row(build):
 def test_a_cancelled_picture_takes_no_more_steps(build):
     engine = build()
     client = Client(engine)
-    ticket = client.order(Order(ImageRequest("a cat", num_inference_steps=900)))
-    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[0]))
+    ticket = client.order(Order(LONG))
+    client.wait_for_step(0)
     ticket.cancel()
     before = engine.figures.steps
-    end = time.monotonic() + 20
-    while engine.busy and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not engine.busy
+    wait_until_idle(engine)
     assert engine.figures.steps <= before + 1
     assert engine.figures.cancelled == 1
     assert not isinstance(client.events[0][-1], Drawn | Failed)
@@ -185,7 +223,7 @@ def test_a_cancelled_picture_takes_no_more_steps(build):
 def test_a_deadline_ends_a_picture_and_no_other(build):
     engine = build()
     client = Client(engine)
-    client.order(Order(ImageRequest("a cat", num_inference_steps=900), deadline=time.monotonic() + 0.5))
+    client.order(Order(LONG, deadline=time.monotonic() + 0.3))
     client.order(Order(ImageRequest("a cat", num_inference_steps=5)))
     late, fine = client.finish()
     assert isinstance(late.error, DeadlineError)
@@ -208,13 +246,13 @@ def test_looks_on_the_way_come_spread_over_the_steps(build):
 
 def test_the_same_picture_is_drawn_once(build):
     engine = build()
-    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=40))
+    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=20))
     first, second = draw(engine, [order, order])
     assert first is second
-    assert engine.figures.steps == 40
+    assert engine.figures.steps == 20
     [third] = draw(engine, [order])
     assert third is first
-    assert (engine.figures.steps, engine.figures.results_found, engine.figures.pictures) == (40, 2, 1)
+    assert (engine.figures.steps, engine.figures.results_found, engine.figures.pictures) == (20, 2, 1)
     draw(engine, [Order(ImageRequest("a cat", seed=8, num_inference_steps=2))])
     assert engine.figures.prompts_encoded == 2
     assert engine.figures.prompts_found == 2
@@ -222,27 +260,26 @@ def test_the_same_picture_is_drawn_once(build):
 
 def test_a_picture_that_two_want_goes_on_when_one_leaves(build):
     client = Client(build())
-    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=60))
+    order = Order(ImageRequest("a cat", seed=7, num_inference_steps=30))
     first = client.order(order)
     client.order(order)
-    client.wait(lambda: any(isinstance(event, Stepped) for event in client.events[1]))
+    client.wait_for_step(1)
     first.cancel()
     assert isinstance(client.finish()[1], Drawn)
 
 
 def test_too_many_are_told_when_to_come_back(build):
-    engine = build(max_waiting=3, max_rows=2)
+    # The first takes all the steps; none of the others ever waits long enough to go before it.
+    engine = build(max_waiting=3, max_rows=2, patience=10_000)
     client = Client(engine)
-    orders = [Order(ImageRequest("a cat", seed=seed, num_inference_steps=900)) for seed in range(10)]
+    orders = [Order(replace(LONG, seed=seed)) for seed in range(10)]
     with pytest.raises(EngineBusyError) as caught:
         list(map(client.order, orders))
     assert caught.value.waiting == 3
     assert caught.value.retry_after >= 1
     for ticket in client.tickets:
         ticket.cancel()
-    end = time.monotonic() + 20
-    while engine.busy and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until_idle(engine)
     draw(engine, [Order(ImageRequest("a cat", num_inference_steps=2))])
 
 
@@ -270,13 +307,15 @@ def test_adapters_wait_for_room(build, tiny: Path, adapter_folder: Path):
         sizes.append(probe.bytes)
     engine = build(memory_limit=sizes[1])
     orders = [
-        Order(ImageRequest("a cat", seed=seed, num_inference_steps=6), ((name, 1.0),))
+        Order(ImageRequest("a cat", seed=seed, num_inference_steps=2), ((name, 1.0),))
         for seed in range(2)
         for name in names
     ]
     pictures = draw(engine, orders)
-    for order, picture in zip(orders, pictures, strict=True):
-        assert difference(picture, plain(tiny, adapter_folder, order)) <= 1
+    for number in range(len(names)):
+        expected = plain(tiny, adapter_folder, orders[number :: len(names)])
+        for picture, one in zip(pictures[number :: len(names)], expected, strict=True):
+            assert difference(picture, one) <= SAME
 
 
 def test_edits_are_batched_with_the_rest(build):
@@ -290,4 +329,4 @@ def test_edits_are_batched_with_the_rest(build):
     ]
     together, engine = draw(build(), orders), build()
     for order, picture in zip(orders, together, strict=True):
-        assert difference(draw(engine, [order])[0], picture) <= 1
+        assert difference(draw(engine, [order])[0], picture) <= SAME

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from long_run import LONG, TWO_WORKERS
 from PIL import Image
+from without_ray import fit_without_ray
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
+from ray_sd.train.run import TrainingResult, fit
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,21 @@ def settings(run_settings: Callable[[Path], list[str]], tmp_path: Path) -> list[
 def configure(settings: list[str]) -> Callable[..., ExperimentConfig]:
     """Build a configuration from further settings."""
     return lambda *more: load_config([*settings, *more])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    run_settings: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> TrainingResult:
+    """A long run that nothing happened to, with all its checkpoints."""
+    settings = run_settings(tmp_path_factory.mktemp("undisturbed"))
+    return fit(load_config([*settings, "name=undisturbed", *LONG, *TWO_WORKERS]))
+
+
+@pytest.fixture(params=["here", pytest.param("with_ray", marks=pytest.mark.slow)])
+def train(request: pytest.FixtureRequest) -> Callable[[ExperimentConfig], TrainingResult]:
+    """`fit` in this process, and, slowly, as it is."""
+    if request.param == "here":
+        return fit_without_ray
+    request.getfixturevalue("ray_cluster")
+    return fit

@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from traces import assert_same_bits, state_of
+from without_ray import fit_without_ray
 
 from ray_sd.adapter import read_manifest
 from ray_sd.config import ExperimentConfig
@@ -31,6 +33,8 @@ OF_CLIPS = (
     "trainer.learning_rate=1e-2",
     "trainer.ema_decay=0.9",
 )
+TWICE_SAVED = ("dataset.holdout=1", "trainer.checkpoint.every_steps=2")
+TWO_WORKERS = ("trainer.num_workers=2", "trainer.zero.stage=2")
 
 
 @pytest.fixture(scope="session")
@@ -53,22 +57,33 @@ def of_clips(settings: list[str], videos: Path) -> Callable[..., ExperimentConfi
     return lambda *more: load_config([*settings, *OF_CLIPS, f"dataset.source.path={videos}", *more])
 
 
-def state(run: TrainingResult) -> dict[str, torch.Tensor]:
-    """All that a run's last checkpoint holds: weights, the optimizer's moments, moving averages."""
-    files = sorted(Path(run.checkpoint).glob("state-*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+def learnt_by(run: TrainingResult) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.adapter) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one
-    assert one.keys() == other.keys()
-    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
+@pytest.fixture(scope="module", params=["here", pytest.param("on two workers", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest) -> Callable[..., TrainingResult]:
+    """Runs of temporal layers by one worker in this process, or, slowly, by two as they are."""
+    if request.param == "here":
+        return lambda *settings: fit_without_ray(load_config([*settings, *TWICE_SAVED]))
+    request.getfixturevalue("ray_cluster")
+    return lambda *settings: fit(load_config([*settings, *TWICE_SAVED, *TWO_WORKERS]))
 
 
-def test_a_run_on_two_workers_goes_on_exactly_and_its_model_loads_in_the_plain_pipeline(of_clips, videos, ray_cluster):
-    two = ("trainer.num_workers=2", "trainer.zero.stage=2", "trainer.checkpoint.every_steps=2")
+@pytest.fixture(scope="module")
+def whole(
+    run: Callable[..., TrainingResult],
+    run_settings: Callable[[Path], list[str]],
+    videos: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> TrainingResult:
+    """A run with clips drawn at its two checkpoints."""
+    settings = [*run_settings(tmp_path_factory.mktemp("whole")), *OF_CLIPS, f"dataset.source.path={videos}"]
     shown = (f"trainer.validation.images=[{videos}/first.png]", "trainer.validation.num_inference_steps=2")
-    whole = fit(of_clips("name=whole", "dataset.holdout=1", *two, *shown))
+    return run(*settings, "name=whole", *shown)
+
+
+def test_a_run_leaves_a_validation_loss_and_clips(whole: TrainingResult, videos: Path):
     assert whole.step == 4
     assert "validation_loss" in whole.metrics
     assert "video.model=tiny_random_video" in whole.summary()
@@ -83,15 +98,11 @@ def test_a_run_on_two_workers_goes_on_exactly_and_its_model_loads_in_the_plain_p
     manifest = read_manifest(Path(whole.adapter))
     assert (manifest.kind, manifest.family) == ("temporal", "stable_video_diffusion")
 
-    begun = fit(of_clips("name=begun", "dataset.holdout=1", *two, "trainer.max_steps=2"))
-    resumed = fit(of_clips("name=resumed", "dataset.holdout=1", *two, f"resume={begun.checkpoint}"))
-    assert_same_bits(state(resumed), state(whole))
-    learnt = [load_file(Path(run.adapter) / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, resumed)]
-    assert_same_bits(*learnt)
 
+def test_its_model_loads_in_the_plain_pipeline(whole: TrainingResult, of_clips: Callable, videos: Path):
     base = load_model(of_clips("name=x").model)
     before = base.unet.state_dict()
-    changed = {name for name, tensor in learnt[0].items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in learnt_by(whole).items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(map(is_temporal, changed))
     unet = UNetSpatioTemporalConditionModel.from_pretrained(Path(whole.adapter) / "unet", use_safetensors=True)
@@ -102,17 +113,27 @@ def test_a_run_on_two_workers_goes_on_exactly_and_its_model_loads_in_the_plain_p
     assert load_adapter(base, whole.adapter) == len(before)
 
 
-def test_a_decoder_is_trained_on_the_pixels_of_clips_and_goes_on_exactly(of_clips, videos, ray_cluster):
+def test_a_run_goes_on_exactly(
+    run: Callable[..., TrainingResult], whole: TrainingResult, settings: list[str], videos: Path
+):
+    checkpoint = Path(whole.run) / "checkpoint-00000002"
+    resumed = run(*settings, *OF_CLIPS, f"dataset.source.path={videos}", "name=resumed", f"resume={checkpoint}")
+    assert_same_bits(state_of(resumed.checkpoint), state_of(whole.checkpoint))
+    assert_same_bits(learnt_by(resumed), learnt_by(whole))
+
+
+def test_a_decoder_is_trained_on_the_pixels_of_clips_and_goes_on_exactly(
+    of_clips: Callable, videos: Path, train: Callable
+):
     decoder = ("method=temporal_decoder", "method.chunk_size=2", "trainer.max_steps=2")
     shown = (f"trainer.validation.images=[{videos}/first.png]", "trainer.validation.num_inference_steps=1")
-    result = fit(of_clips("name=decoder", *decoder, *shown))
+    result = train(of_clips("name=decoder", *decoder, *shown, "trainer.checkpoint.every_steps=1"))
     assert len(read_frames(Path(result.run) / "samples.mp4")) == 3
     said = read_parameters(Path(result.run) / "samples.png")
     assert (said["step"], said["run"], said["images"]) == (2, "decoder", [f"{videos}/first.png"])
 
-    begun = fit(of_clips("name=begun", *decoder, "trainer.max_steps=1"))
-    resumed = fit(of_clips("name=resumed", *decoder, f"resume={begun.checkpoint}"))
-    assert_same_bits(state(resumed), state(result))
+    resumed = train(of_clips("name=resumed", *decoder, f"resume={Path(result.run) / 'checkpoint-00000001'}"))
+    assert_same_bits(state_of(resumed.checkpoint), state_of(result.checkpoint))
 
     vae = AutoencoderKLTemporalDecoder.from_pretrained(Path(result.adapter) / "vae", use_safetensors=True)
     fresh = load_model(of_clips("name=x").model, {"vae"}).vae
@@ -121,9 +142,9 @@ def test_a_decoder_is_trained_on_the_pixels_of_clips_and_goes_on_exactly(of_clip
     assert all(name.startswith("decoder.") for name in changed)
 
 
-def test_frames_between_key_frames_are_learnt_and_drawn(of_clips, videos, ray_cluster):
+def test_frames_between_key_frames_are_learnt_and_drawn(of_clips: Callable, videos: Path, train: Callable):
     images = f"trainer.validation.images=[{videos}/first.png, {videos}/first.png]"
-    result = fit(of_clips("name=between", "method=interpolation", images, "trainer.validation.num_inference_steps=1"))
+    result = train(of_clips("name=between", "method=interpolation", images, "trainer.validation.num_inference_steps=1"))
     assert len(read_frames(Path(result.run) / "samples.mp4")) == 3
     assert "interpolation.adapter=" in result.summary()
 

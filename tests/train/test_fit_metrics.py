@@ -33,7 +33,7 @@ def metrics(*kinds: str) -> str:
     return f"trainer.validation.metrics=[{', '.join(kinds)}]"
 
 
-def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig], ray_cluster: None):
+def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig], train: Callable):
     prompt = f"{{name: prompt_similarity, {EMOJI}, label: words}}"
     config = configure(
         "name=measured",
@@ -44,7 +44,7 @@ def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig],
         STEPS,
         metrics(SUBJECT, prompt, DRIFT),
     )
-    result = fit(config)
+    result = train(config)
     run = Path(result.run)
     names = {"val/subject_similarity", "val/words", "val/base_drift"}
 

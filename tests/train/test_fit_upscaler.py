@@ -12,11 +12,10 @@ from ray_sd.adapter import read_manifest
 from ray_sd.generate import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
-from ray_sd.train.run import fit
 
 
 def test_a_run_leaves_weights_a_validation_loss_and_enlarged_pictures(
-    configure: Callable, pictures: Path, ray_cluster: None
+    configure: Callable, pictures: Path, train: Callable
 ):
     config = configure(
         "name=upscaler",
@@ -28,7 +27,7 @@ def test_a_run_leaves_weights_a_validation_loss_and_enlarged_pictures(
         "trainer.validation.num_inference_steps=2",
         "trainer.validation.every_steps=2",
     )
-    result = fit(config)
+    result = train(config)
     assert read_manifest(Path(result.adapter)).family == "stable_diffusion_upscale"
     assert (
         "python jobs/text_to_video.py chain=svd picture=FILE image=null video=null interpolation=null "

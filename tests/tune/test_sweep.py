@@ -1,4 +1,4 @@
-"""Whole sweeps of the tiny model."""
+"""Whole sweeps: of the tiny model, and of a formula in the place of training."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import ray
+from formula_trial import RATE, use_formula
 from ray.util import placement_group_table
 
 from ray_sd.config.load import load_config
@@ -20,7 +21,7 @@ from ray_sd.tune.search import STUDY, open_storage
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(configure, tmp_path: Path, ray_cluster: None):
+def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ray_cluster: None):
     drawn = ("trainer.validation.prompts=a owl on a red background", "trainer.validation.num_inference_steps=1")
     result = sweep(configure(*drawn))
     folder = tmp_path / "sweeps" / "learning_rate"
@@ -32,28 +33,65 @@ def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(configure
     assert all(Path(picture).is_file() for trial in record["trials"] for picture in trial["pictures"])
 
     table = pq.read_table(folder / "trials.parquet").to_pylist()
-    losses = {row["trainer.learning_rate"]: row["validation_loss"] for row in table}
+    losses = {row[RATE]: row["validation_loss"] for row in table}
     assert len(losses) == 2
     best = result.sweep.best()
-    assert losses[best.settings["trainer.learning_rate"]] == min(losses.values())
+    assert losses[best.settings[RATE]] == min(losses.values())
     assert (folder / "best" / "manifest.json").is_file()
-    assert "learning_rate" in (folder / "report.html").read_text()
-
     again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
-    assert again.trainer.learning_rate == best.settings["trainer.learning_rate"]
+    assert again.trainer.learning_rate == best.settings[RATE]
     states = {group["state"] for group in placement_group_table().values()}
     assert states <= {"REMOVED"}
 
+    # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    lines = [line for path in logs.glob("worker-*") for line in path.read_text(errors="replace").splitlines()]
+    assert any("step 4: " in line for line in lines)
+    assert not [line for line in lines if "Checkpoint successfully created" in line and str(folder) in line]
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(
+    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    use_formula(monkeypatch)
+    settings = ("sweep.space.trainer.learning_rate={grid: [1e30]}", "sweep.max_failures=0")
+    result = sweep(configure(*settings))
+    folder = tmp_path / "sweeps" / "learning_rate"
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["finished"]
+    base = configure().trainer.learning_rate
+    trials = {trial["settings"][RATE]: trial for trial in record["trials"]}
+    assert {rate: trial["is_base"] for rate, trial in trials.items()} == {base: True, 1e30: False}
+    failed, trial = trials[1e30], trials[base]
+    assert (failed["status"], failed["reason"]) == ("failed", "the weights are lost at step 2")
+    assert trial["status"] == "finished"
+    assert [report["step"] for report in trial["reports"]] == [2, 4]
+    assert {"validation_loss", "loss"} <= trial["reports"][-1].keys()
+    assert trial["run"] == str(folder / "trials" / f"{trial['id']}-0")
+
+    table = {row[RATE]: row for row in pq.read_table(folder / "trials.parquet").to_pylist()}
+    assert {rate: row["status"] for rate, row in table.items()} == {base: "finished", 1e30: "failed"}
+    assert table[base]["validation_loss"] == trial["reports"][-1]["validation_loss"]
+    assert result.sweep.best().id == trial["id"]
+    assert json.loads((folder / "best" / "manifest.json").read_text())["rate"] == base
+    page = (folder / "report.html").read_text()
+    assert "learning_rate" in page
+    assert "the weights are lost at step 2" in page
+    again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
+    assert again.trainer.learning_rate == base
+
     with pytest.raises(ConfigError, match="name: the sweep 'learning_rate' exists"):
-        sweep(configure())
+        sweep(configure(*settings))
     with pytest.raises(ConfigError, match="resume: sweep.num_trials was 2 and is 3; set it back"):
-        sweep(configure("resume=true", "sweep.num_trials=3"))
+        sweep(configure(*settings, "resume=true", "sweep.num_trials=3"))
 
 
 @pytest.mark.slow
 def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
-    configure, tmp_path: Path, ray_cluster: None, locked_database: str
+    configure, tmp_path: Path, ray_cluster: None, locked_database: str, monkeypatch: pytest.MonkeyPatch
 ):
+    use_formula(monkeypatch)
     settings = (
         "sweep.metric=[validation_loss, loss]",
         "sweep.num_seeds=2",
@@ -66,7 +104,7 @@ def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
     assert [trial.status for trial in trials] == ["finished"] * 4
     runs: dict[float, list[Trial]] = {}
     for trial in trials:
-        runs.setdefault(trial.settings["trainer.learning_rate"], []).append(trial)
+        runs.setdefault(trial.settings[RATE], []).append(trial)
     assert [{trial.seed for trial in of_rate} for of_rate in runs.values()] == [{0, 1}] * 2
     means = {
         rate: [fmean(trial.last(metric) for trial in of_rate) for metric in ("validation_loss", "loss")]
@@ -80,9 +118,9 @@ def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
     assert (again.trainer.learning_rate, again.seed) == (rate, best.seed)
 
     known = optuna.load_study(study_name=STUDY, storage=open_storage(locked_database)).trials
-    assert {one.params["trainer.learning_rate"] for one in known} == set(means)
+    assert {one.params[RATE] for one in known} == set(means)
     for one in known:
-        assert one.values == pytest.approx(means[one.params["trainer.learning_rate"]])
+        assert one.values == pytest.approx(means[one.params[RATE]])
 
     page = (folder / "report.html").read_text()
     for section in ("front", "seeds"):
@@ -98,12 +136,6 @@ def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
     resumed = sweep(configure(*settings, "resume=true"))
     assert [trial.id for trial in resumed.sweep.trials] == [trial.id for trial in trials]
     assert resumed.sweep.best() == best
-
-    # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-    lines = [line for path in logs.glob("worker-*") for line in path.read_text(errors="replace").splitlines()]
-    assert any("step 4: " in line for line in lines)
-    assert not [line for line in lines if "Checkpoint successfully created" in line and str(folder) in line]
 
 
 def test_a_metric_that_no_trial_reports_is_told_before_ray_starts(configure, monkeypatch: pytest.MonkeyPatch):

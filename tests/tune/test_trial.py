@@ -1,7 +1,18 @@
-"""What a trial is given."""
+"""What a trial is given, and what it makes of its run's reports."""
 
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from queue import Queue
+
+import pytest
+import yaml
+
+from ray_sd.errors import RaySdError
+from ray_sd.train.run import CONFIG
+from ray_sd.train.storage import RunFolder
 from ray_sd.tune.search import SEED, SETTINGS
-from ray_sd.tune.trial import TrialJob
+from ray_sd.tune.trial import TrialJob, _beginning, _whole_reports
 
 DRAWN = {SETTINGS: {"trainer.learning_rate": 0.5}, SEED: 0}
 
@@ -17,3 +28,55 @@ def test_a_group_of_ones_own_stays(configure):
     mine = configure("tracker.group=mine", "tracker.compare=[seed]")
     trial = TrialJob(mine, "trials", preparer=None, threads=1).configure(DRAWN, "first-0", resume=False)
     assert (trial.tracker.group, trial.tracker.compare) == ("mine", ("seed",))
+
+
+def begin(tmp_path: Path, name: str, **settings: object) -> RunFolder:
+    run = RunFolder(str(tmp_path), name)
+    run.write(CONFIG, yaml.safe_dump(settings).encode())
+    return run
+
+
+def test_a_trial_begins_a_run_and_goes_on_with_it(tmp_path: Path):
+    folder = str(tmp_path)
+    assert _beginning(folder, "abc", None) == ("abc-0", False)
+    run = begin(tmp_path, "abc-0", resume=False)
+    assert _beginning(folder, "abc", None) == ("abc-0", True)
+    assert _beginning(folder, "abc", f"{run.path}/checkpoint-00000002") == ("abc-0", True)
+
+
+def test_a_trial_goes_on_from_anothers_weights_in_a_run_of_its_own(tmp_path: Path):
+    folder = str(tmp_path)
+    begin(tmp_path, "abc-0", resume=False)
+    donor = f"{begin(tmp_path, 'abd-0', resume=False).path}/checkpoint-00000002"
+    assert _beginning(folder, "abc", donor) == ("abc-1", donor)
+    begin(tmp_path, "abc-1", resume=donor)
+    assert _beginning(folder, "abc", donor) == ("abc-1", True)
+    later = donor.replace("00000002", "00000004")
+    assert _beginning(folder, "abc", later) == ("abc-2", later)
+
+
+def reports_of(*parts: dict) -> Queue:
+    """As a run leaves them."""
+    queue: Queue = Queue()
+    for part in parts:
+        queue.put(part)
+    return queue
+
+
+def ended() -> Future:
+    run: Future = Future()
+    run.set_result(None)
+    return run
+
+
+def test_reports_are_whole_once_what_was_drawn_has_come(configure):
+    drawing = configure("trainer.validation.prompts=an owl").experiment
+    parts = ({"step": 2, "loss": 1.0}, {"step": 4, "loss": 0.5}, {"step": 2, "clip_score": 0.2})
+    found = list(_whole_reports(ended(), reports_of(*parts), drawing, float("inf")))
+    assert found == [{"step": 2, "loss": 1.0, "clip_score": 0.2}, {"step": 4, "loss": 0.5}]
+
+
+def test_a_trial_that_takes_longer_than_it_may_is_ended(configure):
+    run: Future = Future()
+    with pytest.raises(RaySdError, match=r"it took longer than sweep\.trial_time_limit"):
+        list(_whole_reports(run, reports_of(), configure().experiment, time.monotonic() - 1))

@@ -1,0 +1,98 @@
+"""What a run does with its settings, shown by runs of one worker."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from traces import assert_same_bits, lines_of
+from without_ray import fit_without_ray
+
+from ray_sd.adapter import read_manifest
+from ray_sd.errors import RaySdError
+from ray_sd.generate import ImageRequest, generate
+from ray_sd.methods import load_adapter
+from ray_sd.models import load_model
+from ray_sd.train.checkpoint import read_index
+from ray_sd.train.run import SNAPSHOT
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_a_finished_run_whose_list_of_checkpoints_is_cut_off_is_exported_again(configure, tmp_path):
+    first = fit_without_ray(configure("name=finished"))
+    run = Path(first.run)
+    lines = lines_of(run)
+    shutil.move(run / "adapter", tmp_path / "first")
+    (run / SNAPSHOT).write_text('{"checkpoints": [')
+    again = fit_without_ray(configure("name=finished", "resume=true"))
+    assert again.step == 4
+    assert lines_of(run) == lines
+    weights = [
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "first", run / "adapter")
+    ]
+    assert_same_bits(*weights)
+
+
+def test_lost_weights_are_not_saved(configure):
+    config = configure("name=lost", "trainer.learning_rate=1e30", "trainer.checkpoint.every_steps=2")
+    with pytest.raises(
+        RaySdError, match=r"step 2: (validation_)?loss is (nan|inf), and the weights are lost; lower trainer"
+    ):
+        fit_without_ray(config)
+    assert not list((Path(config.storage_path) / "lost").glob("checkpoint-*"))
+
+
+def test_numbers_are_logged_every_so_many_steps_and_at_the_last(configure):
+    result = fit_without_ray(configure("name=seldom", "trainer.max_steps=5", "trainer.log_every=2"))
+    assert [line["step"] for line in lines_of(Path(result.run))] == [2, 4, 5]
+
+
+def test_the_unet_is_compiled_where_that_is_asked_for(configure, monkeypatch):
+    compiled: list[UNet2DConditionModel] = []
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: compiled.append(unet))
+    fit_without_ray(configure("name=plain", "trainer.max_steps=1"))
+    assert compiled == []
+    fit_without_ray(configure("name=compiled", "trainer.max_steps=1", "trainer.compile=true"))
+    assert len(compiled) == 1
+
+
+def test_a_pivotal_tuning_goes_from_pictures_to_an_adapter_that_draws(configure: Callable, train: Callable):
+    config = configure(
+        "name=pivotal",
+        "method=pivotal",
+        "dataset.caption.replace={picture: <thing>}",
+        "method.tokens.placeholder_token=<thing>",
+        "method.class_prompt=[a cat, a dog]",
+        "method.class_images={count: 2, num_inference_steps: 1}",
+        "trainer.validation.prompts=a <thing>",
+        "trainer.validation.num_inference_steps=1",
+        "trainer.zero.stage=2",
+    )
+    result = train(config)
+    manifest = read_manifest(Path(result.adapter))
+    assert manifest.kind == "dreambooth"
+    assert manifest.files.keys() >= {"pytorch_lora_weights.safetensors", "embeddings/learned_embeds.safetensors"}
+    assert (Path(result.run) / "samples.png").exists()
+    assert len(list(Path(config.cache_path).glob("class/*/*.png"))) == 2
+    model = load_model(config.model)
+    load_adapter(model, result.adapter)
+    request = ImageRequest("a <thing>", num_inference_steps=1)
+    untrained = generate(load_model(config.model), [request])[0]
+    assert generate(model, [request])[0].tobytes() != untrained.tobytes()
+
+
+def test_models_are_found_from_the_folder_where_the_command_runs(configure, tmp_path, monkeypatch, train):
+    """Workers run in another one; what is written down says what was given."""
+    emoji = REPOSITORY / "ray_sd" / "embedded" / "emoji"
+    (tmp_path / "models").symlink_to(emoji.parent)
+    monkeypatch.chdir(tmp_path)
+    settings = ("model=emoji", "model.vae=models/emoji", "method=autoencoder", "method.teacher=models/emoji")
+    result = train(configure("name=run", *settings, "method.crop_size=16", "trainer.max_steps=1"))
+    stored = [yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())]
+    stored += [read_index(Path(result.checkpoint))["config"], read_manifest(Path(result.adapter)).config]
+    for config in stored:
+        assert (config["model"]["vae"]["path"], config["method"]["teacher"]) == ("models/emoji", "models/emoji")

@@ -1,0 +1,147 @@
+"""What is refused before a run begins, what is remembered of one, and how failures are told."""
+
+import errno
+import re
+
+import pytest
+import torch
+import yaml
+from ray.train import WorkerGroupError
+
+from ray_sd.errors import ArtifactError, ConfigError, DataError
+from ray_sd.train.run import Beginning, _check_resume, _in_words, _note_data, fit
+from ray_sd.train.storage import RunFolder
+
+
+def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="exists in .*resume=true"):
+        fit(configure("name=taken"))
+    with pytest.raises(ConfigError, match="there is no run 'absent'"):
+        fit(configure("name=absent", "resume=true"))
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
+        fit(configure("name=other", f"resume={tmp_path}"))
+
+
+def test_a_run_goes_on_as_it_was(configure, tmp_path):
+    """What would make it another run is refused, what it began from is remembered."""
+    run = tmp_path / "runs" / "young"
+    run.mkdir(parents=True)
+    began = configure("name=young").model_dump(mode="json") | {"resume": "/elsewhere/checkpoint-00000004"}
+    (run / "config.yaml").write_text(yaml.safe_dump(began))
+    with pytest.raises(ConfigError, match="resume: seed was 0 and is 3; set it back") as refused:
+        fit(configure("name=young", "resume=true", "seed=3", "method.rank=5"))
+    assert "resume: method.rank was 16 and is 5" in str(refused.value)
+    config = configure("name=young", "resume=true", "trainer.max_steps=9")
+    beginning = _check_resume(config, RunFolder(config.storage_path, config.name))
+    assert beginning == Beginning(origin="/elsewhere/checkpoint-00000004", checkpoint="/elsewhere/checkpoint-00000004")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.yaml", "seed: [0", r"runs/cut/config.yaml is damaged"),
+        ("config.yaml", "- seed", r"runs/cut/config.yaml is damaged: it holds no settings"),
+        ("index.json", '{"format": ', r"checkpoint .*cut is damaged: index.json is cut off"),
+        ("index.json", "[]", r"checkpoint .*cut has format None; this version reads"),
+        ("other.json", "", r"no checkpoint folder"),
+    ],
+)
+def test_what_is_damaged_is_not_resumed(configure, tmp_path, file, content, words):
+    run = tmp_path / "runs" / "cut"
+    run.mkdir(parents=True)
+    (run / file).write_text(content)
+    resumed = ["name=cut", "resume=true"] if file == "config.yaml" else ["name=new", f"resume={run}"]
+    with pytest.raises((ConfigError, ArtifactError), match=words):
+        fit(configure(*resumed))
+
+
+def test_a_file_is_no_checkpoint(configure, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is no checkpoint folder"):
+        fit(configure("name=new", f"resume={tmp_path / 'file'}"))
+
+
+def test_nothing_to_read_is_told_before_ray_starts(configure, monkeypatch):
+    monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(DataError, match="dataset.source.path: there is no /nowhere"):
+        fit(configure("name=empty", "dataset.source.path=/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (
+            ["trainer.num_workers=2", "trainer.use_gpu=true"],
+            "2 workers need a GPU each, and the cluster has 0; take trainer.use_gpu=false",
+        ),
+        (
+            ["trainer.cpus_per_worker=4"],
+            "1 workers of 4 CPUs, .* need 4.1, and the cluster has 4; take trainer.cpus_per_worker=3.9",
+        ),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_told_before_anything_is_encoded(
+    configure, ray_cluster, monkeypatch, wanted, words
+):
+    monkeypatch.setattr("ray_sd.train.run.prepare", lambda *_: pytest.fail("pictures were encoded"))
+    with pytest.raises(ConfigError, match=words):
+        fit(configure("name=large", *wanted))
+
+
+def test_other_data_are_told_when_a_run_goes_on(tmp_path, caplog):
+    run = RunFolder(str(tmp_path), "run")
+    for fingerprint, rows in (("a", 7), ("a", 7)):
+        _note_data(_Data(fingerprint, rows), run)
+        assert caplog.text == ""
+    _note_data(_Data("b", 6), run)
+    assert "the data are not what they were (7 rows to train on, now 6)" in caplog.text
+    caplog.clear()
+    _note_data(_Data("b", 6), run)
+    assert caplog.text == ""
+
+
+class _Data:
+    """As much of a prepared data set as tells it from another."""
+
+    def __init__(self, fingerprint: str, num_rows: int) -> None:
+        self.fingerprint, self.train = fingerprint, self
+        self.num_rows = num_rows
+
+
+@pytest.mark.parametrize(
+    ("failures", "words"),
+    [
+        (
+            {0: RuntimeError("[gloo] Connection closed by peer"), 1: torch.OutOfMemoryError("CUDA out of memory.")},
+            "a GPU's memory was not enough: CUDA out of memory.*gradient_checkpointing=true",
+        ),
+        (
+            {0: RuntimeError("[gloo] Connection closed by peer"), 1: ValueError("no such\nthing")},
+            "training stopped: thing",
+        ),
+        ({0: RuntimeError("[gloo] Connection closed by peer")}, "training stopped: .*Connection closed"),
+        ({0: RuntimeError("lost"), 1: ArtifactError("the checkpoint is another")}, "^the checkpoint is another"),
+        (
+            {0: OSError(errno.ENOSPC, "No space left on device")},
+            "run cannot be written: no space left on the device; checkpoints are in .*resume=true goes on",
+        ),
+    ],
+)
+def test_the_failure_that_came_first_is_told_and_not_its_consequence(tmp_path, failures, words):
+    told = _in_words(WorkerGroupError("failed", failures), RunFolder(str(tmp_path), "run"))
+    assert re.search(words, str(told))
+
+
+def test_what_cannot_be_trained_is_refused_before_ray_starts(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match="method.target_modules: no layer of the unet is named 'to_x'"):
+        fit(configure("name=wrong", "method.target_modules=[to_x]"))
+    assert list((tmp_path / "runs" / "wrong").iterdir()) == []
+
+
+def test_unwritable_storage_is_refused_before_ray_starts(configure, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="storage_path: .* cannot be written"):
+        fit(configure("name=nowhere", f"storage_path={tmp_path / 'file' / 'runs'}"))

@@ -1,0 +1,35 @@
+"""A sweep whose driver is killed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from killing import kill_with_cluster
+from waiting import trials, wait_for
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_runs_no_finished_trial_again(sweep_settings, tmp_path: Path):
+    command = [sys.executable, "jobs/sweep.py", *sweep_settings, "sweep.max_concurrent=1"]
+    folder = tmp_path / "sweeps" / "learning_rate"
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+        wait_for(lambda: list(folder.glob("trials/*/checkpoint-00000004")))
+        wait_for(lambda: len(list(folder.glob("trials/*/config.yaml"))) == 2)
+        kill_with_cluster(driver)
+    before = {trial["id"]: trial for trial in trials(folder)}
+    assert [trial["status"] for trial in before.values()] == ["finished", "running"]
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "resume=true" in refused.stderr
+    resumed = subprocess.run([*command, "resume=true"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    after = {trial["id"]: trial for trial in trials(folder)}
+    assert [trial["status"] for trial in after.values()] == ["finished"] * 2
+    first = next(iter(before))
+    assert after[first] == before[first]
+    assert len({trial["settings"]["trainer.learning_rate"] for trial in after.values()}) == 2
+    assert len(list(folder.glob("trials/*/config.yaml"))) == 2  # nothing began anew
