@@ -22,6 +22,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_fit_clips.py": 90,
         "test_demo.py": 45,
         "train/test_fit_metrics.py": 25,
+        "data/test_subjects.py": 15,
     },
     {
         "train/test_resume.py": 150,
@@ -33,6 +34,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_failures.py": 120,
         "tune/test_sweep.py": 110,
         "train/test_engine.py": 100,
+        "train/test_fit.py": 40,
         "tune/test_preparer.py": 25,
     },
     {

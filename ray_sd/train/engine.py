@@ -48,6 +48,9 @@ LARGEST_BUCKET = 500_000_000
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It calls every optimizer but Adam untested; which go with which stage is checked before.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+# Gloo is as exact and as quick between CPU workers as DeepSpeed's own op, which a compiler would have to build first. That
+# op is the only one that DeepSpeed looks up here; finding out which could be built would run the compiler, too.
+deepspeed.ops.__compatible_ops__ = {}
 # DeepSpeed calls collectives by their older names.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
@@ -77,8 +80,6 @@ class Engine:
         self._rule = OffloadedAdamW(trainer.optimizer) if trainer.zero.offload else build_rule(trainer.optimizer)
         cast_frozen(module, self.compute_dtype)
         self._peak_rates = [group["lr"] for group in groups]
-        # Gloo is as exact and as quick between CPU workers as DeepSpeed's own op, which a compiler would have to build.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device),
             optimizer=self._rule.build([{key: group[key] for key in group.keys() - {"name"}} for group in groups]),

@@ -149,6 +149,7 @@ def test_another_margin_cuts_anew_beside_other_crops_in_one_cache(scenes: Path, 
     assert (center["nothing.png"] == found[1.0]["nothing.png"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_detector_searches_in_actors_what_can_be_read(
     scenes: Path, configure: Callable, detector: str, stored: Callable, rejected: Callable

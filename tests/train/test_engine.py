@@ -41,6 +41,8 @@ pytestmark = pytest.mark.cluster
 
 STEPS, SAVED, BATCH, RATE = 6, 3, 4, 1e-3
 """Steps of a whole run, those after which it is saved, rows of each, and the learning rate."""
+CLOSE = 3e-5
+"""How far losses of all weights may be off by rounding, on any processor; an update changes the next one by 1e-2."""
 FEW_STEPS = 2
 """For whatever shows in the second one whether the first was right."""
 VOCABULARY = 2969
@@ -246,7 +248,7 @@ def _plain_loop(kind: str, steps: int = STEPS) -> dict:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_losses_equal_those_of_a_plain_loop(measured, plain, stage, workers):
-    assert measured[f"whole-{workers}-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
+    assert measured[f"whole-{workers}-{stage}"]["losses"] == pytest.approx(plain, abs=CLOSE)
     assert plain[0] != pytest.approx(plain[-1], abs=1e-3)
 
 
@@ -269,21 +271,21 @@ def test_no_other_row_of_the_vocabulary_moves_at_any_stage(measured, kind, stage
 def test_the_gradients_norm_and_the_validation_loss_are_those_of_a_plain_loop(measured, reference, stage, workers):
     found = measured[f"whole-{workers}-{stage}"]
     assert found["gradient_norm"] == pytest.approx(reference["norm"], rel=1e-4)
-    assert found["held_out"] == pytest.approx(reference["held_out"], abs=1e-5)
+    assert found["held_out"] == pytest.approx(reference["held_out"], abs=CLOSE)
 
 
 @pytest.mark.parametrize(("size", "stage", "workers"), ACCUMULATED.rows)
 def test_accumulated_micro_batches_equal_one_batch(measured, plain, size, stage, workers):
     """DeepSpeed reduces the gradients of small and of large models in different ways."""
     losses = measured[f"accumulated-{size}-{workers}-{stage}"]["losses"]
-    assert losses == pytest.approx(plain[:FEW_STEPS], abs=1e-5)
+    assert losses == pytest.approx(plain[:FEW_STEPS], abs=CLOSE)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_state_saved_on_two_workers_at_stage_2_goes_on_on_one_at_any_stage(measured, plain, stage):
     whole, resumed = measured["whole-2-2"], measured[f"resumed-1-{stage}"]
     assert resumed["off"] == dict.fromkeys((PARAMETER, "exp_avg", "exp_avg_sq", EMA), 0)
-    assert resumed["losses"] == pytest.approx(plain[SAVED:], abs=1e-5)
+    assert resumed["losses"] == pytest.approx(plain[SAVED:], abs=CLOSE)
     assert resumed["sums"] == pytest.approx(whole["sums"], rel=1e-5)
 
 
@@ -291,10 +293,10 @@ def test_state_saved_on_two_workers_at_stage_2_goes_on_on_one_at_any_stage(measu
 def test_every_optimizer_learns_on_two_workers_as_in_a_plain_loop(measured, plain, name, stage):
     reference, found = _plain_loop(name), measured[f"{name}-{stage}"]
     # Lion takes signs, some of sums near zero; and in flat partitions, blocks of 8 bits begin at other numbers.
-    tolerance = {"lion": 1e-4, "adamw_8bit": 1e-5 if stage == 0 else 1e-3}.get(name, 1e-5)
+    tolerance = {"lion": 5e-4, "adamw_8bit": CLOSE if stage == 0 else 1e-3}.get(name, CLOSE)
     assert found["losses"] == pytest.approx(reference["losses"], abs=tolerance)
     assert found["losses"][0] != pytest.approx(found["losses"][-1], abs=1e-2)
-    assert found["losses"] != pytest.approx(plain, abs=1e-5)
+    assert found["losses"] != pytest.approx(plain, abs=1e-4)
     assert found["sums"][EMA] == pytest.approx(reference[EMA], rel=tolerance)
 
 
@@ -303,11 +305,13 @@ def test_every_optimizer_goes_on_where_it_was_saved(measured, name, workers, sta
     """What was saved is there to the last bit; what is computed of it, by other workers in another order, is not."""
     whole, resumed = measured[f"{name}-{SAVED_AT[name]}"], measured[f"{name}-resumed-{workers}-{stage}"]
     moved = (workers, stage) != (2, SAVED_AT[name])
-    # Blocks of 8 bits begin at other numbers there, and where they do not, their scales are rounded.
+    # Blocks of 8 bits begin at other numbers there (half of what lies between two levels is 0.7 % of a block's largest);
+    # where they do not, their scales are rounded.
     room = (0.01 if moved else 1e-6) if name == "adamw_8bit" else 0
     for key, off in resumed["off"].items():
         assert off <= (room if key.startswith("exp_avg") else 0), key
-    assert resumed["losses"] == pytest.approx(whole["losses"][SAVED:], abs=1e-3)
+    tolerance = 1e-3 if name in ("lion", "adamw_8bit") else CLOSE
+    assert resumed["losses"] == pytest.approx(whole["losses"][SAVED:], abs=tolerance)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -348,8 +352,8 @@ def test_the_moving_average_is_that_of_a_plain_loop(measured, reference, stage, 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_optimizer_state_changes_nothing(measured, plain, stage):
-    assert measured[f"offload-{stage}"]["losses"] == pytest.approx(plain, abs=1e-5)
-    assert measured[f"offload-resumed-{stage}"]["losses"] == pytest.approx(plain[SAVED:], abs=1e-5)
+    assert measured[f"offload-{stage}"]["losses"] == pytest.approx(plain, abs=CLOSE)
+    assert measured[f"offload-resumed-{stage}"]["losses"] == pytest.approx(plain[SAVED:], abs=CLOSE)
 
 
 @pytest.mark.parametrize(("precision", "stage"), HALF_PRECISION.rows)

@@ -78,6 +78,7 @@ def test_what_is_exported_is_the_moving_average(whole):
     assert sums[0] != pytest.approx(sums[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_what_a_killed_driver_left(whole, configure, tmp_path, ray_cluster):
     """That is: everything up to a checkpoint, and log lines of some steps after it. Here behind a URI."""
     run = tmp_path / "runs" / "whole"

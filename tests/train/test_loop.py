@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import deepspeed
 import pytest
 import yaml
 from diffusers import UNet2DConditionModel
@@ -49,6 +50,11 @@ def test_lost_weights_are_not_saved(configure):
 def test_numbers_are_logged_every_so_many_steps_and_at_the_last(configure):
     result = fit_without_ray(configure("name=seldom", "trainer.max_steps=5", "trainer.log_every=2"))
     assert [line["step"] for line in lines_of(Path(result.run))] == [2, 4, 5]
+
+
+def test_nothing_has_to_be_built_before_workers_sum_gradients(configure):
+    fit_without_ray(configure("name=sums", "trainer.max_steps=1"))
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
 def test_the_unet_is_compiled_where_that_is_asked_for(configure, monkeypatch):

@@ -18,6 +18,7 @@ from ray_sd.config.optimizer import Optimizer
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.blockwise import dequantize, quantize
 from ray_sd.train.checkpoint import FORMAT, INDEX
+from ray_sd.train.engine import check_compiler
 from ray_sd.train.optimizers import RULES, UpdateRule, build_rule
 from ray_sd.train.run import fit
 
@@ -160,3 +161,19 @@ def test_a_run_does_not_go_on_with_another_optimizer(configure, tmp_path: Path, 
         fit(configure("name=young", "resume=true", "trainer.optimizer=lion"))
     with pytest.raises(ArtifactError, match="holds the state of optimizer adamw, this run has prodigy, slice_p 3"):
         fit(configure("name=other", f"resume={checkpoint}", "trainer/optimizer=prodigy", "trainer.optimizer.slice_p=3"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("CXX", "no-such-compiler", "this machine has no no-such-compiler"),
+        ("PATH", "/nowhere", r"has no c\+\+ and no ninja"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_compiled_is_told(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"trainer.zero.offload: .*{words}.*ray-sd.offload"):
+        check_compiler()
