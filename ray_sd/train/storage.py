@@ -50,6 +50,7 @@ class RunFolder:
         """Copy a folder of the run, if there is one, to a local folder."""
         source = f"{self._root}/{name}"
         if self._filesystem.get_file_info(source).type == fs.FileType.Directory:
+            target.mkdir(parents=True, exist_ok=True)  # copying makes the folders in it only
             fs.copy_files(
                 source, str(target), source_filesystem=self._filesystem, destination_filesystem=fs.LocalFileSystem()
             )
