@@ -77,11 +77,12 @@ class Engine:
         self.figures = EngineFigures()
         self._max_rows = self.batching.max_rows
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[int, Ticket]] = deque()
+        self._waiting: list[tuple[int, Ticket]] = []
+        """Orders that are not begun, and the one that is being prepared."""
         self._pictures: list[Picture] = []
         """Ready for a step, or at one."""
         self._to_decode: deque[tuple[Picture, Tensor, bool]] = deque()
-        """Pictures, their latents, and whether they are done."""
+        """Pictures, their latents, and whether they are done; the first is at it."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: OrderedDict[Hashable, Image.Image] = OrderedDict()
         self._prompts: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
@@ -160,36 +161,29 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or self._waiting)
             if self._closing:
                 return
-            number, ticket = self._next_waiting()
+            number, ticket = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+        picture = None
         if ticket.cancelled:
             self.figures.cancelled += 1
-            return
-        if ticket.late:
+        elif ticket.late:
             self._fail([ticket], _too_late(ticket))
-            return
-        try:
-            picture = self._picture(number, ticket)
-        except AdaptersInUseError:
-            with self._changed:
-                self._waiting.appendleft((number, ticket))
-                self._changed.wait(0.05)  # until a picture ends and its adapters may go
-            return
-        except RaySdError as error:
-            self._fail([ticket], error)
-            return
-        except Exception as error:
-            logger.exception("a picture could not be begun")
-            self._fail([ticket], error)
-            return
-        if picture is not None:
-            with self._changed:
+        else:
+            try:
+                picture = self._picture(number, ticket)
+            except AdaptersInUseError:
+                with self._changed:
+                    self._changed.wait(0.05)  # until a picture ends and its adapters may go
+                return
+            except RaySdError as error:
+                self._fail([ticket], error)
+            except Exception as error:
+                logger.exception("a picture could not be begun")
+                self._fail([ticket], error)
+        with self._changed:
+            self._waiting.remove((number, ticket))
+            if picture is not None:
                 self._pictures.append(picture)
                 self._changed.notify_all()
-
-    def _next_waiting(self) -> tuple[int, Ticket]:
-        chosen = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
-        self._waiting.remove(chosen)
-        return chosen
 
     def _picture(self, number: int, ticket: Ticket) -> Picture | None:
         """The picture that is ordered, begun; None where it is there, or under way already."""
@@ -338,7 +332,12 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or self._to_decode)
             if self._closing:
                 return
-            picture, latents, done = self._to_decode.popleft()
+            picture, latents, done = self._to_decode[0]
+        self._decode_one(picture, latents, done)
+        with self._changed:
+            self._to_decode.popleft()
+
+    def _decode_one(self, picture: Picture, latents: Tensor, done: bool) -> None:
         if not picture.wanted:
             if done:
                 self.figures.cancelled += len(picture.tickets)
