@@ -1,5 +1,4 @@
 import json
-import time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +12,7 @@ import ray._private.state
 import torch
 from in_process import prepare
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
+from waiting import wait_for
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
@@ -168,10 +168,7 @@ def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path, ray_c
     next(batches)
     [reader] = readers() - before
     batches.close()
-    deadline = time.monotonic() + 60
-    while reader in readers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert reader not in readers()
+    wait_for(lambda: reader not in readers())
 
 
 def test_epochs_draw_among_the_variants(pictures: Path):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from in_process import Actors
 from PIL import Image
 from tiny_models import difference
 from torch import nn
+from waiting import wait_for
 
 from ray_sd.adapter import Base, describe_folder
 from ray_sd.config import TextToVideoConfig
@@ -28,6 +30,9 @@ from ray_sd.generate import read_frames, read_parameters, read_video_parameters
 from ray_sd.generate.text_to_video import Plan, VideoRequest
 from ray_sd.methods import weights
 from ray_sd.models import load_model
+
+for module in (__name__, "waiting"):  # which actors do not have
+    ray.cloudpickle.register_pickle_by_value(sys.modules[module])
 
 MODELS = {
     "image": "tiny_random",
@@ -200,6 +205,39 @@ def test_so_many_videos_are_under_way_at_once(configure: Callable, here: Actors)
     requests = (asked.append(seed) or VideoRequest("a cat", seed) for seed in range(9))
     next(line.make(requests))
     assert len(asked) == stages.VIDEOS_UNDER_WAY == 3
+
+
+@pytest.mark.slow
+def test_stages_are_at_work_at_the_same_time(
+    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+):
+    """Each of these waits for the other while it is at work."""
+    pairs = [((KEY_FRAMES, 1), (INTERPOLATED, 0)), ((INTERPOLATED, 1), (DECODED, 0)), ((DECODED, 1), (UPSCALED, 0))]
+    for name, kind in stages.ACTORS.items():
+        monkeypatch.setitem(stages.ACTORS, name, meeting(kind, pairs, tmp_path))
+    assert len(make_videos(configure("num_videos=2")).videos) == 2
+    assert {path.name for path in tmp_path.glob("at-*")} >= {
+        f"at-{stage}-{call}" for pair in pairs for stage, call in pair
+    }
+
+
+def meeting(kind: type[stages._Stage], pairs: list[tuple[tuple[str, int], ...]], folder: Path) -> type[stages._Stage]:
+    """A stage that is not done with a call before the other of the pair has begun."""
+
+    class Meeting(kind):
+        calls = 0
+
+        @contextmanager
+        def _at_work(self, video: int) -> Iterator[None]:
+            call = (self.makes, self.calls)
+            self.calls += 1
+            with super()._at_work(video):
+                (folder / "at-{}-{}".format(*call)).touch()
+                for one in (one for pair in pairs if call in pair for one in pair):
+                    wait_for((folder / "at-{}-{}".format(*one)).exists, 120)
+                yield
+
+    return Meeting
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import http.client
 import io
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from ray import serve
 from tiny_models import difference, export_adapter, tiny_config
+from waiting import wait_for
 
 from ray_sd.generate.pictures import read_parameters
 from ray_sd.methods import load_adapter
@@ -259,13 +259,6 @@ def test_too_many_are_sent_away_with_a_time(server: str):
 def figures() -> dict[str, Any]:
     """What the engine has done so far."""
     return serve.get_deployment_handle("model-tiny", "ray_sd").figures.remote().result()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_who_leaves_a_stream_is_drawn_for_no_further(server: str):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import difference, tiny_config
+from waiting import wait_for
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import ConfigError
@@ -87,13 +88,6 @@ class Client:
             )
         )
         return [events[-1] if events else None for events in self.events]
-
-
-def wait_until_idle(engine: Engine, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while engine.busy:
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def draw(engine: Engine, orders: Sequence[Order]) -> list[Image.Image]:
@@ -214,7 +208,7 @@ def test_a_cancelled_picture_takes_no_more_steps(build):
     client.wait_for_step(0)
     ticket.cancel()
     before = engine.figures.steps
-    wait_until_idle(engine)
+    wait_for(lambda: not engine.busy)
     assert engine.figures.steps <= before + 1
     assert engine.figures.cancelled == 1
     assert not isinstance(client.events[0][-1], Drawn | Failed)
@@ -279,7 +273,7 @@ def test_too_many_are_told_when_to_come_back(build):
     assert caught.value.retry_after >= 1
     for ticket in client.tickets:
         ticket.cancel()
-    wait_until_idle(engine)
+    wait_for(lambda: not engine.busy)
     draw(engine, [Order(ImageRequest("a cat", num_inference_steps=2))])
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from killing import kill_with_cluster
-from waiting import trials, wait_for
+from recorded import trials
+from waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,7 +8,8 @@ import psutil
 import pytest
 import ray
 from ray.util import placement_group_table
-from waiting import trials, wait_for
+from recorded import trials
+from waiting import wait_for
 
 from ray_sd.errors import RaySdError
 from ray_sd.tune.run import sweep

@@ -1,17 +1,10 @@
-"""What drills of sweeps wait for."""
+"""For what comes of itself, and is nothing that a test could be told of."""
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
-def trials(folder: Path) -> list[dict]:
-    """What is recorded of a sweep's trials."""
-    return json.loads((folder / "sweep.json").read_text())["trials"]
 
 
 def wait_for(condition: Callable[[], T], seconds: float = 400) -> T:
@@ -19,5 +12,5 @@ def wait_for(condition: Callable[[], T], seconds: float = 400) -> T:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end
-        time.sleep(0.2)
+        time.sleep(0.05)
     return found
