@@ -7,6 +7,7 @@ What Ray Train itself has to do (several workers, which checkpoints are kept, go
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ def fit_without_ray(config: ExperimentConfig) -> TrainingResult:
     """`fit` in this process, data included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray_sd.train.run.connect", lambda: None)
+        patch.setattr("ray_sd.train.run.address_told", nullcontext)
         patch.setattr("ray_sd.train.run.has_gpus", lambda: False)
         patch.setattr("ray_sd.train.run.possible_resources", lambda: MACHINE)
         patch.setattr(ray, "cluster_resources", lambda: MACHINE)

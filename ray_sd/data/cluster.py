@@ -2,9 +2,14 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 import ray._private.state
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+ADDRESS = "RAY_ADDRESS"
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +25,25 @@ def connect() -> None:
     ray.init(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+@contextmanager
+def address_told() -> Iterator[None]:
+    """What Ray Train starts meanwhile is told the address of this cluster.
+
+    It starts an actor that gives the workers' share of the cluster back when all else of a run was killed. That one looks
+    for Ray on its machine, and where there is another one, too, finds none or the wrong one: then the share is lost.
+    """
+    before = os.environ.get(ADDRESS)
+    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(ADDRESS, None)
+        else:
+            os.environ[ADDRESS] = before
 
 
 def possible_resources() -> dict[str, float]:

@@ -30,6 +30,7 @@ from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
 from ray_sd.data import (
     READER_CPUS,
     PreparedData,
+    address_told,
     check_class_folder,
     check_crop,
     check_masks,
@@ -161,7 +162,8 @@ def fit(
         ),
     )
     try:
-        result = trainer.fit()
+        with address_told():
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise _in_words(error, run) from error
     if result.return_value is not None:

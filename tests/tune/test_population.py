@@ -1,20 +1,37 @@
 """Populations, whose trials go on from each other's weights."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray.cloudpickle
 import yaml
+from waiting import wait_for
 
-from ray_sd.tune.run import sweep
+from ray_sd.tune import trial
+from ray_sd.tune.run import run_trial, sweep
+from ray_sd.tune.search import SETTINGS, STEP
+
+for module in (__name__, "waiting"):  # which trials do not have
+    ray.cloudpickle.register_pickle_by_value(sys.modules[module])
+
+GOOD, BAD = 3e-2, 1e-4
+TURNS = [(GOOD, 2), (BAD, 2), (GOOD, 4), (BAD, 4)]
+"""Rates and steps of the first reports. Of the good trial's second, which others can be compared with, a checkpoint is kept."""
 
 
 @pytest.mark.slow
-def test_bad_trials_of_a_population_go_on_from_a_good_ones_weights(configure, tmp_path: Path, ray_cluster: None):
+def test_bad_trials_of_a_population_go_on_from_a_good_ones_weights(
+    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ray_sd.tune.run.run_trial", report_in_turn(tmp_path))
     sweep(
         configure(
-            "trainer.max_steps=12",  # so that both are at work for a while, whichever starts first
-            "sweep.space.trainer.learning_rate={grid: [1e-4, 3e-2]}",
+            "trainer.max_steps=6",
+            f"sweep.space.trainer.learning_rate={{grid: [{BAD}, {GOOD}]}}",
             "sweep.include_base=false",
             "sweep.scheduler={name: pbt, quantile: 0.5, resample_probability: 0}",
         )
@@ -38,6 +55,25 @@ def test_bad_trials_of_a_population_go_on_from_a_good_ones_weights(configure, tm
         if first in losses(before):
             assert loss != pytest.approx(losses(before)[first], rel=1e-4)
     assert seen
+
+
+def report_in_turn(folder: Path) -> Callable[..., None]:
+    """Trials that report in the order of TURNS, whichever starts first and however fast it trains."""
+
+    def run(settings: dict[str, Any], *, job: trial.TrialJob) -> None:
+        tell, rate = trial._tell, settings[SETTINGS]["trainer.learning_rate"]
+
+        def tell_in_turn(report: dict[str, Any], began: float) -> None:
+            told, turn = folder / f"told-{rate}-{report[STEP]}", (rate, report[STEP])
+            if turn in TURNS[1:]:
+                wait_for((folder / "told-{}-{}".format(*TURNS[TURNS.index(turn) - 1])).exists)
+            tell(report, began)
+            told.touch()
+
+        trial._tell = tell_in_turn
+        run_trial(settings, job=job)
+
+    return run
 
 
 def losses(run: Path) -> dict[int, float]:

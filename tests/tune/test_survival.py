@@ -1,8 +1,11 @@
 """Sweeps in which something goes wrong with trials."""
 
+import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import psutil
 import pytest
@@ -16,6 +19,16 @@ from ray_sd.tune.run import sweep
 
 TRIAL, WORKER = "ray::ImplicitFunc", "ray::RayTrainWorker"
 """How Ray names the processes of a trial and of its workers."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def another_ray() -> Iterator[None]:
+    """A cluster of somebody else on this machine."""
+    program = "import ray; ray.init('local', num_cpus=1, include_dashboard=False); print('there', flush=True); input()"
+    with Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True) as other:
+        assert other.stdout.readline() == "there\n"
+        yield
+        other.communicate("\n")
 
 
 def kill(name: str) -> None:
