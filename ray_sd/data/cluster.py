@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import ray
 import ray._private.state
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 ADDRESS = "RAY_ADDRESS"
 
@@ -34,6 +33,9 @@ def address_told() -> Iterator[None]:
     It starts an actor that gives the workers' share of the cluster back when all else of a run was killed. That one looks
     for Ray on its machine, and where there is another one, too, finds none or the wrong one: then the share is lost.
     """
+    # Here, since this takes seconds to import, and processes that only read have no use for it.
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
     before = os.environ.get(ADDRESS)
     ENV_VARS_TO_PROPAGATE.add(ADDRESS)
     os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
