@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["config", "adapter", "models", "methods", "generate", "data", "export", "train", "tune", "jobs"]
 BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
 SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "serve"}
-RAY_IN = {"data", "train", "tune", "serve", "jobs"}
+RAY_IN = {"cluster", "data", "train", "tune", "serve", "jobs"}
+"""And only these may import `cluster`."""
 DEEPSPEED_IN = "ray_sd/train/engine.py"
 NOT_IN_CONFIG = {"torch", "ray", "diffusers", "transformers", "deepspeed", "peft"}
 
@@ -39,6 +40,8 @@ def test_imports_obey_the_layers(path: str):
         ("ray_sd/serve/app.py", "import ray_sd.train", "serve may not import train"),
         ("ray_sd/train/run.py", "import ray_sd.serve", "train may not import serve"),
         ("ray_sd/generate/sample.py", "import ray", "generate may not import ray"),
+        ("ray_sd/generate/sample.py", "from ray_sd.cluster import connect", "generate may not import cluster"),
+        ("ray_sd/cluster.py", "from ray_sd.data import prepare", "cluster may not import data"),
         ("ray_sd/train/loop.py", "from deepspeed import zero", "only ray_sd/train/engine.py may import deepspeed"),
         ("ray_sd/train/run.py", "import jobs.train", "train may not import jobs"),
     ],
@@ -89,6 +92,8 @@ def violations(path: str, program: str) -> Iterator[str]:
 def _allowed(part: str, imported: str) -> bool:
     if imported in BOTTOM:
         return True
+    if imported == "cluster":
+        return part in RAY_IN
     if part == "serve":
         return imported in SERVE_MAY_IMPORT
     if part == "jobs":

@@ -1,6 +1,5 @@
 """From pictures and captions to batches: sources, crops, the cache of encoded rows, and the workers' lanes."""
 
-from ray_sd.data.cluster import address_told, connect, has_gpus, possible_resources
 from ray_sd.data.crops import check_crop
 from ray_sd.data.index import RowIndex
 from ray_sd.data.lanes import READER_CPUS, training_batches
@@ -15,14 +14,10 @@ __all__ = [
     "EncodeSummary",
     "PreparedData",
     "RowIndex",
-    "address_told",
     "check_class_folder",
     "check_crop",
     "check_masks",
-    "connect",
-    "has_gpus",
     "list_rows",
-    "possible_resources",
     "prepare",
     "training_batches",
     "validation_batches",

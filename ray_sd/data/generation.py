@@ -17,10 +17,10 @@ from rich.progress import Progress, TaskID
 
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, read_manifest
+from ray_sd.cluster import connect, has_gpus
 from ray_sd.config import GenerateConfig, TextToVideoConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
-from ray_sd.data.cluster import connect, has_gpus
 from ray_sd.data.locations import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes

@@ -13,6 +13,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
+from ray_sd.cluster import has_gpus
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
@@ -21,7 +22,6 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.config.video import VideoConfig
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
-from ray_sd.data.cluster import has_gpus
 from ray_sd.data.crops import Variant
 from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
 from ray_sd.data.examine import PICTURE, Examination, examine

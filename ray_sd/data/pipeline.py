@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_sd.cluster import connect
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import KEY
-from ray_sd.data.cluster import connect
 from ray_sd.data.crops import Variant
 from ray_sd.data.encode import text_key
 from ray_sd.data.examine import image_key

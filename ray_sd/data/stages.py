@@ -21,10 +21,10 @@ from PIL import Image
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
+from ray_sd.cluster import possible_resources
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
-from ray_sd.data.cluster import possible_resources
 from ray_sd.data.generation import load_for_generation
 from ray_sd.data.locations import from_anywhere
 from ray_sd.errors import RaySdError, first_line

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
+from ray_sd.cluster import connect
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import METHODS_OF, StageModel
-from ray_sd.data.cluster import connect
 from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.generation import check_adapter, next_number, read_prompts
 from ray_sd.data.locations import Location, local_copy, locate, writable_folder

@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest
+from ray_sd.cluster import address_told, connect, has_gpus, possible_resources
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import TemporalDecoderMethod
 from ray_sd.config.overrides import value_at
@@ -30,14 +31,10 @@ from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
 from ray_sd.data import (
     READER_CPUS,
     PreparedData,
-    address_told,
     check_class_folder,
     check_crop,
     check_masks,
-    connect,
-    has_gpus,
     list_rows,
-    possible_resources,
     prepare,
 )
 from ray_sd.data.sources import Listing

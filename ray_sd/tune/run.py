@@ -14,13 +14,14 @@ import yaml
 from ray import tune
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 
+from ray_sd.cluster import connect, has_gpus, possible_resources
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.sweep import PbtScheduler, hide_password
 from ray_sd.config.words import no_such
-from ray_sd.data import READER_CPUS, connect, has_gpus, possible_resources
+from ray_sd.data import READER_CPUS
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.train.monitor import metric_names
 from ray_sd.train.run import ADAPTER, check, differences, usage
