@@ -1,4 +1,4 @@
-"""Joining or starting Ray."""
+"""Joining or starting Ray, what it has, and what it must be told."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import ray
 import ray._private.state
 
-ADDRESS = "RAY_ADDRESS"
+CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +27,29 @@ def connect() -> None:
 
 
 @contextmanager
-def address_told() -> Iterator[None]:
-    """What Ray Train starts meanwhile is told the address of this cluster.
-
-    It starts an actor that gives the workers' share of the cluster back when all else of a run was killed. That one looks
-    for Ray on its machine, and where there is another one, too, finds none or the wrong one: then the share is lost.
-    """
+def training_environment() -> Iterator[None]:
+    """While it lasts, Ray Train starts processes with the environment that its runs need; the caller's is then as it was."""
     # Here, since this takes seconds to import, and processes that only read have no use for it.
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
-    before = os.environ.get(ADDRESS)
-    ENV_VARS_TO_PROPAGATE.add(ADDRESS)
-    os.environ[ADDRESS] = ray.get_runtime_context().gcs_address
+    needed = {
+        # Workers would be moved into a folder of their own, where relative paths of the configuration lead nowhere.
+        CHDIR: "0",
+        # What workers print would be logged, and so tear progress bars, which travel as printed lines.
+        PRINT_PATCH: os.environ.get(PRINT_PATCH, "0"),
+        # An actor gives the workers' share of the cluster back when all else of a run was killed. It looks for Ray on its
+        # machine, and where there is another one, too, finds none or the wrong one: then the share is lost.
+        ADDRESS: ray.get_runtime_context().gcs_address,
+    }
+    ENV_VARS_TO_PROPAGATE.update(needed)
+    before = {name: os.environ.get(name) for name in needed}
+    os.environ.update(needed)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(ADDRESS, None)
-        else:
-            os.environ[ADDRESS] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 def possible_resources() -> dict[str, float]:

@@ -31,7 +31,7 @@ def fit_without_ray(config: ExperimentConfig) -> TrainingResult:
     """`fit` in this process, data included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray_sd.train.run.connect", lambda: None)
-        patch.setattr("ray_sd.train.run.address_told", nullcontext)
+        patch.setattr("ray_sd.train.run.training_environment", nullcontext)
         patch.setattr("ray_sd.train.run.has_gpus", lambda: False)
         patch.setattr("ray_sd.train.run.possible_resources", lambda: MACHINE)
         patch.setattr(ray, "cluster_resources", lambda: MACHINE)

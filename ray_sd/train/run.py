@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ import ray.train
 import torch
 import torch.distributed
 import yaml
-from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest
-from ray_sd.cluster import address_told, connect, has_gpus, possible_resources
+from ray_sd.cluster import connect, has_gpus, possible_resources, training_environment
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import TemporalDecoderMethod
 from ray_sd.config.overrides import value_at
@@ -136,10 +133,6 @@ def fit(
     data = prepare(config, method.rows(), listing)
     _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
     _note_data(data, run)
-    # Ray Train would move workers into a folder of its own, where relative paths of the configuration lead nowhere.
-    os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
-    # Ray Train would log what workers print, and so tear progress bars, which travel as printed lines.
-    os.environ.setdefault(ENABLE_PRINT_PATCH_ENV_VAR, "0")
     located = absolute_paths(config)
     trainer = TorchTrainer(
         train_loop,
@@ -159,7 +152,7 @@ def fit(
         ),
     )
     try:
-        with address_told():
+        with training_environment():
             result = trainer.fit()
     except TrainingFailedError as error:
         raise _in_words(error, run) from error
