@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_sd.data.locations import Location
+from ray_sd.files import Location
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from ray_sd.cluster import connect, has_gpus
 from ray_sd.config import GenerateConfig, TextToVideoConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
-from ray_sd.data.locations import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
+from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents

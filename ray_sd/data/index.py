@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_sd.data.cache import CacheFolder
-from ray_sd.data.locations import Location
+from ray_sd.files import Location
 
 METADATA = b"ray_sd"
 

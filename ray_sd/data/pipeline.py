@@ -20,7 +20,6 @@ from ray_sd.data.crops import Variant
 from ray_sd.data.encode import text_key
 from ray_sd.data.examine import image_key
 from ray_sd.data.index import RowIndex, place, write_index
-from ray_sd.data.locations import writable_folder
 from ray_sd.data.passes import ImagePass, count_cut_captions, encode_images, encode_texts
 from ray_sd.data.prior import class_data
 from ray_sd.data.sources import UNREADABLE, Listing, check_caption_column, list_source
@@ -28,6 +27,7 @@ from ray_sd.data.subjects import write_subjects
 from ray_sd.data.video.motions import write_motions
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
+from ray_sd.files import writable_folder
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from ray_sd.config import DatasetConfig, ExperimentConfig, GenerateConfig
 from ray_sd.config.dataset import CaptionConfig, CenterCrop, ImageFolderSource
 from ray_sd.config.rows import PriorRows, RowSpec
 from ray_sd.data.cache import CacheFolder, digest_of
-from ray_sd.data.locations import locate, writable_folder
 from ray_sd.data.sources.base import IMAGES
 from ray_sd.errors import ConfigError
+from ray_sd.files import locate, writable_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pyarrow import fs
 
 from ray_sd.config.cache import CachePruneConfig
 from ray_sd.data.cache import FOLDER_FILE, KINDS
-from ray_sd.data.locations import Location, locate
 from ray_sd.errors import DataError
+from ray_sd.files import Location, locate
 
 DAY = 86_400
 GB = 10**9

@@ -15,8 +15,8 @@ from ray_sd.data.buckets import bucket_of
 from ray_sd.data.crops import Box, Variant
 from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.examine import image_hash, image_key, source_rows
-from ray_sd.data.locations import Location
 from ray_sd.data.sources import Listing, SourceRow
+from ray_sd.files import Location
 
 LINES, SHEET = "subjects.jsonl", "subjects.png"
 NOT_FOUND = "whole picture"

@@ -15,9 +15,9 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import METHODS_OF, StageModel
 from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.generation import check_adapter, next_number, read_prompts
-from ray_sd.data.locations import Location, local_copy, locate, writable_folder
 from ray_sd.data.stages import ACTORS, KEY_FRAMES, Line, Made, Span, get, stage_models
 from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.files import Location, local_copy, locate, writable_folder
 from ray_sd.generate import frame_sheet, gif_bytes, mp4_bytes, png_bytes
 from ray_sd.generate.text_to_video import Plan, VideoRequest, frames_a_second, plan
 from ray_sd.models import load_model

@@ -11,8 +11,8 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
-from ray_sd.data.locations import Location
 from ray_sd.data.sources import Listing
+from ray_sd.files import Location
 
 logger = logging.getLogger(__name__)
 

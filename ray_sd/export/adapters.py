@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_sd.adapter import MANIFEST, AdapterManifest, Base, read_manifest
-from ray_sd.data.locations import local_copy
 from ray_sd.errors import ArtifactError
+from ray_sd.files import local_copy
 from ray_sd.methods.contents import Contents, read_contents
 from ray_sd.methods.embeddings import Embedding, check_file_names
 from ray_sd.models import DiffusionModel

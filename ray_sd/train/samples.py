@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
 from ray_sd.config.video import TYPICAL_BUCKET
-from ray_sd.data.locations import locate
 from ray_sd.errors import ConfigError
+from ray_sd.files import locate
 from ray_sd.generate import ImageRequest, clips_sheet, contact_sheet, generate, save_mp4, save_png
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.generate.upscaling import UpscaleRequest, upscale

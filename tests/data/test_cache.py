@@ -11,11 +11,11 @@ import pytest
 from ray_sd.config.cache import CachePruneConfig
 from ray_sd.config.load import load_config, run_job
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder, Field, row_key
-from ray_sd.data.locations import locate
 from ray_sd.data.passes import BYTES_UNDER_WAY, latent_bytes
 from ray_sd.data.prune import DAY, cache_table, list_cache, prune_cache
 from ray_sd.data.reader import ShardReader
 from ray_sd.errors import DataError
+from ray_sd.files import locate
 
 FIELD = Field("values", "float16", (2, 3))
 

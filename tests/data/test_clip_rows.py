@@ -30,11 +30,11 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, training_batches, validation_batches
 from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.lanes import LaneReader, lanes_of, to_tensors
-from ray_sd.data.locations import Location, locate
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import SourceRow, list_source
 from ray_sd.data.view import View
 from ray_sd.errors import DataError
+from ray_sd.files import Location, locate
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
 

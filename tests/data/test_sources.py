@@ -16,9 +16,9 @@ from sample_pictures import LATENTS, PIXELS, noise_png
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.examine import source_rows
-from ray_sd.data.locations import Location
 from ray_sd.data.sources import SourceRow, list_source
 from ray_sd.errors import ConfigError, DataError
+from ray_sd.files import Location
 
 
 def read(source: dict[str, Any], **settings: Any) -> dict[str, SourceRow]:

@@ -22,10 +22,10 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data import stages, text_to_video
 from ray_sd.data.generation import next_number
-from ray_sd.data.locations import locate
 from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
 from ray_sd.data.text_to_video import make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
+from ray_sd.files import locate
 from ray_sd.generate import read_frames, read_parameters, read_video_parameters
 from ray_sd.generate.text_to_video import Plan, VideoRequest
 from ray_sd.methods import weights

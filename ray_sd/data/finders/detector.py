@@ -15,8 +15,8 @@ from ray_sd.config.words import suggestion
 from ray_sd.data.crops import Box
 from ray_sd.data.decode import Layers
 from ray_sd.data.finders.base import Subject
-from ray_sd.data.locations import expand
 from ray_sd.errors import ArtifactError, ConfigError, first_line
+from ray_sd.files import expand
 
 if TYPE_CHECKING:
     from torch import Tensor

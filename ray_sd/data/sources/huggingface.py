@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 from ray_sd.config.dataset import DatasetConfig, HuggingFaceSource
-from ray_sd.data.locations import expand
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow
 from ray_sd.data.sources.tables import ROWS_PER_READ, Columns, check_columns, table_rows
 from ray_sd.errors import DataError
+from ray_sd.files import expand
 
 ROWS_PER_UNIT = 256
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from ray_sd.config.dataset import DatasetConfig, ImageFolderSource, MaskFiles
-from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import IMAGES, UNREADABLE, Listing, SourceRow, fingerprint, list_files, relative_path
 from ray_sd.errors import ConfigError
+from ray_sd.files import Location, locate
 
 SETTING = "dataset.mask.path"
 CHECKED = 1000

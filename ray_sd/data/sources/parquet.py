@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_sd.config.dataset import DatasetConfig, ParquetSource
-from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import SETTING, Listing, SourceRow, fingerprint, list_files
 from ray_sd.data.sources.tables import ROWS_PER_READ, Columns, check_columns, table_rows
 from ray_sd.errors import DataError
+from ray_sd.files import Location, locate
 
 
 def list_parquet(source: ParquetSource, dataset: DatasetConfig) -> Listing:

@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.decode import RejectedError
-from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable, too_large
 from ray_sd.errors import DataError
+from ray_sd.files import Location, locate
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from ray_sd.config.dataset import DatasetConfig, WebDatasetSource
 from ray_sd.data.decode import RejectedError
-from ray_sd.data.locations import Location, locate
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
@@ -26,6 +25,7 @@ from ray_sd.data.sources.base import (
     too_large,
 )
 from ray_sd.errors import DataError
+from ray_sd.files import Location, locate
 
 
 def list_webdataset(source: WebDatasetSource, dataset: DatasetConfig) -> Listing:

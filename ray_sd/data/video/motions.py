@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_sd.config.video import VideoConfig
-from ray_sd.data.locations import Location
+from ray_sd.files import Location
 
 LINES = "motion.jsonl"
 

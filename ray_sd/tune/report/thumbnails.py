@@ -8,8 +8,8 @@ from functools import lru_cache
 
 from PIL import Image
 
-from ray_sd.data.locations import locate
 from ray_sd.errors import ConfigError
+from ray_sd.files import locate
 from ray_sd.tune.results import Sweep, Trial
 
 logger = logging.getLogger(__name__)
