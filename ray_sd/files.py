@@ -35,6 +35,10 @@ class Location:
     def exists(self) -> bool:
         return self.info().type != fs.FileType.NotFound
 
+    def children(self) -> list[fs.FileInfo]:
+        """What is in this folder, itself; nothing where there is none."""
+        return self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+
     def files(self, suffixes: tuple[str, ...] = ("",)) -> list[fs.FileInfo]:
         """Files below this folder that end in one of `suffixes`, sorted by path; none where there is no folder.
 
@@ -72,6 +76,23 @@ class Location:
                 self.filesystem.delete_file(partial)
             raise
 
+    def delete(self) -> None:
+        """Delete the file."""
+        self.filesystem.delete_file(self.path)
+
+    def copy_to(self, target: "Location") -> None:
+        """Copy this file, or what is in this folder, to a file or folder, which is made."""
+        folder = target.path if self.info().type == fs.FileType.Directory else target.path.rpartition("/")[0]
+        target.filesystem.create_dir(folder, recursive=True)  # copying makes the folders in it only
+        fs.copy_files(
+            self.path, target.path, source_filesystem=self.filesystem, destination_filesystem=target.filesystem
+        )
+
+
+def local(path: Path) -> Location:
+    """The location of an absolute path on this machine."""
+    return Location(fs.LocalFileSystem(), str(path))
+
 
 def locate(path: str, setting: str) -> Location:
     """The location that a path or URI of the configuration means; local paths become absolute.
@@ -80,9 +101,9 @@ def locate(path: str, setting: str) -> Location:
     or home.
     """
     if path.startswith(EMBEDDED):
-        return Location(fs.LocalFileSystem(), f"{ray_sd.embedded.__path__[0]}/{path.removeprefix(EMBEDDED)}")
+        return local(Path(ray_sd.embedded.__path__[0], path.removeprefix(EMBEDDED)))
     if "://" not in path:
-        return Location(fs.LocalFileSystem(), str(expand(path, setting).resolve()))
+        return local(expand(path, setting).resolve())
     try:
         return Location(*fs.FileSystem.from_uri(path))
     except (ValueError, OSError):
@@ -116,23 +137,26 @@ def local_copy(path: str, setting: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         # A file keeps its name, which may say what is in it.
-        target = str(Path(scratch) / Path(source.path).name)
-        fs.copy_files(
-            source.path, target, source_filesystem=source.filesystem, destination_filesystem=fs.LocalFileSystem()
-        )
-        yield Path(target)
+        target = Path(scratch) / Path(source.path).name
+        source.copy_to(local(target))
+        yield target
 
 
 def writable_folder(path: str, setting: str) -> Location:
     """`locate`, for a folder that something will be written to. Raises ConfigError where nothing can be."""
     root = locate(path, setting)
-    probe = root / f".writable-{uuid.uuid4().hex}"
+    check_writable(root, path, setting)
+    return root
+
+
+def check_writable(folder: Location, path: str, setting: str) -> None:
+    """Raises ConfigError where nothing can be written to a folder, which `setting` calls `path`."""
+    probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
         probe.write(b"")
-        probe.filesystem.delete_file(probe.path)
+        probe.delete()
     except OSError as error:
         raise ConfigError(f"{setting}: {path} cannot be written ({error}); set {setting}=FOLDER") from error
-    return root
 
 
 def _has_readable_path(info: fs.FileInfo) -> bool:

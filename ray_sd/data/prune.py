@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from ray_sd.config.cache import CachePruneConfig
 from ray_sd.data.cache import FOLDER_FILE, KINDS
@@ -39,7 +38,7 @@ class CachedFolder:
 def list_cache(cache_path: str) -> list[CachedFolder]:
     """The folders of a cache, used last first."""
     root = locate(cache_path, "cache_path")
-    names = [f"{kind}/{info.base_name}" for kind in KINDS for info in _children(root / kind)]
+    names = [f"{kind}/{info.base_name}" for kind in KINDS for info in (root / kind).children() if not info.is_file]
     return sorted((_look_at(root, name) for name in names), key=lambda folder: folder.used, reverse=True)
 
 
@@ -77,11 +76,6 @@ def cache_table(folders: Iterable[CachedFolder]) -> str:
 def _is_unwanted(folder: CachedFolder, config: CachePruneConfig) -> bool:
     old = config.older_than_days is not None and folder.age_days > config.older_than_days
     return old or folder.name == config.folder
-
-
-def _children(folder: Location) -> list[fs.FileInfo]:
-    selector = fs.FileSelector(folder.path, allow_not_found=True)
-    return [info for info in folder.filesystem.get_file_info(selector) if info.type == fs.FileType.Directory]
 
 
 def _look_at(root: Location, name: str) -> CachedFolder:
