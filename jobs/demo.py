@@ -13,7 +13,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(["experiment=demo", *argv], ExperimentConfig)
     folder = Path(config.storage_path)
     config = config.model_copy(update={"name": _free_name(folder, config.name)})
-    from ray_sd.generate import ImageRequest, contact_sheet, generate, save_png
+    from ray_sd.generate import ImageRequest, generate
+    from ray_sd.media.pictures import contact_sheet, save_png
     from ray_sd.methods import load_adapter
     from ray_sd.models import load_model
     from ray_sd.train.run import fit

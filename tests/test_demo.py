@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from without_ray import fit_without_ray
 
-from ray_sd.generate import read_parameters
+from ray_sd.media.pictures import read_parameters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -13,10 +13,10 @@ import ray
 from PIL import Image
 
 from ray_sd.config.dataset import SubjectCrop
-from ray_sd.data.decode import Layers, decode_layers
 from ray_sd.data.encode import limit_threads
 from ray_sd.data.examine import PICTURE, Examination, decoded_rows, mask_of, missing_variants, tables, transform
 from ray_sd.data.finders import Finder, Subject, build_finder
+from ray_sd.media.decode import Layers, decode_layers
 
 SIDE = 1333
 """Longer side of what models look at, in pixels; those of the DETR family look at no more, others at less."""

@@ -23,7 +23,8 @@ from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
-from ray_sd.generate import ImageRequest, contact_sheet, generate, png_bytes
+from ray_sd.generate import ImageRequest, generate
+from ray_sd.media.pictures import contact_sheet, png_bytes
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
 from ray_sd.models import DiffusionModel, load_model

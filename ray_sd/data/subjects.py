@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 from ray_sd.config import DatasetConfig
 from ray_sd.data.buckets import bucket_of
 from ray_sd.data.crops import Box, Variant
-from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.examine import image_hash, image_key, source_rows
 from ray_sd.data.sources import Listing, SourceRow
 from ray_sd.files import Location
+from ray_sd.media.decode import RejectedError, decode
 
 LINES, SHEET = "subjects.jsonl", "subjects.png"
 NOT_FOUND = "whole picture"
@@ -39,7 +39,7 @@ def write_subjects(
     """
     keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
     found = entries.take(pc.index_in(keys, value_set=entries["key"]))
-    from ray_sd.generate import contact_sheet, png_bytes  # slow to import
+    from ray_sd.media.pictures import contact_sheet, png_bytes  # slow to import
 
     _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
     shown = list(_shown(listing, dataset, variant, entries))

@@ -13,13 +13,14 @@ from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
 from ray_sd.cluster import connect
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import METHODS_OF, StageModel
-from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.generation import check_adapter, next_number, read_prompts
 from ray_sd.data.stages import ACTORS, KEY_FRAMES, Line, Made, Span, get, stage_models
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.files import Location, local_copy, locate, writable_folder
-from ray_sd.generate import frame_sheet, gif_bytes, mp4_bytes, png_bytes
 from ray_sd.generate.text_to_video import Plan, VideoRequest, frames_a_second, plan
+from ray_sd.media.decode import RejectedError, decode
+from ray_sd.media.pictures import png_bytes
+from ray_sd.media.videos import frame_sheet, gif_bytes, mp4_bytes
 from ray_sd.models import load_model
 
 MAX_PIXELS = 100_000_000

@@ -14,8 +14,8 @@ from PIL import Image
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import RaySdError
-from ray_sd.generate.pictures import ImageFormat, image_bytes
 from ray_sd.generate.sampling import ImageRequest, picture_size
+from ray_sd.media.pictures import ImageFormat, image_bytes
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
 from ray_sd.serve.engine import Engine

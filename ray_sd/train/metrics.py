@@ -13,12 +13,13 @@ from pyarrow import fs
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.metrics import OF_REFERENCES, DinoSimilarity, SubjectSimilarity
-from ray_sd.data.decode import RejectedError, decode
 from ray_sd.data.sources.base import IMAGES
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.files import Location, locate
-from ray_sd.generate import ImageRequest, generate, read_parameters, save_png
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.metrics import PictureMetrics, check_model, prompts_of_base
+from ray_sd.media.decode import RejectedError, decode
+from ray_sd.media.pictures import read_parameters, save_png
 from ray_sd.models import load_model
 from ray_sd.train.monitor import PICTURES
 from ray_sd.train.storage import RunFolder

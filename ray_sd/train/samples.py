@@ -19,9 +19,11 @@ from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
 from ray_sd.config.video import TYPICAL_BUCKET
 from ray_sd.errors import ConfigError
 from ray_sd.files import locate
-from ray_sd.generate import ImageRequest, clips_sheet, contact_sheet, generate, save_mp4, save_png
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.media.pictures import contact_sheet, save_png
+from ray_sd.media.videos import clips_sheet, save_mp4
 from ray_sd.models import DiffusionModel
 from ray_sd.train.metrics import measure_pictures, picture_name
 from ray_sd.train.monitor import PICTURES

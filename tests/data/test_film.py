@@ -11,11 +11,11 @@ import ray_sd
 from ray_sd.config import DatasetConfig
 from ray_sd.config.load import load_config
 from ray_sd.data.crops import Variant
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.clips import take_frames
 from ray_sd.data.video.motion import motion
 from ray_sd.data.video.stream import EncodedVideo
 from ray_sd.data.video.timing import Window, choose_window, survey
+from ray_sd.media.decode import RejectedError
 
 FILM = Path(ray_sd.__file__).parent / "embedded" / "clips" / "film" / "big_buck_bunny.mp4"
 

@@ -11,7 +11,7 @@ from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_
 from ray_sd.config import GenerateConfig
 from ray_sd.data import generation
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.generate import read_parameters
+from ray_sd.media.pictures import read_parameters
 from ray_sd.models import load_model
 
 

@@ -20,7 +20,7 @@ from ray_sd.data import check_class_folder
 from ray_sd.data.prior import class_data
 from ray_sd.data.prune import list_cache
 from ray_sd.errors import ConfigError
-from ray_sd.generate import read_parameters
+from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import build_method
 
 

@@ -20,11 +20,11 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import finders, subjects
 from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.crops import variants
-from ray_sd.data.decode import Layers
 from ray_sd.data.examine import Examination, examine
 from ray_sd.data.finders import Subject
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import list_source
+from ray_sd.media.decode import Layers
 
 LATENTS_ONLY = RowSpec(images="latents", text="none", caption_dropout=0.0)
 OBJECTS = {

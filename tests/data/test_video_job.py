@@ -26,8 +26,9 @@ from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCA
 from ray_sd.data.text_to_video import make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import locate
-from ray_sd.generate import read_frames, read_parameters, read_video_parameters
 from ray_sd.generate.text_to_video import Plan, VideoRequest
+from ray_sd.media.pictures import read_parameters
+from ray_sd.media.videos import read_frames, read_video_parameters
 from ray_sd.methods import weights
 from ray_sd.models import load_model
 

@@ -27,10 +27,10 @@ from sample_videos import (
 )
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.stills import StillFrames
 from ray_sd.data.video.stream import EncodedVideo
 from ray_sd.data.video.timing import survey
+from ray_sd.media.decode import RejectedError
 from ray_sd.methods import build_method
 
 

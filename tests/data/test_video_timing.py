@@ -10,11 +10,11 @@ from sample_videos import SIZE, counted, gif, numbered, read_number, scene, shif
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.crops import variants
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.examine import image_key
 from ray_sd.data.sources import SourceRow
 from ray_sd.data.video.clips import cut_clips, open_footage
 from ray_sd.data.video.timing import Survey, choose_window, survey
+from ray_sd.media.decode import RejectedError
 
 
 def settings(source: dict[str, Any] | None = None, crop: Any = "center", **clip: Any) -> DatasetConfig:

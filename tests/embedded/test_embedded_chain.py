@@ -12,9 +12,9 @@ import ray_sd.embedded
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data.text_to_video import make_videos
-from ray_sd.generate import read_frames
 from ray_sd.generate.clips import ClipRequest, generate_clips
 from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.media.videos import read_frames
 from ray_sd.models import DiffusionModel, load_model
 
 EMBEDDED = Path(ray_sd.embedded.__path__[0])

@@ -20,7 +20,7 @@ from ray import serve
 from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
-from ray_sd.generate.pictures import read_parameters
+from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.serve.app import build

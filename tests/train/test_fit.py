@@ -13,7 +13,7 @@ from without_ray import fit_without_ray
 from ray_sd.adapter import read_manifest
 from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.generate import read_parameters
+from ray_sd.media.pictures import read_parameters
 from ray_sd.train.run import SNAPSHOT, TrainingResult, fit
 
 WHOLE = (

@@ -16,8 +16,8 @@ from ray_sd.adapter import read_manifest
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
-from ray_sd.generate import read_parameters, save_mp4
-from ray_sd.generate.videos import read_frames, read_video_parameters
+from ray_sd.media.pictures import read_parameters
+from ray_sd.media.videos import read_frames, read_video_parameters, save_mp4
 from ray_sd.methods import load_adapter
 from ray_sd.methods.temporal import is_temporal
 from ray_sd.models import load_model

@@ -13,8 +13,9 @@ from PIL import Image
 from ray_sd.adapter import read_manifest
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest, generate, read_parameters
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.metrics import PictureMetrics
+from ray_sd.media.pictures import read_parameters
 from ray_sd.models import load_model
 from ray_sd.train import metrics as of_runs
 from ray_sd.train.metrics import check_metrics, measure_pictures, read_references

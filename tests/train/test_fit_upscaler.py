@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from ray_sd.adapter import read_manifest
-from ray_sd.generate import read_parameters
+from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 

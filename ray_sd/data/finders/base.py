@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ray_sd.data.crops import Box
-from ray_sd.data.decode import Layers
+from ray_sd.media.decode import Layers
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ray_sd.config.dataset import CASCADE_LABELS, SubjectCrop
 from ray_sd.data.crops import Box
-from ray_sd.data.decode import Layers
 from ray_sd.data.finders.base import Subject
+from ray_sd.media.decode import Layers
 
 FOLDER = Path(cv2.__file__).parent / "data"
 FILES = {

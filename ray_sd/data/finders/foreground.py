@@ -8,8 +8,8 @@ from PIL import Image
 
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.data.crops import Box
-from ray_sd.data.decode import Layers
 from ray_sd.data.finders.base import Subject
+from ray_sd.media.decode import Layers
 
 SIDE = 256
 """GrabCut looks at pictures of this size; its time grows with the number of pixels."""

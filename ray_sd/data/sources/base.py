@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from ray_sd.data.decode import RejectedError
 from ray_sd.errors import DataError
 from ray_sd.files import Location
+from ray_sd.media.decode import RejectedError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")

@@ -9,7 +9,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_sd.config.dataset import DatasetConfig, FrameFolderSource
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
@@ -24,6 +23,7 @@ from ray_sd.data.sources.base import (
 )
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
+from ray_sd.media.decode import RejectedError
 
 FOLDERS_PER_UNIT = 8
 _UNIT = pa.schema([("path", pa.string()), ("frames", pa.list_(pa.string())), ("text_path", pa.string())])

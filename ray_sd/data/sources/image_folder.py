@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ray_sd.config.dataset import DatasetConfig, ImageFolderSource
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
@@ -23,6 +22,7 @@ from ray_sd.data.sources.base import (
 )
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
+from ray_sd.media.decode import RejectedError
 
 FILES_PER_UNIT = 256
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable, too_large
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
+from ray_sd.media.decode import RejectedError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 import pyarrow as pa
 
 from ray_sd.config.dataset import DatasetConfig, WebDatasetSource
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.sources.base import (
     IMAGES,
     SETTING,
@@ -26,6 +25,7 @@ from ray_sd.data.sources.base import (
 )
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
+from ray_sd.media.decode import RejectedError
 
 
 def list_webdataset(source: WebDatasetSource, dataset: DatasetConfig) -> Listing:

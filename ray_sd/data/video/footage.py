@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.decode import RejectedError
+from ray_sd.media.decode import RejectedError
 
 TRUNCATED = 0.9
 """A file with less than this share of what it says to last has lost its end."""

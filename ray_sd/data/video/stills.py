@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.decode import check_size, decode
 from ray_sd.data.video.footage import check_length
+from ray_sd.media.decode import check_size, decode
 
 
 class StillFrames:

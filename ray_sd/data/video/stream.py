@@ -14,9 +14,9 @@ from av.video.reformatter import Colorspace, Interpolation
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.decode import RejectedError, flatten
 from ray_sd.data.video.footage import TRUNCATED, check_length, check_pixels
 from ray_sd.errors import first_line
+from ray_sd.media.decode import RejectedError, flatten
 
 FORMATS = "mov,matroska,avi,gif"
 """Demuxers that read nothing but the file itself; play lists would open others, and addresses."""

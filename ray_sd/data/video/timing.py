@@ -10,9 +10,9 @@ import numpy as np
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.video import VideoConfig
-from ray_sd.data.decode import RejectedError
 from ray_sd.data.video.cuts import SIDE, CutDetector
 from ray_sd.data.video.footage import TRUNCATED, Footage, check_length, check_pixels
+from ray_sd.media.decode import RejectedError
 
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ray_sd.generate import contact_sheet, read_parameters, save_png
-from ray_sd.generate.pictures import FONT_SIZE, wrap
+from ray_sd.media.pictures import FONT_SIZE, contact_sheet, read_parameters, save_png, wrap
 
 COLOURS = ["red", "green", "blue", "yellow", "purple"]
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from sample_pictures import bomb_png, encoded, noise_png
 
-from ray_sd.data.decode import RejectedError, decode, decode_layers
+from ray_sd.media.decode import RejectedError, decode, decode_layers
 
 
 def pixels(data: bytes, background: str = "#ffffff") -> np.ndarray:

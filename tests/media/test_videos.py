@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from ray_sd.errors import ArtifactError
-from ray_sd.generate import (
+from ray_sd.media.pictures import contact_sheet
+from ray_sd.media.videos import (
     clips_sheet,
-    contact_sheet,
     frame_sheet,
     mp4_bytes,
     read_frames,

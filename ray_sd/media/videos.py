@@ -15,7 +15,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from ray_sd.errors import ArtifactError
-from ray_sd.generate.pictures import contact_sheet
+from ray_sd.media.pictures import contact_sheet
 
 PARAMETERS = "comment"
 """Name under which a file's metadata hold the parameters as JSON."""
