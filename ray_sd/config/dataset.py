@@ -278,8 +278,8 @@ class DatasetConfig(Schema):
     """Let the loss count only a part of each picture: `alpha` or `files`."""
     background: str = "#ffffff"
     """Colour (`#rrggbb`) behind transparent pixels."""
-    max_pixels: int = Field(100_000_000, ge=1)
-    """A picture with more pixels than this is rejected unread, as a decompression bomb."""
+    max_pixels: int = Field(100_000_000, ge=1, le=178_956_970)
+    """A picture with more pixels than this is rejected unread, as a decompression bomb; Pillow opens none above the bound."""
     max_rejected_fraction: float = Field(0.05, ge=0, le=1)
     """Share of unreadable rows past which the run fails; the rows and reasons are in `rejected.jsonl`."""
     holdout: int = Field(0, ge=0)

@@ -4,17 +4,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ray_sd.errors import first_line
 
-# The limit is dataset.max_pixels, held against the header below; Pillow's own would refuse what the user allowed.
-Image.MAX_IMAGE_PIXELS = None
 # Formats that hold other files (ICO, ICNS) would hide sizes from the header, and EPS would start a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+LARGEST = 178_956_970
+"""Pixels of the largest picture that Pillow opens, which dataset.max_pixels cannot exceed."""
 
 
 class RejectedError(Exception):
@@ -52,23 +52,35 @@ def check_size(data: bytes, *, max_pixels: int) -> None:
 
 
 @contextmanager
+def open_picture(stream: BinaryIO) -> Iterator[Image.Image]:
+    """A picture of one of FORMATS, of which the header is read. Raises OSError, and Image.DecompressionBombError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # callers have bounds of their own
+        with Image.open(stream, formats=FORMATS) as picture:
+            yield picture
+
+
+@contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """A picture of at most `max_pixels`, not yet decoded. Raises RejectedError for whatever goes wrong with it."""
     if not data:
         raise RejectedError("the file is empty")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            warnings.simplefilter("ignore")
+        with open_picture(io.BytesIO(data)) as picture:
             width, height = picture.size
             if width * height > max_pixels:
-                raise RejectedError(
-                    f"{width}x{height} pixels are more than dataset.max_pixels={max_pixels}; not decoded"
-                )
+                raise RejectedError(_too_large(f"{width}x{height}", max_pixels))
             yield picture
     except RejectedError:
         raise
+    except Image.DecompressionBombError as error:
+        raise RejectedError(_too_large(f"over {LARGEST}", max_pixels)) from error
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.
         raise RejectedError(f"cannot be decoded: {first_line(error)}") from error
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"{size} pixels are more than dataset.max_pixels={max_pixels}; not decoded"
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

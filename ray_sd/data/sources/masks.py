@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ray_sd.config.dataset import DatasetConfig, ImageFolderSource, MaskFiles
 from ray_sd.data.sources.base import IMAGES, UNREADABLE, Listing, SourceRow, fingerprint, list_files, relative_path
 from ray_sd.errors import ConfigError
 from ray_sd.files import Location, locate
+from ray_sd.media.decode import open_picture
 
 SETTING = "dataset.mask.path"
 CHECKED = 1000
@@ -83,8 +84,8 @@ def check_masks(config: DatasetConfig) -> None:
 def _size(file: Location) -> tuple[int, int] | None:
     """Width and height of the upright picture, by its header; None where that cannot be read."""
     try:
-        with file.filesystem.open_input_file(file.path) as stream, Image.open(io.BufferedReader(stream)) as picture:
+        with file.filesystem.open_input_file(file.path) as stream, open_picture(io.BufferedReader(stream)) as picture:
             sideways = picture.getexif().get(0x0112) in SIDEWAYS
             return (picture.height, picture.width) if sideways else (picture.width, picture.height)
-    except (OSError, UnidentifiedImageError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
