@@ -31,8 +31,8 @@ from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.load import load_config
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import prepare
-from ray_sd.data.crops import Box, Focus, around, center
 from ray_sd.data.finders import build_finder
+from ray_sd.data.windows import Box, Focus, around, center
 from ray_sd.embedded.sprites import Sprite, read_sprites, select, unseen_sprites
 from ray_sd.media.decode import Layers
 

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_downward_imports_are_fine(path: str, program: str):
     assert list(violations(path, program)) == []
 
 
+def test_no_files_import_each_other_in_a_circle():
+    assert circle({path: (ROOT / path).read_text() for path in FILES}) == []
+
+
+def test_a_circle_is_found():
+    programs = {
+        "ray_sd/data/__init__.py": "from ray_sd.data.crops import cut",
+        "ray_sd/data/crops.py": "def f():\n    from ray_sd.data import finders",
+        "ray_sd/data/finders.py": "import numpy\nfrom ray_sd.data.windows import Box",
+        "ray_sd/data/windows.py": "",
+    }
+    assert circle(programs) == []
+    programs["ray_sd/data/windows.py"] = "import ray_sd.data.crops"
+    assert set(circle(programs)) == {"ray_sd.data.crops", "ray_sd.data.finders", "ray_sd.data.windows"}
+
+
 def test_workers_that_only_read_import_no_model():
     program = (
         "import sys; import ray_sd.data, ray_sd.data.detect, ray_sd.data.encode, ray_sd.data.lanes;"
@@ -79,6 +96,29 @@ def test_workers_that_only_read_import_no_model():
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def circle(programs: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, if any do."""
+    names = {path: ".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in programs}
+    modules = set(names.values())
+    imports = {name: set(_modules(path, programs[path], modules)) - {name} for path, name in names.items()}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def _modules(path: str, program: str, modules: set[str]) -> Iterator[str]:
+    """Those of `modules` that a file imports anywhere; of `from package import module` the module, not the package."""
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: say `from ray_sd. … import`"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else str(node.module) for name in whole)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 def violations(path: str, program: str) -> Iterator[str]:

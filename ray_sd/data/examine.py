@@ -15,8 +15,9 @@ from ray_sd.config.dataset import SubjectCrop
 from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
-from ray_sd.data.crops import Focus, Variant, cut, cut_mask
+from ray_sd.data.crops import Variant, cut, cut_mask
 from ray_sd.data.sources import UNREADABLE, SourceRow
+from ray_sd.data.windows import Focus
 from ray_sd.media.decode import Layers, RejectedError, check_size, decode, decode_layers
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.buckets import bucket_of
-from ray_sd.data.crops import Box, Variant
+from ray_sd.data.crops import Variant
 from ray_sd.data.examine import image_hash, image_key, source_rows
 from ray_sd.data.sources import Listing, SourceRow
+from ray_sd.data.windows import Box
 from ray_sd.files import Location
 from ray_sd.media.decode import RejectedError, decode
 

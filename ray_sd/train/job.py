@@ -1,12 +1,6 @@
-"""What the driver sends into the cluster. Imports no torch, so that Ray's own processes, which unpickle it, start quickly."""
+"""What the driver sends to the workers of a run."""
 
-import logging
-import os
 from dataclasses import dataclass
-from typing import Any
-
-import ray.train
-from ray.util.queue import Queue
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import PreparedData
@@ -25,27 +19,3 @@ class TrainingJob:
     """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
     has_bar: bool = True
     """Whether it has a progress bar; a trial is shown by its sweep."""
-
-
-def train_loop(job: TrainingJob) -> str | None:
-    """Runs on every worker. Returns why it ended before its last step, if it did."""
-    from ray.train.torch import get_device
-
-    if not job.has_bar:
-        # Says of each checkpoint at INFO that it was created, on every worker of every trial.
-        logging.getLogger("ray.train.v2._internal.execution.storage").setLevel(logging.WARNING)
-    if get_device().type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one
-    from ray_sd.train.loop import train
-
-    return train(job)
-
-
-def draw(checkpoint: ray.train.Checkpoint, *, config: dict, reports: Queue | None) -> dict[str, Any]:
-    """Ray Train's validation task. config: an ExperimentConfig as plain data. reports: is told what came of it."""
-    from ray_sd.train.samples import draw_samples
-
-    drawn = draw_samples(checkpoint, ExperimentConfig.model_validate(config))
-    if reports is not None:
-        reports.put(drawn)
-    return drawn

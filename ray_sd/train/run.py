@@ -39,7 +39,7 @@ from ray_sd.errors import ArtifactError, ConfigError, RaySdError, first_line
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
-from ray_sd.train.job import TrainingJob, draw, train_loop
+from ray_sd.train.job import TrainingJob
 from ray_sd.train.metrics import check_metrics
 from ray_sd.train.optimizers import build_rule, check_package
 from ray_sd.train.preflight import check_memory
@@ -48,6 +48,7 @@ from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_trained
+from ray_sd.train.worker import draw, train_loop
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from sample_pictures import encoded
 
 from ray_sd.config.dataset import SubjectCrop
-from ray_sd.data.crops import Box
 from ray_sd.data.finders import Subject, build_finder
+from ray_sd.data.windows import Box
 from ray_sd.media.decode import decode_layers
 
 GREY, RED, BLUE = (128, 128, 128), (255, 0, 0), (0, 0, 255)

@@ -4,7 +4,8 @@ from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.dataset import SubjectCrop
-from ray_sd.data.crops import Box, Focus, Variant, around, cut, variants
+from ray_sd.data.crops import Variant, cut, variants
+from ray_sd.data.windows import Box, Focus, around
 
 SOURCE = {"name": "image_folder", "path": "x"}
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from sample_pictures import noise_png
 from subject_pictures import GREY, find, overlap, photograph, rectangle
 
-from ray_sd.data.crops import Box
+from ray_sd.data.windows import Box
 
 
 def holds(box: Box, *points: tuple[float, float]) -> bool:

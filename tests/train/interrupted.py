@@ -12,7 +12,8 @@ import ray.cloudpickle
 import ray.train
 from long_run import EVERY_STEPS
 
-from ray_sd.train.job import TrainingJob, train_loop
+from ray_sd.train.job import TrainingJob
+from ray_sd.train.worker import train_loop
 
 # Workers do not have this module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

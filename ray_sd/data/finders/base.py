@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ray_sd.data.crops import Box
+from ray_sd.data.windows import Box
 from ray_sd.media.decode import Layers
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ray_sd.config.dataset import CASCADE_LABELS, SubjectCrop
-from ray_sd.data.crops import Box
 from ray_sd.data.finders.base import Subject
+from ray_sd.data.windows import Box
 from ray_sd.media.decode import Layers
 
 FOLDER = Path(cv2.__file__).parent / "data"

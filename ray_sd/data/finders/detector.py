@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.words import suggestion
-from ray_sd.data.crops import Box
 from ray_sd.data.finders.base import Subject
+from ray_sd.data.windows import Box
 from ray_sd.errors import ArtifactError, ConfigError, first_line
 from ray_sd.files import expand
 from ray_sd.media.decode import Layers

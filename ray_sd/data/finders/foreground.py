@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ray_sd.config.dataset import SubjectCrop
-from ray_sd.data.crops import Box
 from ray_sd.data.finders.base import Subject
+from ray_sd.data.windows import Box
 from ray_sd.media.decode import Layers
 
 SIDE = 256

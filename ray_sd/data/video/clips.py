@@ -11,7 +11,7 @@ from ray_sd.config import DatasetConfig
 from ray_sd.config.dataset import FrameFolderSource
 from ray_sd.data.buckets import bucket_name
 from ray_sd.data.cache import KEY
-from ray_sd.data.crops import Box, Variant, cut
+from ray_sd.data.crops import Variant, cut
 from ray_sd.data.examine import (
     SHAPES,
     Examination,
@@ -29,6 +29,7 @@ from ray_sd.data.video.motion import motion
 from ray_sd.data.video.stills import StillFrames
 from ray_sd.data.video.stream import EncodedVideo
 from ray_sd.data.video.timing import Survey, Window, choose_window, survey
+from ray_sd.data.windows import Box
 from ray_sd.media.decode import RejectedError
 
 CLIP = pa.schema(
