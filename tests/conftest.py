@@ -1,17 +1,19 @@
 """What all tests share: one Ray instance, few threads, and skips that count as failures where RAY_SD_NO_SKIP is set."""
 
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two threads a process stall two cores
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # as ray_sd.data.connect does
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+
+COMPILED = TemporaryDirectory(prefix="ray_sd-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name  # in the usual one lies what was compiled as other variables said
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two threads a process stall two cores
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # as ray_sd.cluster.connect does
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 NO_RIGHT = "this machine does not allow"
 """Begins the reason of the only skip that is none of a missing program, which could be installed."""

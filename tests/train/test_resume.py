@@ -1,5 +1,6 @@
 """Runs that go on from the checkpoints of one that nothing happened to, and one that goes on once there is room."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def test_a_run_goes_on_with_other_workers_and_stage(configure, undisturbed):
     assert_same_adapter(undisturbed.adapter, rest.adapter, tolerance=1e-3)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler")
 def test_a_compiled_unet_learns_the_same_and_exports_the_same_names(configure, undisturbed):
     checkpoint = Path(undisturbed.run) / f"checkpoint-{STEPS - 4:08d}"
     compiled = fit(configure("name=compiled", *LONG, "trainer.compile=true", f"resume={checkpoint}"))
