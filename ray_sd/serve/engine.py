@@ -81,8 +81,8 @@ class Engine:
         """Orders that are not begun, and the one that is being prepared."""
         self._pictures: list[Picture] = []
         """Ready for a step, or at one."""
-        self._to_decode: deque[tuple[Picture, Tensor, bool]] = deque()
-        """Pictures, their latents, and whether they are done; the first is at it."""
+        self._to_decode: deque[tuple[Picture, Tensor, int | None]] = deque()
+        """Pictures, their latents, and which look at them it is, or None where they are done; the first is at it."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: OrderedDict[Hashable, Image.Image] = OrderedDict()
         self._prompts: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
@@ -306,7 +306,7 @@ class Engine:
                 self._forget(picture)
 
     def _after_step(self, chosen: Sequence[Picture]) -> None:
-        finished = []
+        to_decode: list[tuple[Picture, Tensor, int | None]] = []
         for picture in chosen:
             drawing = picture.drawing
             picture.suspected = False
@@ -314,15 +314,15 @@ class Engine:
                 ticket.step_taken()
                 ticket.tell(Stepped(drawing.step - drawing.first_step, drawing.steps - drawing.first_step))
             if drawing.done:
-                finished.append((picture, drawing.latents, True))
+                to_decode.append((picture, drawing.latents, None))
             elif picture.to_show:
-                finished.append((picture, foreseen(self.model, drawing).to(drawing.latents), False))
+                to_decode.append((picture, foreseen(self.model, drawing).to(drawing.latents), picture.shown))
                 picture.shown += 1
         with self._changed:
-            for one in finished:
-                if one[2]:
-                    self._pictures.remove(one[0])
-            self._to_decode.extend(finished)
+            for picture, _, look in to_decode:
+                if look is None:
+                    self._pictures.remove(picture)
+            self._to_decode.extend(to_decode)
             self._changed.notify_all()
 
     # Decoding
@@ -332,14 +332,14 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or self._to_decode)
             if self._closing:
                 return
-            picture, latents, done = self._to_decode[0]
-        self._decode_one(picture, latents, done)
+            picture, latents, look = self._to_decode[0]
+        self._decode_one(picture, latents, look)
         with self._changed:
             self._to_decode.popleft()
 
-    def _decode_one(self, picture: Picture, latents: Tensor, done: bool) -> None:
+    def _decode_one(self, picture: Picture, latents: Tensor, look: int | None) -> None:
         if not picture.wanted:
-            if done:
+            if look is None:
                 self.figures.cancelled += len(picture.tickets)
                 self._forget(picture)
             return
@@ -347,12 +347,12 @@ class Engine:
             image = decode_latents(self.model, latents)[0]
         except Exception as error:
             logger.exception("a picture could not be decoded")
-            if done:
+            if look is None:
                 self._drop([picture], error)
             return
-        if not done:
+        if look is not None:
             for ticket in picture.tickets:
-                ticket.tell(Shown(picture.shown - 1, image))
+                ticket.tell(Shown(look, image))
             return
         with self._changed:
             self._forget(picture)

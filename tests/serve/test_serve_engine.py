@@ -17,6 +17,7 @@ from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import ConfigError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.editing import EditRequest
+from ray_sd.generate.sampling import decode_latents
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.models.schedulers import SAMPLERS
@@ -236,6 +237,19 @@ def test_looks_on_the_way_come_spread_over_the_steps(build):
     apart = [np.abs(np.asarray(image, float) - np.asarray(events[-1].image, float)).mean() for image in shown]
     assert apart[2] < apart[0]  # they come nearer to what it becomes
     assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, 9))
+
+
+def test_looks_keep_their_numbers_where_decoding_falls_behind(build, monkeypatch: pytest.MonkeyPatch):
+    stepped = threading.Event()
+    monkeypatch.setattr(
+        "ray_sd.serve.engine.decode_latents", lambda *given: stepped.wait(300) and decode_latents(*given)
+    )
+    client = Client(build())
+    client.order(Order(ImageRequest("a cat", num_inference_steps=8), partial_images=3))
+    client.wait(lambda: Stepped(8, 8) in client.events[0])
+    stepped.set()
+    client.finish()
+    assert [event.number for event in client.events[0] if isinstance(event, Shown)] == [0, 1, 2]
 
 
 def test_the_same_picture_is_drawn_once(build):
