@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config.paths import local_path
 from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.generate.bank import LoraBank, Mix
 from ray_sd.methods import check_base
 from ray_sd.methods.contents import Contents, read_contents
 from ray_sd.methods.layer_adapter import PEFT
@@ -26,7 +27,6 @@ from ray_sd.methods.textual_inversion import attach_tokens
 from ray_sd.methods.weights import read_weights
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import parameters_without_words
-from ray_sd.serve.bank import LoraBank, Mix
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RaySdError
+from ray_sd.generate.bank import Mix
 from ray_sd.generate.editing import EditRequest, start_edit
 from ray_sd.generate.sampling import (
     ImageRequest,
@@ -32,7 +33,6 @@ from ray_sd.generate.sampling import (
 )
 from ray_sd.models import DiffusionModel
 from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters, with_words
-from ray_sd.serve.bank import Mix
 from ray_sd.serve.order import (
     DeadlineError,
     EngineBusyError,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ray_sd.errors import RaySdError
+from ray_sd.generate.bank import Mix
 from ray_sd.generate.editing import EditRequest
 from ray_sd.generate.sampling import ImageRequest
-from ray_sd.serve.bank import Mix
 
 
 class EngineBusyError(Exception):

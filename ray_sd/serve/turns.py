@@ -5,9 +5,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_sd.generate.bank import Mix
 from ray_sd.generate.sampling import Drawing
 from ray_sd.serve.adapters import Loaded
-from ray_sd.serve.bank import Mix
 from ray_sd.serve.order import Ticket
 
 Policy = Literal["shortest", "fair"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from ray_sd.generate.bank import LoraBank
 from ray_sd.methods.low_rank import LowRank, Updates
-from ray_sd.serve.bank import LoraBank
 
 
 class Part(nn.Module):
