@@ -33,7 +33,7 @@ from ray_sd.embedded.clips import FRAMES, HOME_OF_ONE, SECONDS, Actor, Clip, mov
 from ray_sd.embedded.motion import Kind, draw_motion
 from ray_sd.embedded.spins import unseen_spinners
 from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
-from ray_sd.generate.clips import ClipRequest, generate_clips
+from ray_sd.generate import ClipRequest, generate_clips
 from ray_sd.media.videos import clips_sheet
 from ray_sd.models import DiffusionModel, load_model
 

@@ -26,7 +26,7 @@ from ray_sd.embedded.clips import render
 from ray_sd.embedded.rotation import measure_rotation
 from ray_sd.embedded.spins import DEGREES_PER_SECOND, spinning, unseen_spinners
 from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
-from ray_sd.generate.clips import ClipRequest, generate_clips
+from ray_sd.generate import ClipRequest, generate_clips
 from ray_sd.media.videos import clips_sheet, save_mp4
 from ray_sd.methods import load_adapter
 from ray_sd.models import DiffusionModel, load_model

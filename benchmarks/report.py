@@ -34,15 +34,16 @@ def write_result(
     bars: Figures | None = None,
     settings: Mapping[str, object] | None = None,
     *,
+    at_most: Figures | None = None,
     keep: bool = True,
 ) -> None:
     """Print whether each bar was reached, `keep` the figures in `results/NAME.json`, and end with the line of JSON.
 
-    bars: the least value of a figure, by its name.
+    bars: the least value of a figure, by its name. at_most: the same of figures that are good when they are small.
     """
-    for figure, bar in (bars or {}).items():
-        verdict = "reached" if figures[figure] >= bar else "MISSED"
-        print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {verdict}")
+    for figure, bar in ((bars or {}) | (at_most or {})).items():
+        reached = figures[figure] >= bar if figure in (bars or {}) else figures[figure] <= bar
+        print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {'reached' if reached else 'MISSED'}")
     if keep:
         _keep(name, figures, settings)
     print(json.dumps(dict(figures)))

@@ -9,6 +9,10 @@ class ConfigError(RaySdError):
     """The configuration cannot be run as written; raised before Ray starts."""
 
 
+class RequestError(RaySdError):
+    """One request asks for what cannot be drawn; others beside it can."""
+
+
 class DataError(RaySdError):
     """The data cannot be read, or too much of it was rejected."""
 

@@ -19,7 +19,7 @@ from ray_sd.config.serve import ServedPreset
 from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
 from ray_sd.config.words import no_such, problems
-from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.errors import ConfigError, RaySdError, RequestError
 
 ROOTS: dict[type[Schema], str] = {
     ExperimentConfig: "train",
@@ -92,7 +92,7 @@ def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | 
     except RaySdError as error:
         for line in _message(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | RequestError) else 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

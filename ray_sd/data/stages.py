@@ -28,11 +28,11 @@ from ray_sd.config.text_to_video import StageModel
 from ray_sd.data.generation import load_for_generation
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.files import from_anywhere
+from ray_sd.generate.decoding import decode_each
 from ray_sd.generate.text_to_video import (
     Decoding,
     Plan,
     VideoRequest,
-    decode_each,
     draw_key_frames,
     draw_picture,
     draw_window,

@@ -1,5 +1,19 @@
-"""Sampling: from prompts to pictures and clips."""
+"""From requests to pictures and clips."""
 
-from ray_sd.generate.sampling import Drawing, ImageRequest, advance, decode, generate, start
+from ray_sd.generate.batch import Batch
+from ray_sd.generate.drawing import Drawing
+from ray_sd.generate.requests import ClipRequest, EditRequest, ImageRequest, UpscaleRequest
+from ray_sd.generate.sampling import generate, generate_clips
+from ray_sd.generate.start import start
 
-__all__ = ["Drawing", "ImageRequest", "advance", "decode", "generate", "start"]
+__all__ = [
+    "Batch",
+    "ClipRequest",
+    "Drawing",
+    "EditRequest",
+    "ImageRequest",
+    "UpscaleRequest",
+    "generate",
+    "generate_clips",
+    "start",
+]

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import ClipStage, ImageStage, InterpolationStage, UpscaleStage, VideoStage
 from ray_sd.errors import ConfigError
-from ray_sd.generate.clips import ClipRequest, decode_latents, draw_latents
-from ray_sd.generate.sampling import ImageRequest, generate, picture_size
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.generate.decoding import decode_clip
+from ray_sd.generate.requests import ClipRequest, ImageRequest, UpscaleRequest
+from ray_sd.generate.sampling import OnStep, draw, generate
+from ray_sd.generate.shapes import picture_size
 from ray_sd.models import DiffusionModel
 
 LONGEST_SIDE = 1024
@@ -147,8 +147,8 @@ def draw_key_frames(
 ) -> tuple[Tensor, list[Image.Image]]:
     """Scaled latents [K, C, h, w] of the key frames, on the CPU, and the key frames."""
     wanted = _clip_request(settings, (picture,), seed, plan.num_key_frames, settings.fps)
-    [latents] = draw_latents(model, [wanted], on_step=increments(tell))
-    return latents.cpu(), decode_latents(model, latents, chunk_size)
+    latents = _draw_clip(model, wanted, tell)
+    return latents.cpu(), decode_clip(model, latents, chunk_size)
 
 
 def draw_window(
@@ -168,20 +168,12 @@ def draw_window(
     """
     pair = (frames[number], frames[number + 1])
     wanted = _clip_request(settings, pair, seed + number, plan.window, fps, key_frames=(0, -1))
-    [drawn] = draw_latents(model, [wanted], on_step=increments(tell))
+    drawn = _draw_clip(model, wanted, tell)
     keys = latents.to(drawn)
     parts = [keys[number : number + 1], drawn[1:-1]]
     if number == plan.num_windows - 1:
         parts.append(keys[number + 1 :])
     return torch.cat(parts).cpu()
-
-
-@torch.no_grad()
-def decode_each(model: DiffusionModel, latents: Tensor, chunk_size: int) -> list[Image.Image]:
-    """Frames of scaled latents [F, C, h, w], each decoded by itself: what they are before the decoder knows of time."""
-    chunks = latents.to(model.vae.device).split(chunk_size)
-    pixels = torch.cat([model.decode_images(chunk / model.latent_scale) for chunk in chunks])
-    return VaeImageProcessor().postprocess(pixels, output_type="pil")
 
 
 class Decoding:
@@ -197,7 +189,7 @@ class Decoding:
         frames: list[Image.Image] = []
         while len(self._waiting) >= self._chunk_size or (last and self._waiting):
             chunk, self._waiting = self._waiting[: self._chunk_size], self._waiting[self._chunk_size :]
-            frames += decode_latents(self._model, torch.stack(chunk))
+            frames += decode_clip(self._model, torch.stack(chunk))
             self._tell(len(chunk))
         return frames
 
@@ -219,7 +211,13 @@ def enlarge(
         )
         for frame in frames
     ]
-    return upscale(model, wanted, settings.batch_size, increments(tell))
+    return generate(model, wanted, settings.batch_size, increments(tell))
+
+
+def _draw_clip(model: DiffusionModel, wanted: ClipRequest, tell: Tell) -> Tensor:
+    """Scaled latents [F, C, h, w]."""
+    [drawn] = draw(model, [wanted], batch_size=1, on_step=increments(tell))
+    return drawn[0]
 
 
 def _clip_request(
@@ -244,7 +242,7 @@ def _clip_request(
     )
 
 
-def increments(tell: Tell) -> Callable[[int, int], None]:
+def increments(tell: Tell) -> OnStep:
     """An `on_step`, which is told what was done in all, for `tell`, which is told what came to it."""
     before = 0
 

@@ -83,6 +83,16 @@ class DiffusionModel(nn.Module, ABC):
         Raises ArtifactError for what is missing, damaged or does not fit together.
         """
 
+    @property
+    def device(self) -> torch.device:
+        """The U-Net's; diffusers' own `unet.device` and `unet.dtype` search its modules for hooks, for milliseconds."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's."""
+        return next(parameter.dtype for parameter in self.unet.parameters() if parameter.is_floating_point())
+
     def text_encoders(self) -> dict[str, tuple[Any, Any]]:
         """Text encoder and tokenizer by the name of the encoder's component; None for what was not loaded."""
         return {name: (getattr(self, name), getattr(self, other)) for name, other in self.config.text_parts.items()}

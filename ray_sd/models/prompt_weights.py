@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_sd.errors import ConfigError
+from ray_sd.errors import RequestError
 from ray_sd.models.base import DiffusionModel
 
 
@@ -14,7 +14,7 @@ def encode_weighted_text(model: DiffusionModel, prompts: Sequence[str]) -> dict[
     """What `model.encode_text` gives, with words drawn away from or towards the empty prompt by their weights.
 
     A prompt without weights is encoded as always. The pooled embedding, where there is one, knows of no weights.
-    Raises ConfigError for what is more than weights.
+    Raises RequestError for what is more than weights.
     """
     words = [_words(prompt) for prompt in prompts]
     device = next(model.text_encoders()["text_encoder"][0].parameters()).device
@@ -80,12 +80,12 @@ def _fragments(prompt: str) -> list[Any]:
     try:
         parts = _compel().Compel.parse_prompt_string(prompt).prompts
     except Exception as error:
-        raise ConfigError(
+        raise RequestError(
             f"the weights of the prompt '{prompt}' cannot be read: {str(error).splitlines()[0]}"
         ) from error
     fragments = list(parts[0].children) if len(parts) == 1 and type(parts[0]).__name__ == "FlattenedPrompt" else []
     if not fragments or any(type(fragment).__name__ != "Fragment" for fragment in fragments):
-        raise ConfigError(
+        raise RequestError(
             f"the prompt '{prompt}' asks for more than weights; understood are (red)1.5, red++, (red)0.5 and red--, "
             "not .blend(), .and() or .swap()"
         )

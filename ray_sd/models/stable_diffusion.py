@@ -159,7 +159,7 @@ class StableDiffusion(DiffusionModel):
         return input_ids.reshape(len(input_ids) * self.config.prompt_chunks, -1)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        dtype = self.unet.dtype
+        dtype = self.dtype
         return self.unet(latents.to(dtype), timesteps, encoder_hidden_states=conditions["text_embeds"].to(dtype)).sample
 
     def loss(self, batch: dict[str, Tensor], weighting: DiffusionLoss = PLAIN_LOSS) -> Tensor:

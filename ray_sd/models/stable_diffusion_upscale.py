@@ -90,7 +90,7 @@ class StableDiffusionUpscale(StableDiffusion):
 
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """conditions: `text_embeds`, `low_res` [B, 3, h, w] of the latents' size, and its `noise_level` int64 [B]."""
-        dtype = self.unet.dtype
+        dtype = self.dtype
         return self.unet(
             torch.cat([latents, conditions["low_res"].to(latents)], dim=1).to(dtype),
             timesteps,

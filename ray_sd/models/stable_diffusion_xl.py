@@ -74,7 +74,7 @@ class StableDiffusionXL(StableDiffusion):
         return {"add_time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        dtype = self.unet.dtype
+        dtype = self.dtype
         added = {
             "text_embeds": conditions["pooled_text_embeds"].to(dtype),
             "time_ids": conditions["add_time_ids"].float(),  # half precision rounds whole numbers above 256

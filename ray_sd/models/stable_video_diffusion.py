@@ -169,7 +169,7 @@ class StableVideoDiffusion(DiffusionModel):
 
     def denoise(self, latents: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """conditions: `condition_latents`, `image_embeds` and `added_time_ids` [B, 3]."""
-        dtype = self.unet.dtype
+        dtype = self.dtype
         both = torch.cat([latents, conditions["condition_latents"].to(latents)], dim=2)
         return self.unet(
             both.to(dtype),

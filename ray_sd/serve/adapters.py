@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config.paths import local_path
-from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.generate.bank import LoraBank, Mix
+from ray_sd.errors import ArtifactError, RequestError
+from ray_sd.generate.adapters import Adapters, stacks
+from ray_sd.generate.requests import Mix
 from ray_sd.methods import check_base
 from ray_sd.methods.contents import Contents, read_contents
 from ray_sd.methods.layer_adapter import PEFT
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.low_rank import LowRank, Updates
-from ray_sd.methods.textual_inversion import attach_tokens
 from ray_sd.methods.weights import read_weights
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import parameters_without_words
@@ -34,7 +34,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of adapters: nothing that could lead out of their folder."""
 
 
-class UnknownAdapterError(ConfigError):
+class UnknownAdapterError(RequestError):
     """No adapter of that name is there."""
 
 
@@ -111,12 +111,10 @@ class Loaded:
     key: str
     """Name and version."""
     banked: bool = False
-    """Whether it has a LoRA in the bank."""
+    """Whether it has a LoRA that stacks with others."""
     changes: dict[str, dict[str, Tensor | LowRank]] = field(default_factory=dict)
     """What an adapter that does not stack makes of parameters, by component: other values, or a DoRA's update."""
     rotates: bool = False
-    words: dict[str, str] = field(default_factory=dict)
-    """Words that it adds, and what they are called in the tokenizer."""
     pins: int = 0
     used: float = 0.0
     _values: dict[str, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
@@ -173,16 +171,15 @@ class LoadedAdapters:
         self._folder = folder
         self._limit = memory_limit
         self._names = LoraNames(model)
-        self.bank = LoraBank(self._names.layers)
+        self.stacked = Adapters(model)
+        """Those of them that stack, and the words of all, by key."""
         self._loaded: dict[str, Loaded] = {}
-        self._words: dict[tuple[str, str], str] = {}
-        """What the tokenizer calls adapters' words; it keeps what it has learnt."""
         self._lock = threading.Lock()
         self.hits = self.misses = 0
 
     @property
     def bytes(self) -> int:
-        return self.bank.bytes + sum(one.bytes_alone for one in self._loaded.values())
+        return self.stacked.loras.bytes + sum(one.bytes_alone for one in self._loaded.values())
 
     @property
     def keys(self) -> list[str]:
@@ -194,7 +191,7 @@ class LoadedAdapters:
     def acquire(self, mix: Mix) -> list[Loaded]:
         """Have adapters in memory, and keep them there until they are released.
 
-        For one thread at a time. Raises UnknownAdapterError, ArtifactError for what does not fit the model, ConfigError for
+        For one thread at a time. Raises UnknownAdapterError, ArtifactError for what does not fit the model, RequestError for
         what cannot be mixed, and AdaptersInUseError where there is no room now.
         """
         taken: list[Loaded] = []
@@ -203,12 +200,12 @@ class LoadedAdapters:
                 one = self._find(name)
                 taken.append(one)
                 if weight != 1 and one.rotates:
-                    raise ConfigError(f"adapter '{name}' rotates weights, which has no strength; give it the weight 1")
+                    raise RequestError(f"adapter '{name}' rotates weights, which has no strength; give it the weight 1")
                 if weight != 1 and not one.banked and not one.alone:
-                    raise ConfigError(f"adapter '{name}' is a word, which has no strength; give it the weight 1")
+                    raise RequestError(f"adapter '{name}' is a word, which has no strength; give it the weight 1")
             alone = [name for (name, _), one in zip(mix, taken, strict=True) if one.alone]
             if len(alone) > 1:
-                raise ConfigError(f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them")
+                raise RequestError(f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them")
         except BaseException:
             self.release(taken)
             raise
@@ -240,14 +237,15 @@ class LoadedAdapters:
         began = time.perf_counter()
         contents = self._read(entry)
         one = Loaded(key, rotates=entry.rotates)
-        if contents.weights or _has_magnitudes(contents.updates):
+        if stacks(contents):
+            if contents.updates:
+                self._make_room(0, entry.name, contents.updates)
+            self.stacked.add(key, contents)
+            one.banked = bool(contents.updates)
+        else:
             one.changes = self._changes(contents)
             self._make_room(one.bytes_alone, entry.name)
-        elif contents.updates:
-            self._make_room(0, entry.name, contents.updates)
-            self.bank.add(key, contents.updates)
-            one.banked = True
-        one.words = self._learn(key, contents)
+            self.stacked.words.add(key, contents.embeddings)
         logger.info("loaded adapter %s in %.2f s: %s", entry.name, time.perf_counter() - began, contents.summary())
         return one
 
@@ -279,9 +277,10 @@ class LoadedAdapters:
 
     def _make_room(self, more: int, name: str, updates: Updates | None = None) -> None:
         """Forget adapters until there is room for one more. Raises AdaptersInUseError, or ArtifactError where it never fits."""
+        loras = self.stacked.loras
         while True:
             alone = sum(one.bytes_alone for one in self._loaded.values())
-            needed = more + alone + (self.bank.bytes if updates is None else self.bank.bytes_with(updates))
+            needed = more + alone + (loras.bytes if updates is None else loras.bytes_with(updates))
             if needed <= self._limit:
                 return
             with self._lock:
@@ -294,31 +293,5 @@ class LoadedAdapters:
                     )
                 victim = min(idle, key=lambda one: one.used)
                 del self._loaded[victim.key]
-            if victim.banked:
-                self.bank.remove(victim.key)
+            self.stacked.remove(victim.key)
             logger.info("forgot adapter %s to make room for %s", victim.key, name)
-
-    def _learn(self, key: str, contents: Contents) -> dict[str, str]:
-        """Teach the tokenizer an adapter's words, under names that no other adapter has."""
-        words = {}
-        for token, embedding in contents.embeddings.items():
-            word = self._words.get((key, token))
-            if word is None:
-                word = f"<|{len(self._words)}|>"
-                attach_tokens(self._model, {word: embedding})
-                self._words[key, token] = word
-            words[token] = word
-        return words
-
-
-def _has_magnitudes(updates: Updates) -> bool:
-    return any(update.magnitude is not None for of_layers in updates.values() for update in of_layers.values())
-
-
-def with_words(prompt: str, adapters: Sequence[Loaded]) -> str:
-    """A prompt with the words of its adapters as the tokenizer calls them."""
-    words = {token: word for one in adapters for token, word in one.words.items()}
-    if not words:
-        return prompt
-    pattern = "|".join(re.escape(token) for token in sorted(words, key=len, reverse=True))
-    return re.sub(pattern, lambda found: words[found[0]], prompt)

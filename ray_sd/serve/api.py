@@ -19,8 +19,7 @@ from starlette.exceptions import HTTPException
 from ray_sd import __version__
 from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
-from ray_sd.generate.editing import EditRequest
-from ray_sd.generate.sampling import ImageRequest
+from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapters import NAME, AdapterEntry, AdapterFolder, UnknownAdapterError
 from ray_sd.serve.errors import (
     ApiError,
@@ -182,6 +181,7 @@ class Api:
             "guidance_scale": guidance,
             "prompt_weighting": body.prompt_weighting,
             "scheduler": body.scheduler,
+            "adapters": adapters,
             "height": height,
             "width": width,
         }
@@ -194,7 +194,6 @@ class Api:
             requests = tuple(EditRequest(**settings, seed=one) for one in seeds)
         return base, PictureJob(
             requests,
-            adapters,
             partial_images=body.partial_images if body.stream else 0,
             seconds=limits.deadline,
             owner=client.name or body.user or "",

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -19,20 +19,13 @@ from torch import Tensor
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RaySdError
-from ray_sd.generate.bank import Mix
-from ray_sd.generate.editing import EditRequest, start_edit
-from ray_sd.generate.sampling import (
-    ImageRequest,
-    Prompt,
-    advance,
-    decode_latents,
-    encode,
-    foreseen,
-    stack,
-    start_one,
-)
+from ray_sd.generate import Batch, ImageRequest
+from ray_sd.generate.decoding import decode_pictures
+from ray_sd.generate.requests import Mix, Prompt
+from ray_sd.generate.start import start_picture
+from ray_sd.generate.text import encode, stack
 from ray_sd.models import DiffusionModel
-from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters, with_words
+from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters
 from ray_sd.serve.order import (
     DeadlineError,
     EngineBusyError,
@@ -83,6 +76,8 @@ class Engine:
         """Ready for a step, or at one."""
         self._to_decode: deque[tuple[Picture, Tensor, int | None]] = deque()
         """Pictures, their latents, and which look at them it is, or None where they are done; the first is at it."""
+        self._batches: dict[tuple[int, ...], Batch] = {}
+        """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: OrderedDict[Hashable, Image.Image] = OrderedDict()
         self._prompts: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
@@ -106,9 +101,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Pictures that have taken no step yet."""
-        return len(self._waiting) + sum(
-            picture.drawing.step == picture.drawing.first_step for picture in list(self._pictures)
-        )
+        return len(self._waiting) + sum(not picture.drawing.taken for picture in list(self._pictures))
 
     @property
     def busy(self) -> bool:
@@ -142,7 +135,7 @@ class Engine:
         return max(1.0, self.figures.stepping_seconds / self.figures.pictures * pictures)
 
     def _run(self, work: Callable[[], None], threads: int) -> None:
-        if self.model.unet.device.type == "cpu":
+        if self.model.device.type == "cpu":
             torch.set_num_threads(threads)  # of this thread: the three share the cores
         try:
             with torch.inference_mode():
@@ -188,25 +181,22 @@ class Engine:
     def _picture(self, number: int, ticket: Ticket) -> Picture | None:
         """The picture that is ordered, begun; None where it is there, or under way already."""
         order = ticket.order
-        adapters = self.adapters.acquire(order.adapters)
+        adapters = self.adapters.acquire(order.request.adapters)
         try:
             versions = tuple(one.key for one in adapters)
             key = None if order.key is None else (order.key, versions)
             if key is not None and self._join(key, ticket):
                 self.adapters.release(adapters)
                 return None
-            pairs = list(zip(adapters, (weight for _, weight in order.adapters), strict=True))
-            mix = tuple((one.key, weight) for one, weight in pairs if one.banked)
+            pairs = list(zip(adapters, (weight for _, weight in order.request.adapters), strict=True))
+            mix = tuple((one.key, weight) for one, weight in pairs)
             alone = next(((one, weight) for one, weight in pairs if one.alone), None)
-            conditions = self._conditions(order.request, adapters, mix, alone)
-            if isinstance(order.request, EditRequest):
-                drawing = start_edit(self.model, order.request, conditions)
-            else:
-                drawing = start_one(self.model, order.request, conditions)
+            conditions = self._conditions(order.request, mix, alone)
+            drawing = start_picture(self.model, replace(order.request, adapters=mix), conditions)
         except BaseException:
             self.adapters.release(adapters)
             raise
-        picture = Picture([ticket], key, adapters, mix, alone, drawing, number)
+        picture = Picture([ticket], key, adapters, alone, drawing, number)
         if key is not None:
             self._under_way[key] = picture
         return picture
@@ -227,11 +217,10 @@ class Engine:
             ticket.finish(image)
         return True
 
-    def _conditions(
-        self, request: ImageRequest, adapters: Sequence[Loaded], mix: Mix, alone: tuple[Loaded, float] | None
-    ) -> dict[str, Tensor]:
+    def _conditions(self, request: ImageRequest, mix: Mix, alone: tuple[Loaded, float] | None) -> dict[str, Tensor]:
         """Text conditions of the request's rows, of which those that were encoded before are kept."""
-        prompts = [Prompt(with_words(text, adapters), weighted) for text, weighted in request.prompts]
+        stacked = self.adapters.stacked
+        prompts = request.prompts
         by = (mix, alone and (alone[0].key, alone[1]))
         missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, by) not in self._prompts]
         self.figures.prompts_encoded += len(missing)
@@ -243,8 +232,9 @@ class Engine:
                     swaps.enter_context(alone[0].put_in(name, encoder, alone[1]))
             for prompt in missing:  # one by one: equal texts are equal to the last bit, whoever asks beside them
                 for name in encoders:
-                    self.adapters.bank.choose(name, [mix])
-                self._prompts |= {(prompt, by): rows for prompt, rows in encode(self.model, [prompt]).items()}
+                    stacked.choose(name, [mix])
+                spelled = Prompt(stacked.spell(prompt.text, mix), prompt.weighted)
+                self._prompts[prompt, by] = encode(self.model, [spelled])[spelled]
         found = [self._prompts[prompt, by] for prompt in prompts]
         for prompt in prompts:
             self._prompts.move_to_end((prompt, by))
@@ -266,12 +256,12 @@ class Engine:
         began = time.perf_counter()
         rows = sum(picture.drawing.rows for picture in chosen)
         alone = chosen[0].alone
+        batch = self._batch(chosen)
         try:
-            self.adapters.bank.choose("unet", [picture.mix for picture in chosen for _ in range(picture.drawing.rows)])
             with ExitStack() as swaps:
                 if alone is not None:
                     swaps.enter_context(alone[0].put_in("unet", self.model.unet, alone[1]))
-                advance(self.model, [picture.drawing for picture in chosen])
+                batch.advance([picture.drawing for picture in chosen])
         except torch.OutOfMemoryError as error:
             if rows > 2:
                 self._max_rows = max(2, rows // 2)
@@ -291,7 +281,14 @@ class Engine:
         self.figures.steps += 1
         self.figures.rows += rows
         self.figures.stepping_seconds += time.perf_counter() - began
-        self._after_step(chosen)
+        self._after_step(chosen, batch)
+
+    def _batch(self, chosen: Sequence[Picture]) -> Batch:
+        """The batch of pictures of one shape, which they have joined; those that it has lost have left."""
+        shape = chosen[0].drawing.shape
+        batch = self._batches.setdefault(shape, Batch(self.model, self.adapters.stacked))
+        batch.join([picture.drawing for picture in chosen if picture.drawing not in batch])
+        return batch
 
     def _leave_out(self) -> None:
         """Drop what nobody wants any more, and what comes too late."""
@@ -304,19 +301,26 @@ class Engine:
                 self.figures.cancelled += len(picture.tickets)
                 self._pictures.remove(picture)
                 self._forget(picture)
+        there = {picture.drawing for picture in self._pictures}
+        for shape, batch in list(self._batches.items()):
+            for drawing in batch.drawings:
+                if drawing not in there:
+                    batch.leave(drawing)
+            if not len(batch):
+                del self._batches[shape]
 
-    def _after_step(self, chosen: Sequence[Picture]) -> None:
+    def _after_step(self, chosen: Sequence[Picture], batch: Batch) -> None:
         to_decode: list[tuple[Picture, Tensor, int | None]] = []
         for picture in chosen:
             drawing = picture.drawing
             picture.suspected = False
             for ticket in picture.tickets:
                 ticket.step_taken()
-                ticket.tell(Stepped(drawing.step - drawing.first_step, drawing.steps - drawing.first_step))
+                ticket.tell(Stepped(drawing.taken, drawing.steps))
             if drawing.done:
                 to_decode.append((picture, drawing.latents, None))
             elif picture.to_show:
-                to_decode.append((picture, foreseen(self.model, drawing).to(drawing.latents), picture.shown))
+                to_decode.append((picture, batch.preview([drawing])[0], picture.shown))
                 picture.shown += 1
         with self._changed:
             for picture, _, look in to_decode:
@@ -344,7 +348,7 @@ class Engine:
                 self._forget(picture)
             return
         try:
-            image = decode_latents(self.model, latents)[0]
+            image = decode_pictures(self.model, latents[None])[0]
         except Exception as error:
             logger.exception("a picture could not be decoded")
             if look is None:

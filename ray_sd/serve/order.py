@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ray_sd.errors import RaySdError
-from ray_sd.generate.bank import Mix
-from ray_sd.generate.editing import EditRequest
-from ray_sd.generate.sampling import ImageRequest
+from ray_sd.generate import EditRequest, ImageRequest
 
 
 class EngineBusyError(Exception):
@@ -29,7 +27,6 @@ class Order:
     """A picture that somebody wants."""
 
     request: ImageRequest
-    adapters: Mix = ()
     partial_images: int = 0
     """How often it is shown on its way."""
     deadline: float | None = None
@@ -42,7 +39,7 @@ class Order:
         """Equal for orders of the same picture; None for what is never the same."""
         if isinstance(self.request, EditRequest) or self.partial_images:
             return None
-        return self.request, self.adapters
+        return self.request
 
 
 @dataclass(frozen=True)

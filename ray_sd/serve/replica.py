@@ -14,7 +14,8 @@ from PIL import Image
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import RaySdError
-from ray_sd.generate.sampling import ImageRequest, picture_size
+from ray_sd.generate import ImageRequest
+from ray_sd.generate.shapes import picture_size
 from ray_sd.media.pictures import ImageFormat, image_bytes
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
@@ -31,7 +32,6 @@ class PictureJob:
     """Pictures that one request wants. All are of one prompt and differ in their seeds."""
 
     requests: tuple[ImageRequest, ...]
-    adapters: tuple[tuple[str, float], ...] = ()
     partial_images: int = 0
     seconds: float = 300.0
     """Until its deadline."""
@@ -63,7 +63,7 @@ class ModelReplica:
         model = place(load_model(config), settings)
         loaded = LoadedAdapters(model, AdapterFolder(adapters), settings.adapter_memory * 2**20)
         self._engine = Engine(model, loaded, settings.batching)
-        logger.info("model %s is ready on %s after %.1f s", name, model.unet.device, time.perf_counter() - began)
+        logger.info("model %s is ready on %s after %.1f s", name, model.device, time.perf_counter() - began)
 
     async def draw(self, job: PictureJob) -> AsyncIterator[PictureEvent]:
         """Draw a job's pictures, and tell of them as they go. What the caller no longer reads is drawn no further."""
@@ -73,7 +73,7 @@ class ModelReplica:
         deadline = time.monotonic() + job.seconds
         try:
             for number, request in enumerate(job.requests):
-                order = Order(request, job.adapters, job.partial_images, deadline, job.owner)
+                order = Order(request, job.partial_images, deadline, job.owner)
 
                 def listen(event: Event, number: int = number) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
@@ -130,7 +130,7 @@ class ModelReplica:
             "guidance_scale": request.guidance_scale,
             "scheduler": request.scheduler or self._engine.model.config.scheduler.sampler,
             "size": f"{width}x{height}",
-            "adapters": [{"name": name, "weight": weight} for name, weight in job.adapters],
+            "adapters": [{"name": name, "weight": weight} for name, weight in request.adapters],
         }
 
     async def figures(self) -> dict[str, Any]:

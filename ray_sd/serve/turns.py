@@ -5,8 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_sd.generate.bank import Mix
-from ray_sd.generate.sampling import Drawing
+from ray_sd.generate import Drawing
 from ray_sd.serve.adapters import Loaded
 from ray_sd.serve.order import Ticket
 
@@ -20,8 +19,6 @@ class Picture:
     tickets: list[Ticket]
     key: Hashable
     adapters: list[Loaded]
-    mix: Mix
-    """Those in the bank, by their keys, with their weights."""
     alone: tuple[Loaded, float] | None
     """What does not stack, and its strength."""
     drawing: Drawing
@@ -37,12 +34,12 @@ class Picture:
     def group(self) -> Hashable:
         """Pictures of one group can be denoised together."""
         alone = self.alone and (self.alone[0].key, self.alone[1])
-        return tuple(self.drawing.latents.shape[1:]), alone, self.number if self.suspected else None
+        return self.drawing.shape, alone, self.number if self.suspected else None
 
     @property
     def area(self) -> int:
         """Of its latents."""
-        return self.drawing.latents.shape[-2] * self.drawing.latents.shape[-1]
+        return self.drawing.shape[-2] * self.drawing.shape[-1]
 
     @property
     def owner(self) -> str:
@@ -56,8 +53,7 @@ class Picture:
     def to_show(self) -> bool:
         """Whether a look at it is due: they are spread evenly over its steps."""
         asked = max(ticket.order.partial_images for ticket in self.tickets)
-        taken = self.drawing.step - self.drawing.first_step
-        total = self.drawing.steps - self.drawing.first_step
+        taken, total = self.drawing.taken, self.drawing.steps
         return self.shown < asked and taken * (asked + 1) >= total * (self.shown + 1) and not self.drawing.done
 
 

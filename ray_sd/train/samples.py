@@ -19,9 +19,7 @@ from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
 from ray_sd.config.video import TYPICAL_BUCKET
 from ray_sd.errors import ConfigError
 from ray_sd.files import locate
-from ray_sd.generate import ImageRequest, generate
-from ray_sd.generate.clips import ClipRequest, generate_clips
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.generate import ClipRequest, ImageRequest, UpscaleRequest, generate, generate_clips
 from ray_sd.media.pictures import contact_sheet, save_png
 from ray_sd.media.videos import clips_sheet, save_mp4
 from ray_sd.models import DiffusionModel
@@ -170,7 +168,7 @@ def _draw_enlarged(model: DiffusionModel, experiment: ExperimentConfig) -> _Draw
         for i, prompt in enumerate(settings.prompts or [""] * len(images))
     ]
     given = [image.resize(size, Image.Resampling.NEAREST) for image in small]
-    rows = zip(given, upscale(model, requests), images, strict=True)
+    rows = zip(given, generate(model, requests), images, strict=True)
     sheet = contact_sheet([image for row in rows for image in row], ["given", "drawn", "true"] * len(images), columns=3)
     return _Drawn("picture", len(images), sheet)
 

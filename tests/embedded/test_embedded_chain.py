@@ -12,8 +12,7 @@ import ray_sd.embedded
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.data.text_to_video import make_videos
-from ray_sd.generate.clips import ClipRequest, generate_clips
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.generate import ClipRequest, UpscaleRequest, generate, generate_clips
 from ray_sd.media.videos import read_frames
 from ray_sd.models import DiffusionModel, load_model
 
@@ -107,7 +106,7 @@ def test_enlarging_shows_what_the_small_picture_shows_and_more_than_bicubic_inte
         guidance_scale=settings.guidance_scale,
         noise_level=settings.noise_level,
     )
-    (large,) = upscale(model("upscale"), [request])
+    (large,) = generate(model("upscale"), [request])
     assert large.size == whole.size
     assert decibels(large, small) > 28
     bicubic = small.resize(whole.size, Image.Resampling.BICUBIC)

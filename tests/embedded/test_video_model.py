@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import ray_sd.embedded
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
-from ray_sd.generate.clips import ClipRequest, generate_clips
+from ray_sd.generate import ClipRequest, generate_clips
 from ray_sd.models import DiffusionModel, load_model
 
 EMBEDDED = Path(ray_sd.embedded.__path__[0])

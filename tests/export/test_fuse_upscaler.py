@@ -12,7 +12,7 @@ from ray_sd.config.export import FuseConfig
 from ray_sd.config.method import LoraMethod
 from ray_sd.errors import ArtifactError
 from ray_sd.export.fuse import fuse
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.generate import UpscaleRequest, generate
 from ray_sd.methods import build_method, load_adapter
 from ray_sd.models import load_model
 
@@ -39,9 +39,9 @@ def test_a_fused_upscaler_is_a_whole_folder_for_the_plain_pipeline(lora: tuple[P
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     request = UpscaleRequest("a cat", image=small, seed=1, num_inference_steps=3, guidance_scale=5.0)
     model = load_model(tiny_upscale_config(base))
-    before = upscale(model, [request])[0]
+    before = generate(model, [request])[0]
     load_adapter(model, adapter)
-    expected = upscale(model, [request])[0]
+    expected = generate(model, [request])[0]
     assert difference(before, expected) > 5
 
     fuse(

@@ -8,8 +8,9 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 from tiny_models import difference, tiny_video_config
 
-from ray_sd.errors import ConfigError
-from ray_sd.generate.clips import ClipRequest, draw_latents, generate_clips
+from ray_sd.errors import RequestError
+from ray_sd.generate import ClipRequest, generate_clips
+from ray_sd.generate.sampling import draw
 from ray_sd.models import DiffusionModel, load_model
 
 
@@ -21,6 +22,11 @@ def picture(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:
 @pytest.fixture(scope="module")
 def model(tiny_video: Path) -> DiffusionModel:
     return load_model(tiny_video_config(tiny_video))
+
+
+def draw_latents(model: DiffusionModel, requests: list[ClipRequest], batch_size: int = 1) -> list[torch.Tensor]:
+    drawn = {number: latents for some in draw(model, requests, batch_size) for number, latents in some.items()}
+    return [drawn[number] for number in range(len(requests))]
 
 
 def request(seed: int = 0, **settings: object) -> ClipRequest:
@@ -107,5 +113,5 @@ def test_progress_is_told_over_all_requests(model: DiffusionModel):
     ],
 )
 def test_requests_that_cannot_be_drawn_are_told(model: DiffusionModel, wanted: ClipRequest, words: str):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(RequestError, match=words):
         generate_clips(model, [wanted])

@@ -1,6 +1,5 @@
 """Pictures from pictures, against diffusers' own pipelines."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image, ImageDraw
 from tiny_models import difference, tiny_config
 
-from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest
-from ray_sd.generate.editing import EditRequest, start_edit
-from ray_sd.generate.sampling import advance, decode, encode_prompts, foreseen, generate, start
+from ray_sd.errors import RequestError
+from ray_sd.generate import EditRequest, ImageRequest, generate
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
 
@@ -33,11 +30,7 @@ def right_half(side: int = 64) -> Image.Image:
 
 
 def draw(model: DiffusionModel, request: EditRequest) -> Image.Image:
-    [conditions] = encode_prompts(model, [request])
-    drawing = start_edit(model, request, conditions)
-    while not drawing.done:
-        advance(model, [drawing])
-    return decode(model, [drawing])[0]
+    return generate(model, [request])[0]
 
 
 def plain(model: DiffusionModel, request: EditRequest) -> Image.Image:
@@ -81,7 +74,7 @@ def test_what_is_not_masked_stays(tiny: Path):
 
 def test_a_strength_without_steps_is_told(tiny: Path):
     model = load_model(tiny_config(tiny))
-    with pytest.raises(ConfigError, match="strength 0.1 of 5 steps leaves none to take"):
+    with pytest.raises(RequestError, match="strength 0.1 of 5 steps leaves none to take"):
         draw(model, EditRequest("a cat", num_inference_steps=5, image=photo(), strength=0.1))
 
 
@@ -92,21 +85,3 @@ def test_requests_choose_their_sampler(tiny: Path, sampler: str):
     [asked] = generate(model, [replace(request, scheduler=sampler)])
     [expected] = generate(load_model(tiny_config(tiny, scheduler={"sampler": sampler})), [request])
     assert difference(asked, expected) <= 1
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc"])
-def test_what_a_step_foresees_is_what_the_sampler_says(tiny: Path, sampler: str, prediction_type: str):
-    noise = {"prediction_type": prediction_type}
-    model = load_model(tiny_config(tiny, scheduler={"sampler": sampler, "noise": noise}))
-    [drawing] = start(model, [ImageRequest("a cat", num_inference_steps=6)])
-    for _ in range(4):
-        before, scheduler = drawing.latents, copy.deepcopy(drawing.scheduler)
-        advance(model, [drawing])
-    assert drawing.last is not None
-    _, prediction, timestep = drawing.last
-    if sampler in ("dpmpp_2m", "unipc"):
-        said = scheduler.convert_model_output(prediction, sample=before)
-    else:
-        said = scheduler.step(prediction, timestep, before).pred_original_sample
-    torch.testing.assert_close(foreseen(model, drawing), said, rtol=1e-3, atol=1e-3)

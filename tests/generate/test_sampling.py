@@ -6,8 +6,8 @@ from tiny_models import difference, tiny_config
 
 from ray_sd.config.method import LoraMethod
 from ray_sd.config.trainer import TrainerConfig
-from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest, advance, decode, generate, start
+from ray_sd.errors import RequestError
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
@@ -70,20 +70,6 @@ def test_seed_prompt_negative_prompt_and_guidance_matter(tiny: Path):
     assert all(difference(expected, picture) > 0 for picture in changed)
 
 
-def test_a_drawing_may_join_between_the_steps_of_another(tiny: Path):
-    model = load_model(tiny_config(tiny, scheduler={"sampler": "dpmpp_2m"}))
-    first, late = REQUESTS[:2]
-    drawings = start(model, [first])
-    advance(model, drawings)
-    advance(model, drawings)
-    drawings += start(model, [late])
-    while active := [drawing for drawing in drawings if not drawing.done]:
-        advance(model, active)
-    expected = generate(model, [first, late])
-    assert [drawing.step for drawing in drawings] == [5, 4]
-    assert all(difference(a, b) <= 1 for a, b in zip(decode(model, drawings), expected, strict=True))
-
-
 def test_progress_counts_every_step_of_every_picture(tiny: Path):
     model = load_model(tiny_config(tiny))
     seen: list[tuple[int, int]] = []
@@ -114,12 +100,12 @@ def test_half_precision_draws_nearly_the_same(tiny: Path):
 
 
 def test_a_size_without_whole_latents_is_refused(tiny: Path):
-    with pytest.raises(ConfigError, match="a picture of 60 x 64 pixels: both must be multiples of 8"):
+    with pytest.raises(RequestError, match="a picture of 60 x 64 pixels: both must be multiples of 8"):
         generate(load_model(tiny_config(tiny)), [ImageRequest("a cat", height=60)])
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1001), ("lcm", 51)])
 def test_more_steps_than_the_sampler_has_are_refused(tiny: Path, sampler: str, steps: int):
     model = load_model(tiny_config(tiny, scheduler={"sampler": sampler}))
-    with pytest.raises(ConfigError, match=f"the sampler cannot take {steps} steps: "):
+    with pytest.raises(RequestError, match=f"the sampler cannot take {steps} steps: "):
         generate(model, [ImageRequest("a cat", num_inference_steps=steps)])

@@ -8,8 +8,8 @@ from diffusers import StableDiffusionUpscalePipeline
 from PIL import Image
 from tiny_models import difference, tiny_upscale_config
 
-from ray_sd.errors import ConfigError
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.errors import RequestError
+from ray_sd.generate import UpscaleRequest, generate
 from ray_sd.models import DiffusionModel, load_model
 
 
@@ -33,7 +33,7 @@ def test_a_picture_equals_that_of_the_plain_pipeline(tiny_upscale: Path, model: 
     asked = {"guidance_scale": guidance_scale, "noise_level": 150, "num_inference_steps": 3, "negative_prompt": "a dog"}
     image = picture(3, width=20, height=12)
     expected = pipeline("a cat", image=image, generator=torch.Generator().manual_seed(5), **asked).images[0]
-    [found] = upscale(model, [UpscaleRequest("a cat", image=image, seed=5, **asked)])
+    [found] = generate(model, [UpscaleRequest("a cat", image=image, seed=5, **asked)])
     assert found.size == (80, 48)
     assert difference(found, expected) <= 1
 
@@ -46,27 +46,27 @@ def test_a_picture_does_not_depend_on_what_it_is_drawn_with(model: DiffusionMode
         request(3, guidance_scale=1.0),
         request(4, num_inference_steps=2),
     ]
-    together = upscale(model, requests, batch_size=3)
+    together = generate(model, requests, batch_size=3)
     for found, alone in zip(together, requests, strict=True):
-        assert difference(found, upscale(model, [alone])[0]) <= 1
+        assert difference(found, generate(model, [alone])[0]) <= 1
 
 
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"noise_level": 250}, {"prompt": "a dog"}, {"image": picture(9)}, {"guidance_scale": 2.0}]
 )
 def test_every_setting_changes_the_picture(model: DiffusionModel, change: dict):
-    one, other = (upscale(model, [wanted])[0] for wanted in (request(), replace(request(), **change)))
+    one, other = (generate(model, [wanted])[0] for wanted in (request(), replace(request(), **change)))
     assert difference(one, other) > 2
 
 
 def test_frames_of_one_seed_get_the_same_noise(model: DiffusionModel):
-    same = upscale(model, [request(7, image=picture(0)), request(7, image=picture(0))])
+    same = generate(model, [request(7, image=picture(0)), request(7, image=picture(0))])
     assert difference(*same) <= 1
 
 
 def test_progress_is_told_over_all_requests(model: DiffusionModel):
     told = []
-    upscale(model, [request(0), request(1, num_inference_steps=2)], 1, lambda *counts: told.append(counts))
+    generate(model, [request(0), request(1, num_inference_steps=2)], 1, lambda *counts: told.append(counts))
     assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
@@ -78,5 +78,5 @@ def test_progress_is_told_over_all_requests(model: DiffusionModel):
     ],
 )
 def test_requests_that_cannot_be_drawn_are_told(model: DiffusionModel, change: dict, words: str):
-    with pytest.raises(ConfigError, match=words):
-        upscale(model, [request(**change)])
+    with pytest.raises(RequestError, match=words):
+        generate(model, [request(**change)])

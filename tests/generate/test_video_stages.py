@@ -13,12 +13,11 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
 from ray_sd.config.text_to_video import StageModel
 from ray_sd.errors import ConfigError
-from ray_sd.generate.clips import decode_latents
+from ray_sd.generate.decoding import decode_clip, decode_each
 from ray_sd.generate.text_to_video import (
     Decoding,
     Plan,
     VideoRequest,
-    decode_each,
     draw_key_frames,
     draw_picture,
     draw_window,
@@ -246,7 +245,7 @@ def test_the_same_settings_of_a_stage_make_the_same_and_none_is_without_a_test(s
 def test_decoding_in_windows_is_decoding_the_whole_in_chunks(windows: list[int], tell: Callable, counted: list[int]):
     model = tiny_model("video")
     latents = torch.randn(7, 4, 4, 6, generator=torch.Generator().manual_seed(0))
-    expected = decode_latents(model, latents, 3)
+    expected = decode_clip(model, latents, 3)
     decoding = Decoding(model, 3, tell)
     frames, parts = [], latents.split(windows)
     for place, part in enumerate(parts, start=1):
@@ -262,8 +261,8 @@ def test_frames_decoded_by_themselves_know_nothing_of_their_neighbours():
     latents = torch.randn(4, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     alone = decode_each(model, latents, 2)
     assert difference(decode_each(model, latents[2:3], 8)[0], alone[2]) <= 1
-    assert max(difference(*pair) for pair in zip(alone, decode_latents(model, latents, 1), strict=True)) <= 1
-    assert max(difference(*pair) for pair in zip(alone, decode_latents(model, latents), strict=True)) > 1
+    assert max(difference(*pair) for pair in zip(alone, decode_clip(model, latents, 1), strict=True)) <= 1
+    assert max(difference(*pair) for pair in zip(alone, decode_clip(model, latents), strict=True)) > 1
 
 
 def test_frames_can_be_decoded_in_tiles(tell: Callable):

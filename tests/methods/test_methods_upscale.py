@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from ray_sd import config
 from ray_sd.config import TrainerConfig
-from ray_sd.generate.upscaling import UpscaleRequest, upscale
+from ray_sd.generate import UpscaleRequest, generate
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 
@@ -57,12 +57,12 @@ def trained_on(folder: Path, settings: dict) -> tuple[Method, DiffusionModel]:
 def test_an_export_draws_alike_in_training_in_plain_diffusers_and_here(tiny_upscale: Path, tmp_path: Path, name: str):
     method, trained = trained_on(tiny_upscale, METHODS[name])
     method.export(trained, tmp_path)
-    expected = upscale(trained, [REQUEST])[0]
-    assert difference(upscale(load_model(tiny_upscale_config(tiny_upscale)), [REQUEST])[0], expected) > 5
+    expected = generate(trained, [REQUEST])[0]
+    assert difference(generate(load_model(tiny_upscale_config(tiny_upscale)), [REQUEST])[0], expected) > 5
 
     ours = load_model(tiny_upscale_config(tiny_upscale))
     assert method.attach(ours, tmp_path, 1.0) > 0
-    assert difference(upscale(ours, [REQUEST])[0], expected) <= 1
+    assert difference(generate(ours, [REQUEST])[0], expected) <= 1
 
     if name != "loha":  # plain diffusers loads none
         assert difference(draw_plainly(tiny_upscale, tmp_path), expected) <= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import difference, tiny_config, tiny_xl_config
 
-from ray_sd.errors import ConfigError
+from ray_sd.errors import RequestError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.prompt_weights import encode_weighted_text
@@ -77,7 +77,7 @@ def test_a_weighted_placeholder_has_all_of_its_vectors(model: DiffusionModel):
 
 @pytest.mark.parametrize("prompt", ['("a","b").blend(1, 1)', '("a","b").and()', "a cat.swap(dog)"])
 def test_more_than_weights_is_refused(model: DiffusionModel, prompt: str):
-    with pytest.raises(ConfigError, match=r"asks for more than weights; understood are \(red\)1.5"):
+    with pytest.raises(RequestError, match=r"asks for more than weights; understood are \(red\)1.5"):
         weigh(model, prompt)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_models import export_adapter, save_tiny_model, tiny_config
 
-from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.errors import ArtifactError, RequestError
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.models import load_model
-from ray_sd.serve.adapters import AdapterFolder, AdaptersInUseError, LoadedAdapters, UnknownAdapterError, with_words
+from ray_sd.serve.adapters import AdapterFolder, AdaptersInUseError, LoadedAdapters, UnknownAdapterError
 
 PLENTY = 2**30
 
@@ -91,10 +91,10 @@ def test_words_of_one_name_are_told_apart(tiny: Path, adapter_folder: Path):
     adapters = loaded(tiny, adapter_folder)
     [one] = adapters.acquire((("word", 1.0),))
     [other] = adapters.acquire((("other-word", 1.0),))
-    texts = [with_words("a <cat> on a <cat>", [adapter]) for adapter in (one, other)]
+    texts = [adapters.stacked.spell("a <cat> on a <cat>", ((adapter.key, 1.0),)) for adapter in (one, other)]
     lengths = [(adapters._model.tokenize([text], warn=False)["input_ids"][0] >= 514).sum().item() for text in texts]
     assert lengths == [2 * 2, 2 * 3]
-    assert with_words("a <cat>", []) == "a <cat>"
+    assert adapters.stacked.spell("a <cat>", ()) == "a <cat>"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_words_of_one_name_are_told_apart(tiny: Path, adapter_folder: Path):
 )
 def test_what_cannot_be_mixed_is_told_and_let_go(tiny: Path, adapter_folder: Path, mix: tuple, words: str):
     adapters = loaded(tiny, adapter_folder)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(RequestError, match=words):
         adapters.acquire(mix)
     assert all(one.pins == 0 for one in adapters._loaded.values())
 

@@ -14,10 +14,9 @@ from tiny_models import difference, tiny_config
 from waiting import wait_for
 
 from ray_sd.config.serve import BatchingConfig
-from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest
-from ray_sd.generate.editing import EditRequest
-from ray_sd.generate.sampling import decode_latents
+from ray_sd.errors import RequestError
+from ray_sd.generate import EditRequest, ImageRequest
+from ray_sd.generate.decoding import decode_pictures
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.models.schedulers import SAMPLERS
@@ -104,7 +103,7 @@ def draw(engine: Engine, orders: Sequence[Order]) -> list[Image.Image]:
 
 def plain(tiny: Path, folder: Path, orders: Sequence[Order]) -> list[Image.Image]:
     """What diffusers' own pipeline draws; the orders are of one sampler and the same adapters."""
-    sampler, adapters = orders[0].request.scheduler, orders[0].adapters
+    sampler, adapters = orders[0].request.scheduler, orders[0].request.adapters
     model = load_model(tiny_config(tiny, **({} if sampler is None else {"scheduler": {"sampler": sampler}})))
     for name, weight in adapters:
         load_adapter(model, folder / name, weight, allow_other_base=True)
@@ -113,7 +112,7 @@ def plain(tiny: Path, folder: Path, orders: Sequence[Order]) -> list[Image.Image
     pictures = []
     for order in orders:
         request = order.request
-        assert (request.scheduler, order.adapters) == (sampler, adapters)
+        assert (request.scheduler, request.adapters) == (sampler, adapters)
         pictures += pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt,
@@ -131,14 +130,16 @@ MIXED = [
     Order(ImageRequest("a dog", "bad", seed=2, num_inference_steps=4, guidance_scale=3.0, scheduler="euler")),
     Order(ImageRequest("an owl", seed=3, num_inference_steps=2, guidance_scale=1.0, scheduler="dpmpp_2m")),
     Order(ImageRequest("an owl", seed=3, num_inference_steps=3, scheduler="unipc", height=64, width=96)),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=3), (("lora", 1.0),)),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=4), (("wide", 0.6), ("lora", -0.5))),
-    Order(ImageRequest("a cat", seed=4, num_inference_steps=3, scheduler="euler_ancestral"), (("reads", 1.0),)),
-    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3), (("word", 1.0),)),
-    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3), (("other-word", 1.0), ("lora", 0.7))),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=3), (("dora", 0.8),)),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=3), (("loha", 1.0),)),
-    Order(ImageRequest("a cat", seed=6, num_inference_steps=2), (("oft", 1.0), ("lora", 1.0))),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=3, adapters=(("lora", 1.0),))),
+    Order(ImageRequest("a cat", seed=4, num_inference_steps=4, adapters=(("wide", 0.6), ("lora", -0.5)))),
+    Order(
+        ImageRequest("a cat", seed=4, num_inference_steps=3, scheduler="euler_ancestral", adapters=(("reads", 1.0),))
+    ),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3, adapters=(("word", 1.0),))),
+    Order(ImageRequest("a <cat> here", seed=5, num_inference_steps=3, adapters=(("other-word", 1.0), ("lora", 0.7)))),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=3, adapters=(("dora", 0.8),))),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=3, adapters=(("loha", 1.0),))),
+    Order(ImageRequest("a cat", seed=6, num_inference_steps=2, adapters=(("oft", 1.0), ("lora", 1.0)))),
 ]
 
 
@@ -242,7 +243,7 @@ def test_looks_on_the_way_come_spread_over_the_steps(build):
 def test_looks_keep_their_numbers_where_decoding_falls_behind(build, monkeypatch: pytest.MonkeyPatch):
     stepped = threading.Event()
     monkeypatch.setattr(
-        "ray_sd.serve.engine.decode_latents", lambda *given: stepped.wait(300) and decode_latents(*given)
+        "ray_sd.serve.engine.decode_pictures", lambda *given: stepped.wait(300) and decode_pictures(*given)
     )
     client = Client(build())
     client.order(Order(ImageRequest("a cat", num_inference_steps=8), partial_images=3))
@@ -294,14 +295,14 @@ def test_too_many_are_told_when_to_come_back(build):
 def test_errors_reach_who_asked_and_no_other(build):
     engine = build()
     client = Client(engine)
-    client.order(Order(ImageRequest("a cat", num_inference_steps=5), (("nobody", 1.0),)))
+    client.order(Order(ImageRequest("a cat", num_inference_steps=5, adapters=(("nobody", 1.0),))))
     client.order(Order(ImageRequest("a cat", num_inference_steps=2000)))
     client.order(Order(ImageRequest("a cat", num_inference_steps=5)))
     client.order(Order(ImageRequest("a cat", num_inference_steps=5, height=60)))
     missing, steps, fine, size = client.finish()
     assert isinstance(missing.error, UnknownAdapterError)
-    assert isinstance(steps.error, ConfigError)
-    assert isinstance(size.error, ConfigError)
+    assert isinstance(steps.error, RequestError)
+    assert isinstance(size.error, RequestError)
     assert isinstance(fine, Drawn)
     assert engine.healthy
 
@@ -315,7 +316,7 @@ def test_adapters_wait_for_room(build, tiny: Path, adapter_folder: Path):
         sizes.append(probe.bytes)
     engine = build(memory_limit=sizes[1])
     orders = [
-        Order(ImageRequest("a cat", seed=seed, num_inference_steps=2), ((name, 1.0),))
+        Order(ImageRequest("a cat", seed=seed, num_inference_steps=2, adapters=((name, 1.0),)))
         for seed in range(2)
         for name in names
     ]

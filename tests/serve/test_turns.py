@@ -4,8 +4,6 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from ray_sd.generate import ImageRequest
 from ray_sd.serve.order import Order, Ticket
 from ray_sd.serve.turns import Picture, Turns
@@ -16,11 +14,9 @@ def picture(number: int, steps: int, owner: str = "", side: int = 8, guidance_sc
     drawing = SimpleNamespace(
         remaining=steps,
         rows=1 if guidance_scale <= 1 else 2,
-        latents=torch.zeros(1, 4, side, side),
-        step=0,
-        first_step=0,
+        shape=(4, side, side),
     )
-    return Picture([Ticket(order, lambda event: None)], None, [], (), None, drawing, number)  # type: ignore[arg-type]
+    return Picture([Ticket(order, lambda event: None)], None, [], None, drawing, number)  # type: ignore[arg-type]
 
 
 def play(turns: Turns, pictures: list[Any], max_rows: int, steps: int) -> list[list[int]]:

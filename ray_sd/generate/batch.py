@@ -1,0 +1,181 @@
+"""Drawings that take their steps together, each with its own settings; they join and leave between steps.
+
+A step calls the U-Net once and multiplies the rows of all samplers' tables once. What it needs of its members is gathered when
+they change, not at every step, and lies where the model is.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ray_sd.errors import RequestError
+from ray_sd.generate.adapters import Adapters
+from ray_sd.generate.drawing import Drawing, draw_noise
+from ray_sd.generate.text import stack
+from ray_sd.models import DiffusionModel
+
+CLEAN, LATENTS = 0, 1
+"""Places in a drawing's state; after them comes what its sampler remembers."""
+
+
+class Batch:
+    """Drawings of one model and one shape of latents. For one thread at a time."""
+
+    def __init__(self, model: DiffusionModel, adapters: Adapters | None = None) -> None:
+        """adapters: those that drawings name."""
+        self._model = model
+        self._adapters = adapters
+        self._states: dict[Drawing, Tensor] = {}  # [2 + M, …] of members that take no steps together
+        self._together: _Together | None = None
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, drawing: Drawing) -> bool:
+        return drawing in self._states
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Those that have joined and not left, the first first."""
+        return list(self._states)
+
+    @torch.no_grad()
+    def join(self, drawings: Sequence[Drawing]) -> None:
+        """Let drawings take the next steps with the others; all have latents of one shape, and have taken none yet.
+
+        Raises RequestError for adapters that are not there.
+        """
+        for drawing in drawings:
+            if drawing.adapters and self._adapters is None:
+                raise RequestError(f"no adapter '{drawing.adapters[0][0]}' is loaded")
+            nothing = drawing.latents.new_zeros(drawing.table.remembered, *drawing.shape)
+            self._states[drawing] = torch.cat([drawing.latents.expand(2, *drawing.shape), nothing])
+
+    def leave(self, drawing: Drawing) -> None:
+        """Take no step more with a drawing. What it looks like by now is lost."""
+        self._part()
+        del self._states[drawing]
+
+    @torch.no_grad()
+    def advance(self, drawings: Sequence[Drawing] | None = None) -> list[Drawing]:
+        """Take one step of some members, or of all. Returns those that are done, which have left with their latents."""
+        members = tuple(self._states if drawings is None else drawings)
+        if self._together is None or self._together.members != members:
+            self._part()
+            self._together = self._gather(members)
+        together = self._together
+        if self._adapters is not None:
+            self._adapters.choose("unet", [drawing.adapters for drawing in members for _ in range(drawing.rows)])
+        output = self._denoise(together)
+        inputs = torch.cat([together.state[:, LATENTS:], output[:, None], self._noise(output, members)[:, None]], dim=1)
+        together.state = torch.bmm(together.steps[together.places], inputs.flatten(2)).view_as(together.state)
+        together.places += 1
+        for place, drawing in enumerate(members):
+            self._step_taken(drawing, together.state[place])
+        done = [drawing for drawing in members if drawing.done]
+        for drawing in done:
+            self.leave(drawing)
+        return done
+
+    def preview(self, drawings: Sequence[Drawing]) -> Tensor:
+        """Latents [B, …] of members as their last step foresaw them: without the noise that is still in them."""
+        return torch.stack([self._state(drawing)[CLEAN] for drawing in drawings])
+
+    def _state(self, drawing: Drawing) -> Tensor:
+        together = self._together
+        if together is None or drawing not in together.members:
+            return self._states[drawing]
+        return together.state[together.members.index(drawing)]
+
+    def _gather(self, members: tuple[Drawing, ...]) -> "_Together":
+        device = self._model.device
+        width = 2 + max(drawing.table.remembered for drawing in members)
+        tables = list(dict.fromkeys(drawing.table for drawing in members))
+        firsts = dict(zip(tables, _running_sums(map(len, tables)), strict=False))
+        rows = [place for place, drawing in enumerate(members) for _ in range(drawing.rows)]
+        lasts = _running_sums(drawing.rows for drawing in members)[1:]
+        number = lambda values: torch.tensor(values, device=device)  # noqa: E731
+        return _Together(
+            members=members,
+            state=torch.stack([_padded(self._states[drawing], width) for drawing in members]),
+            places=number([firsts[drawing.table] + drawing.step for drawing in members]),
+            timesteps=torch.cat([table.timesteps for table in tables]).to(device),
+            scales=torch.cat([table.scales for table in tables]).to(device).view(-1, *[1] * len(members[0].shape)),
+            steps=torch.cat([_widened(table.steps, width) for table in tables]).to(device),
+            rows=number(rows),
+            without=number([last - drawing.rows for last, drawing in zip(lasts, members, strict=True)]),
+            guided=number([last - 1 for last in lasts]),
+            guidance=torch.stack([drawing.guidance for drawing in members]).to(device),
+            conditions=stack([drawing.conditions for drawing in members]),
+        )
+
+    def _part(self) -> None:
+        """Let members be gathered anew."""
+        if self._together is not None:
+            self._states |= zip(self._together.members, self._together.state, strict=True)
+            self._together = None
+
+    def _denoise(self, together: "_Together") -> Tensor:
+        """What the U-Net says of each drawing, guided."""
+        scaled = together.state[:, LATENTS] * together.scales[together.places]
+        timesteps = together.timesteps[together.places]
+        said = self._model.denoise(scaled[together.rows], timesteps[together.rows], together.conditions).float()
+        without = said[together.without]
+        return without + together.guidance * (said[together.guided] - without)
+
+    def _noise(self, output: Tensor, members: Sequence[Drawing]) -> Tensor:
+        """Fresh noise [B, …] of those whose samplers take it; zeros of the others."""
+        noise, dtype = torch.zeros_like(output), self._model.dtype
+        for place, drawing in enumerate(members):
+            if drawing.table.draws[drawing.step]:
+                noise[place] = draw_noise(drawing.shape, drawing.generator, output.device, dtype)[0]
+        return noise
+
+    @staticmethod
+    def _step_taken(drawing: Drawing, state: Tensor) -> None:
+        drawing.step += 1
+        if drawing.kept is not None:
+            noising = drawing.table.noising[drawing.step].to(state.device)
+            state[LATENTS] = drawing.kept.restore(state[LATENTS], noising)
+        if drawing.done:
+            drawing.latents = state[LATENTS].clone()
+
+
+@dataclass
+class _Together:
+    """What steps of the same members need. R rows of the U-Net's batch, B members, S steps of all members' samplers."""
+
+    members: tuple[Drawing, ...]
+    state: Tensor  # [B, 2 + M, …]
+    places: Tensor  # [B], of each member's next step among the S
+    timesteps: Tensor  # [S]
+    scales: Tensor  # [S, 1, …]
+    steps: Tensor  # [S, 2 + M, 3 + M]
+    rows: Tensor  # [R], the member of each row
+    without: Tensor  # [B], the row without what guides it, or the only one
+    guided: Tensor  # [B], the row with it, or the only one
+    guidance: Tensor  # [B, …]
+    conditions: dict[str, Tensor]  # [R, …]
+
+
+def _running_sums(counts: Iterable[int]) -> list[int]:
+    return list(accumulate(counts, initial=0))
+
+
+def _padded(state: Tensor, width: int) -> Tensor:
+    """The state [2 + M, …] of a sampler that remembers less than others, or what is left of it [width, …]."""
+    missing = state.new_zeros(max(0, width - len(state)), *state.shape[1:])
+    return torch.cat([state[:width], missing])
+
+
+def _widened(steps: Tensor, width: int) -> Tensor:
+    """Steps [T, 2 + M, 3 + M] of a sampler that may remember less than others: [T, width, width + 1]."""
+    missing = width - steps.shape[1]
+    remembering = steps.shape[2] - 2
+    steps = torch.cat(
+        [steps[:, :, :remembering], steps.new_zeros(*steps.shape[:2], missing), steps[:, :, remembering:]], 2
+    )
+    return torch.cat([steps, steps.new_zeros(len(steps), missing, steps.shape[2])], dim=1)
