@@ -9,7 +9,7 @@ from ray_sd.config.load import load_config, run_job
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(argv, GenerateConfig)
-    from ray_sd.data.generation import draw
+    from ray_sd.draw.generation import draw
 
     print(draw(config).summary())
 

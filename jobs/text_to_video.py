@@ -9,7 +9,7 @@ from ray_sd.config.load import load_config, run_job
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(argv, TextToVideoConfig)
-    from ray_sd.data.text_to_video import make_videos
+    from ray_sd.draw.text_to_video import make_videos
 
     print(make_videos(config).summary())
 

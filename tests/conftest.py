@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 500 * 2**20
 QUARTERS: tuple[dict[str, int], ...] = (
     {"train/test_failures.py": 390, "train/test_fit_clips.py": 260, "train/test_fit.py": 120},
     {
-        "data/test_video_job.py": 330,
+        "draw/test_video_job.py": 330,
         "train/test_resume.py": 300,
         "train/test_job_submit.py": 120,
         "embedded/test_clip.py": 15,

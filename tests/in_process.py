@@ -115,8 +115,8 @@ class Actors:
         """Stages of videos are these actors, on a machine with so many GPUs."""
         threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ray_sd.data.text_to_video.connect", lambda: None)
-            patch.setattr("ray_sd.data.stages.possible_resources", lambda: resources)
+            patch.setattr("ray_sd.draw.text_to_video.connect", lambda: None)
+            patch.setattr("ray_sd.draw.stages.possible_resources", lambda: resources)
             patch.setattr(ray, "remote", self._remote)
             patch.setattr(ray, "put", lambda value: value)
             patch.setattr(ray, "get", value_of)

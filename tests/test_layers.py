@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "adapter", "models", "methods", "generate", "data", "export", "train", "tune", "jobs"]
+LAYERS = ["config", "adapter", "models", "methods", "generate", "export", "draw", "data", "train", "tune", "jobs"]
 BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
 GROUND = ["files", "media"]  # what anyone else may import
 SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "serve"}
-RAY_IN = {"cluster", "data", "train", "tune", "serve", "jobs"}
+RAY_IN = {"cluster", "draw", "data", "train", "tune", "serve", "jobs"}
 """And only these may import `cluster`."""
 DEEPSPEED_IN = "ray_sd/train/engine.py"
 WITHOUT_MODELS = ["config", *GROUND]

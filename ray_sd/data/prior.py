@@ -78,7 +78,7 @@ def _draw_missing(config: ExperimentConfig, prior: PriorRows, folder: str) -> No
         logger.info("class pictures: %d in %s", len(names), folder)
         return
     # Slow to import, and not needed where there are enough.
-    from ray_sd.data.generation import draw_in_pool
+    from ray_sd.draw.generation import draw_in_pool
     from ray_sd.generate import ImageRequest
 
     location = writable_folder(folder, FOLDER)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 import ray_sd.embedded
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
-from ray_sd.data.text_to_video import make_videos
+from ray_sd.draw.text_to_video import make_videos
 from ray_sd.generate import ClipRequest, UpscaleRequest, generate, generate_clips
 from ray_sd.media.videos import read_frames
 from ray_sd.models import DiffusionModel, load_model

@@ -13,8 +13,8 @@ from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
 from ray_sd.cluster import connect
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import METHODS_OF, StageModel
-from ray_sd.data.generation import check_adapter, next_number, read_prompts
-from ray_sd.data.stages import ACTORS, KEY_FRAMES, Line, Made, Span, get, stage_models
+from ray_sd.draw.generation import check_adapter, next_number, read_prompts
+from ray_sd.draw.stages import ACTORS, KEY_FRAMES, Line, Made, Span, get, stage_models
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.files import Location, local_copy, locate, writable_folder
 from ray_sd.generate.text_to_video import Plan, VideoRequest, frames_a_second, plan

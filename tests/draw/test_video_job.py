@@ -20,10 +20,10 @@ from waiting import wait_for
 from ray_sd.adapter import Base, describe_folder
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
-from ray_sd.data import stages, text_to_video
-from ray_sd.data.generation import next_number
-from ray_sd.data.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
-from ray_sd.data.text_to_video import make_videos
+from ray_sd.draw import stages, text_to_video
+from ray_sd.draw.generation import next_number
+from ray_sd.draw.stages import DECODED, INTERPOLATED, KEY_FRAMES, PICTURE, UPSCALED, gpu_share
+from ray_sd.draw.text_to_video import make_videos
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import locate
 from ray_sd.generate.text_to_video import Plan, VideoRequest
@@ -460,7 +460,7 @@ import json, sys
 import ray
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
-from ray_sd.data.stages import Line
+from ray_sd.draw.stages import Line
 from ray_sd.generate.text_to_video import Plan
 
 ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny_models import difference, draw, export_adapter, save_tiny_model, tiny_config
 
 from ray_sd.config import GenerateConfig
-from ray_sd.data import generation
+from ray_sd.draw import generation
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.media.pictures import read_parameters
 from ray_sd.models import load_model
