@@ -37,10 +37,10 @@ def in_process() -> Iterator[None]:
     """Ray Data's part of preparing, reading and drawing is done here, and Ray is not started."""
     threads = torch.get_num_threads()  # encoders take a share of the cores, as they should in processes of their own
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("pipeline", "generation"):
-            patch.setattr(f"ray_sd.data.{module}.connect", lambda: None)
-        for module in ("passes", "generation"):
-            patch.setattr(f"ray_sd.data.{module}.has_gpus", lambda: False)
+        for module in ("data.pipeline", "draw.generation"):
+            patch.setattr(f"ray_sd.{module}.connect", lambda: None)
+        for module in ("data.passes", "draw.generation"):
+            patch.setattr(f"ray_sd.{module}.has_gpus", lambda: False)
         for module in ("passes", "lanes"):
             patch.setattr(f"ray_sd.data.{module}.ordered_dataset", lambda blocks, **_: Tables(blocks))
         patch.setattr(ray.data, "from_items", lambda rows, **_: Rows(rows))

@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from PIL import Image
-from rich.progress import Progress, TaskID
+from tqdm import tqdm
 
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, read_manifest
@@ -24,6 +23,7 @@ from ray_sd.config.text_to_video import StageModel
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.generate import ImageRequest, generate
+from ray_sd.generate.sampling import increments
 from ray_sd.media.pictures import contact_sheet, png_bytes
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
@@ -177,17 +177,12 @@ def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[
         return
     model = load_for_generation(config)
     steps = config.num_inference_steps
-    with Progress(transient=True) as progress:
-        task = progress.add_task("denoising", total=steps * len(requests))
+    with tqdm(desc="denoising", total=steps * len(requests), unit="step", leave=False, disable=None) as bar:
         for first in range(0, len(requests), config.batch_size):
             batch = requests[first : first + config.batch_size]
-            images = generate(model, batch, len(batch), partial(_show, progress, task, first * steps))
+            images = generate(model, batch, len(batch), increments(bar.update))
             for position, (request, image) in enumerate(zip(batch, images, strict=True), first):
                 yield position, png_bytes(image, parameters(config, request))
-
-
-def _show(progress: Progress, task: TaskID, before: int, done: int, total: int) -> None:
-    progress.update(task, completed=before + done)
 
 
 def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:

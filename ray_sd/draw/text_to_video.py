@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, AdapterManifest, read_manifest
@@ -189,20 +189,23 @@ class _Bars:
 
     def __init__(self, line: Line, num_videos: int) -> None:
         self._line = line
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
-        )
-        self._tasks = {
-            stage: self._progress.add_task(stage.replace("_", " "), total=count * num_videos)
-            for stage, count in line.work().items()
+        self._bars = {
+            stage: tqdm(
+                desc=f"{stage.replace('_', ' '):<12}",
+                total=count * num_videos,
+                position=place,
+                leave=False,
+                disable=None,
+            )
+            for place, (stage, count) in enumerate(line.work().items())
         }
 
     def __enter__(self) -> "_Bars":
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        for bar in self._bars.values():
+            bar.close()
 
     def follow(self, made: Made) -> Iterator[tuple[str, list[Image.Image]]]:
         """What stages make of a video, as soon as all of it is there."""
@@ -217,5 +220,5 @@ class _Bars:
 
     def _update(self) -> None:
         done = self._line.done()
-        for stage, task in self._tasks.items():
-            self._progress.update(task, completed=done.get(stage, 0))
+        for stage, bar in self._bars.items():
+            bar.update(done.get(stage, 0) - bar.n)

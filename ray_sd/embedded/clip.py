@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
-from rich.progress import track
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from ray_sd.config.base import Schema
@@ -86,7 +86,7 @@ def fit(model: CLIPModel, tokenizer: CLIPTokenizer, scenes: "Scenes", config: Cl
         lambda step: min((step + 1) / (warmup + 1), 0.5 * (1 + math.cos(math.pi * step / config.steps))),
     )
     losses = []
-    for step in track(range(1, config.steps + 1), description="training"):
+    for step in tqdm(range(1, config.steps + 1), "training"):
         examples = scenes.draw(config.batch_size)
         with torch.autocast("cpu", torch.bfloat16):
             pictures = embed_pictures(model, [example.picture for example in examples])

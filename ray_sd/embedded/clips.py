@@ -13,7 +13,7 @@ from functools import lru_cache
 import av
 import numpy as np
 from PIL import Image
-from rich.progress import track
+from tqdm import tqdm
 
 from ray_sd.embedded.backgrounds import Background, draw_background
 from ray_sd.embedded.motion import Kind, Motion, Pose, draw_motion
@@ -55,7 +55,7 @@ def clip_rows(sprites: list[Sprite], count: int, seed: int, processes: int) -> l
     # Forked, a process could inherit a lock that a thread of this one holds.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         rows = pool.map(clip_row, clips, chunksize=8)
-        return list(track(rows, description="clips", total=len(clips)))
+        return list(tqdm(rows, "clips", total=len(clips)))
 
 
 def moving_sprites(sprites: list[Sprite]) -> list[Sprite]:

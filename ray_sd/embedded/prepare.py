@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from rich.progress import track
+from tqdm import tqdm
 
 from ray_sd.config.base import Schema
 from ray_sd.embedded.clips import clip_rows, moving_sprites
@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig) -> str:
         rows = clip_rows(chosen, config.clips, config.seed, config.processes)
     elif config.selection == "large":
         chosen = moving_sprites(sprites)
-        rows = list(track(large_rows(chosen, config.seed), description="pictures", total=len(chosen) * (1 + WINDOWS)))
+        rows = list(tqdm(large_rows(chosen, config.seed), "pictures", total=len(chosen) * (1 + WINDOWS)))
     else:
         chosen = select(sprites, config.selection)
         backgrounds = autoencoder_rows if config.selection == "autoencoder" else captioned_rows

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
+from tqdm import tqdm
 
 from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.config import ModelConfig
@@ -91,7 +90,7 @@ def _updates(base: DiffusionModel, tuned: DiffusionModel, config: ExtractConfig,
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before, after = LoraNames(base).layers, LoraNames(tuned).layers
     updates: Updates = {}
-    for component, name in track(before, "extracting", transient=True, console=Console(stderr=True)):
+    for component, name in tqdm(before, "extracting", leave=False, disable=None):
         weight = before[component, name].weight
         delta = (after[component, name].weight - weight).to(device)
         change.layers += _square(delta)

@@ -93,6 +93,18 @@ def draw(
                     yield {numbers.pop(drawing): drawing.latents for drawing in drawn}
 
 
+def increments(tell: Callable[[int], object]) -> OnStep:
+    """An `on_step`, which is told what was done in all, for `tell`, which is told what came to it."""
+    before = 0
+
+    def on_step(done: int, _: int) -> None:
+        nonlocal before
+        tell(done - before)
+        before = done
+
+    return on_step
+
+
 @contextmanager
 def evaluation(model: DiffusionModel) -> Iterator[None]:
     """No dropout within; each module's mode is restored after."""

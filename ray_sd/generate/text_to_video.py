@@ -17,7 +17,7 @@ from ray_sd.config.text_to_video import ClipStage, ImageStage, InterpolationStag
 from ray_sd.errors import ConfigError
 from ray_sd.generate.decoding import decode_clip
 from ray_sd.generate.requests import ClipRequest, ImageRequest, UpscaleRequest
-from ray_sd.generate.sampling import OnStep, draw, generate
+from ray_sd.generate.sampling import draw, generate, increments
 from ray_sd.generate.shapes import picture_size
 from ray_sd.models import DiffusionModel
 
@@ -240,15 +240,3 @@ def _clip_request(
         min_guidance_scale=settings.min_guidance_scale,
         max_guidance_scale=settings.max_guidance_scale,
     )
-
-
-def increments(tell: Tell) -> OnStep:
-    """An `on_step`, which is told what was done in all, for `tell`, which is told what came to it."""
-    before = 0
-
-    def on_step(done: int, _: int) -> None:
-        nonlocal before
-        tell(done - before)
-        before = done
-
-    return on_step
