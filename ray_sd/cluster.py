@@ -2,15 +2,24 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import ray
 import ray._private.state
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
+TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
+"""Seconds between what Ray Tune writes down of a sweep."""
 
 logger = logging.getLogger(__name__)
+_lock = Lock()
+_users: Counter[str] = Counter()
+"""How many runs and sweeps of this process need each variable."""
+_before: dict[str, str | None] = {}
+"""Values of these that the caller had."""
 
 
 def connect() -> None:
@@ -42,14 +51,50 @@ def training_environment() -> Iterator[None]:
         ADDRESS: ray.get_runtime_context().gcs_address,
     }
     ENV_VARS_TO_PROPAGATE.update(needed)
-    before = {name: os.environ.get(name) for name in needed}
-    os.environ.update(needed)
+    with _environment(needed):
+        yield
+
+
+@contextmanager
+def tuning_environment() -> Iterator[None]:
+    """While it lasts, Ray Tune starts trials as sweeps need them, and shows nothing itself; the caller's is then as it was."""
+    needed = {
+        # Trials would be moved into folders of their own, where relative paths of the configuration lead nowhere.
+        CHDIR: "0",
+        # Tables and event files of its own: ours are the record and each run's trackers.
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        # Its newer output draws a box and names its folder however little it is asked to say.
+        "RAY_AIR_NEW_OUTPUT": "0",
+        TUNE_WRITES: os.environ.get(TUNE_WRITES, "5"),
+    }
+    with _environment(needed):
+        yield
+
+
+@contextmanager
+def _environment(needed: dict[str, str]) -> Iterator[None]:
+    """Variables of this process while anyone needs them; what the caller had comes back when the last has left.
+
+    Each would otherwise take for the caller's what another, in another thread, has set.
+    """
+    with _lock:
+        for name, value in needed.items():
+            if not _users[name]:
+                _before[name] = os.environ.get(name)
+            _users[name] += 1
+            os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({} if value is None else {name: value})
+        with _lock:
+            for name in needed:
+                _users[name] -= 1
+                if not _users[name]:
+                    before = _before.pop(name)
+                    if before is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = before
 
 
 def possible_resources() -> dict[str, float]:

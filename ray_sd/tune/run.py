@@ -1,7 +1,6 @@
 """One sweep from configuration to the best adapter, a table of its trials and a report."""
 
 import logging
-import os
 import shlex
 import tempfile
 import warnings
@@ -12,9 +11,8 @@ import pyarrow.parquet as pq
 import ray
 import yaml
 from ray import tune
-from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 
-from ray_sd.cluster import connect, has_gpus, possible_resources
+from ray_sd.cluster import connect, has_gpus, possible_resources, tuning_environment
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
@@ -99,10 +97,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     config = config.without_password()
     folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
-    # Tune would move trials into folders of its own, where relative paths of the configuration lead nowhere.
-    os.environ[RAY_CHDIR_TO_TRIAL_DIR] = "0"
     _quiet_tune()
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     connect()
     at_once = _trials_at_once(config)
     located = absolute_paths(config)
@@ -134,16 +129,13 @@ def sweep(config: SweepConfig) -> SweepResult:
         )
     for label, command in _watching(config, folder):
         logger.info("%s: %s", label, command)
-    with watching():
+    with tuning_environment(), watching():
         tuner.fit()
     return _finish(config, folder)
 
 
 def _quiet_tune() -> None:
-    """Keep Tune from tables and event files of its own: ours are the record and each run's trackers."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # Its newer output draws a box and names its folder however little it is asked to say.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    """Keep Tune from warnings that its caller can do nothing about."""
     # In the end it looks for the files that are not written, and warns of each trial.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     # A trial is a run with workers and data of its own, which cannot take over another's.

@@ -2,7 +2,6 @@
 
 import html
 import inspect
-import logging
 import re
 import shlex
 import warnings
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from ray import tune
 
 from ray_sd.config.load import to_dict
 from ray_sd.train.storage import RunFolder
@@ -84,29 +82,3 @@ def test_advice_that_no_trial_can_follow_is_not_given():
         warnings.warn(advice, stacklevel=1)
         warnings.warn("Consider something else", stacklevel=1)
     assert [str(one.message) for one in told] == ["Consider something else"]
-
-
-def test_tune_says_nothing_itself(
-    ray_cluster: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-):
-    # Restored by the end of the test, whatever is set meanwhile.
-    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
-    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
-    analysis = logging.getLogger("ray.tune.analysis.experiment_analysis")
-    monkeypatch.setattr(analysis, "level", analysis.level)
-    _quiet_tune()
-
-    def trial(settings: dict) -> None:
-        tune.report({"step": settings["rank"]})
-
-    small = tune.with_resources(trial, {"CPU": 0.01})
-    run = tune.RunConfig(name="tune", storage_path=str(tmp_path), verbose=0)
-    tune.Tuner(small, param_space={"rank": tune.grid_search([1, 2])}, run_config=run).fit()
-    seen = "".join(capfd.readouterr()) + caplog.text
-    assert "Configuration for experiment" not in seen
-    assert "View detailed results" not in seen
-    assert "result.json" not in seen
