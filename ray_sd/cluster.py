@@ -1,7 +1,9 @@
-"""Joining or starting Ray, what it has, and what it must be told."""
+"""Joining or starting Ray, what it has, what it must be told, and whatever else is used of its own parts."""
 
 import logging
 import os
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +11,20 @@ from threading import Lock
 
 import ray
 import ray._private.state
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
 """Seconds between what Ray Tune writes down of a sweep."""
+DATA_LOGGERS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+"""They say at INFO that an execution starts, and at WARNING that there is no progress bar."""
+CHECKPOINT_LOGGERS = ("ray.train.v2._internal.execution.storage", "ray.train._internal.storage")
+"""They say of each checkpoint at INFO that it was created, on every worker of every trial."""
+ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
+"""In the end it looks for files that sweeps do not write, and warns of each trial."""
+STEP_SECONDS = 0.05
+"""How long Ray Data's scheduling loop rests."""
 
 logger = logging.getLogger(__name__)
 _lock = Lock()
@@ -99,7 +111,7 @@ def _environment(needed: dict[str, str]) -> Iterator[None]:
 
 def possible_resources() -> dict[str, float]:
     """CPUs, GPUs and so on that the cluster has, or can have once its autoscaler has started every node it may."""
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    possible = _autoscaled_resources() or {}
     now = ray.cluster_resources()
     return {name: max(possible.get(name, 0), now.get(name, 0)) for name in {*possible, *now}}
 
@@ -107,3 +119,51 @@ def possible_resources() -> dict[str, float]:
 def has_gpus() -> bool:
     """Whether the cluster has a GPU, or its autoscaler can start a node that has."""
     return possible_resources().get("GPU", 0) > 0
+
+
+def is_one_machine() -> bool:
+    """Whether the cluster is one node and stays it, so that this process shares its cores with all others."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and _autoscaled_resources() is None
+
+
+def _autoscaled_resources() -> dict[str, float] | None:
+    """What the cluster has with every node that its autoscaler may start; None where there is no autoscaler."""
+    return ray._private.state.state.get_max_resources_from_cluster_config()
+
+
+class Pace(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between its steps.
+
+    The loop waits for blocks, but not while it holds blocks back: then it takes a whole core, and the interpreter lock of
+    the process that it runs in.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(STEP_SECONDS)
+
+
+def rest_between_steps(context: DataContext) -> None:
+    """Let the scheduling loop of a data set rest between its steps. context: the data set's."""
+    context.custom_execution_callback_classes.append(Pace)
+
+
+def quiet_data(context: DataContext) -> None:
+    """Keep Ray Data from progress bars, and from telling what nobody can do anything about. context: of a data set."""
+    for name, level in DATA_LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
+    context.enable_progress_bars = False
+    # It asks twice a minute for a setting that says how much memory an encoder takes.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+
+
+def quiet_checkpoints() -> None:
+    """Keep Ray Train and Ray Tune from telling of each checkpoint, in this process."""
+    for name in CHECKPOINT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def quiet_tune() -> None:
+    """Keep Ray Tune from warnings that nobody can do anything about."""
+    logging.getLogger(ANALYSIS_LOGGER).setLevel(logging.ERROR)
+    # A trial is a run with workers and data of its own, which cannot take over another's.
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance by enabling `reuse_actors`", UserWarning)

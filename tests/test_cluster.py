@@ -1,21 +1,47 @@
 """What is used of Ray's own parts, which it may change without a word."""
 
+import inspect
 import logging
 import os
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import ray
+import ray._private.state
+import ray.data
 from ray import tune
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
+from ray.data import DataContext
+from ray.data._internal.issue_detection.detectors import high_memory_detector
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR, get_env_vars_to_propagate
 
-from ray_sd.cluster import ADDRESS, CHDIR, PRINT_PATCH, training_environment, tuning_environment
-from ray_sd.tune.run import _quiet_tune
+from ray_sd.cluster import (
+    ADDRESS,
+    ANALYSIS_LOGGER,
+    CHDIR,
+    CHECKPOINT_LOGGERS,
+    DATA_LOGGERS,
+    PRINT_PATCH,
+    Pace,
+    has_gpus,
+    is_one_machine,
+    possible_resources,
+    quiet_checkpoints,
+    quiet_data,
+    quiet_tune,
+    rest_between_steps,
+    training_environment,
+    tuning_environment,
+)
 
 SECONDS = 60
 """After which a test fails that waits for another thread."""
@@ -25,6 +51,16 @@ SECONDS = 60
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster has been joined."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="192.0.2.1:6379"))
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """Ray's loggers are then as they were."""
+    loggers = [logging.getLogger(name) for name in (*DATA_LOGGERS, *CHECKPOINT_LOGGERS, ANALYSIS_LOGGER)]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("address", [None, "192.0.2.7:1"])
@@ -101,6 +137,7 @@ def test_the_environment_comes_back_after_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_ray_tune_says_nothing_itself_and_starts_trials_where_the_caller_is(
     ray_cluster: None,
+    levels: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -109,9 +146,7 @@ def test_ray_tune_says_nothing_itself_and_starts_trials_where_the_caller_is(
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "1")
     monkeypatch.delenv(CHDIR, raising=False)
-    analysis = logging.getLogger("ray.tune.analysis.experiment_analysis")
-    monkeypatch.setattr(analysis, "level", analysis.level)  # restored by the end of the test
-    _quiet_tune()
+    quiet_tune()
 
     def trial(settings: dict) -> None:
         tune.report({"step": settings["rank"], "folder": os.getcwd()})
@@ -126,3 +161,77 @@ def test_ray_tune_says_nothing_itself_and_starts_trials_where_the_caller_is(
     assert "Configuration for experiment" not in seen
     assert "View detailed results" not in seen
     assert "result.json" not in seen
+
+
+def test_advice_that_no_trial_can_follow_is_not_given(levels: None):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quiet_tune()
+        advice = re.search('"(Consider boosting PBT .*)"', inspect.getsource(ray.tune.tune))[1]
+        warnings.warn(advice, stacklevel=1)
+        warnings.warn("Consider something else", stacklevel=1)
+    assert [str(one.message) for one in told] == ["Consider something else"]
+
+
+@pytest.mark.parametrize(
+    ("module", "level", "words"),
+    [
+        ("ray.data._internal.execution.streaming_executor", logging.INFO, "Starting execution of Dataset"),
+        ("ray.data._internal.progress", logging.WARNING, "Progress bars disabled"),
+        ("ray.train.v2._internal.execution.storage", logging.INFO, "Checkpoint successfully created"),
+        ("ray.train._internal.storage", logging.INFO, "Checkpoint successfully created"),
+        ("ray.tune.analysis.experiment_analysis", logging.WARNING, "Failed to fetch metrics"),
+    ],
+)
+def test_what_ray_would_log_is_kept_quiet(levels: None, module: str, level: int, words: str):
+    found = import_module(module)
+    assert words in inspect.getsource(found)
+    found.logger.setLevel(logging.NOTSET)
+    quiet_data(DataContext())
+    quiet_checkpoints()
+    quiet_tune()
+    assert not found.logger.isEnabledFor(level)
+    assert found.logger.isEnabledFor(logging.CRITICAL)
+
+
+def test_ray_data_does_not_ask_how_much_memory_a_stage_takes(levels: None):
+    context = DataContext()
+    quiet_data(context)
+    settings = context.issue_detectors_config.high_memory_detector_config
+    detector = high_memory_detector.HighMemoryIssueDetector("dataset", [], settings)
+    assert detector.detection_time_interval_s() == -1
+    assert "disable the warning by setting value to -1" in high_memory_detector.HIGH_MEMORY_PERIODIC_WARNING
+
+
+def test_ray_data_rests_between_its_steps_where_it_is_told_to(
+    ray_cluster: None, levels: None, monkeypatch: pytest.MonkeyPatch
+):
+    rests: list[object] = []
+    monkeypatch.setattr(Pace, "on_execution_step", lambda pace, executor: rests.append(executor))
+    for told in (False, True):
+        dataset = ray.data.from_blocks([pa.table({"number": [1, 2]})])
+        quiet_data(dataset.context)
+        if told:
+            rest_between_steps(dataset.context)
+        assert [row["number"] for row in dataset.map(lambda row: row).iter_rows()] == [1, 2]
+        assert bool(rests) == told
+
+
+def test_a_cluster_is_one_machine_while_no_other_is_alive(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    assert is_one_machine()
+    [node] = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node | {"Alive": False}])
+    assert is_one_machine()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node])
+    assert not is_one_machine()
+
+
+def test_what_an_autoscaler_may_start_counts(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):
+    assert possible_resources()["CPU"] == 4
+    assert not has_gpus()
+    config = ClusterConfig()
+    config.node_group_configs.add(name="workers", resources={"CPU": 8, "GPU": 2}, max_count=3)
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: config)
+    assert (possible_resources()["CPU"], possible_resources()["GPU"]) == (24, 6)
+    assert has_gpus()
+    assert not is_one_machine()

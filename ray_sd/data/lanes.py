@@ -137,7 +137,7 @@ def training_batches(
     blocks = _numbers(start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps)
     if not blocks:
         return
-    dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY)
+    dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY, beside_training=True)
     dataset = dataset.map_batches(
         LaneReader,
         batch_size=None,

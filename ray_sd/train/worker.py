@@ -3,13 +3,13 @@
 Imports no torch, so that Ray's own processes, which unpickle it, start quickly.
 """
 
-import logging
 import os
 from typing import Any
 
 import ray.train
 from ray.util.queue import Queue
 
+from ray_sd.cluster import quiet_checkpoints
 from ray_sd.config import ExperimentConfig
 from ray_sd.train.job import TrainingJob
 
@@ -19,8 +19,7 @@ def train_loop(job: TrainingJob) -> str | None:
     from ray.train.torch import get_device
 
     if not job.has_bar:
-        # Says of each checkpoint at INFO that it was created, on every worker of every trial.
-        logging.getLogger("ray.train.v2._internal.execution.storage").setLevel(logging.WARNING)
+        quiet_checkpoints()
     if get_device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one
     from ray_sd.train.loop import train

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import ray
 import yaml
 from ray import tune
 
-from ray_sd.cluster import connect, has_gpus, possible_resources, tuning_environment
+from ray_sd.cluster import connect, has_gpus, possible_resources, quiet_tune, tuning_environment
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
@@ -97,7 +96,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     config = config.without_password()
     folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
-    _quiet_tune()
+    quiet_tune()
     connect()
     at_once = _trials_at_once(config)
     located = absolute_paths(config)
@@ -132,14 +131,6 @@ def sweep(config: SweepConfig) -> SweepResult:
     with tuning_environment(), watching():
         tuner.fit()
     return _finish(config, folder)
-
-
-def _quiet_tune() -> None:
-    """Keep Tune from warnings that its caller can do nothing about."""
-    # In the end it looks for the files that are not written, and warns of each trial.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    # A trial is a run with workers and data of its own, which cannot take over another's.
-    warnings.filterwarnings("ignore", "Consider boosting PBT performance by enabling `reuse_actors`", UserWarning)
 
 
 def _check_metrics(config: SweepConfig) -> None:

@@ -1,7 +1,6 @@
 """One trial: a training run of its own, whose reports Tune judges as they come."""
 
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.util.queue import Queue
 
+from ray_sd.cluster import quiet_checkpoints
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare
@@ -91,8 +91,7 @@ class TrialJob:
 
 def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     """Tune's trainable. Goes on with its own run where there is one, and from another trial's weights where Tune says so."""
-    # Says of each checkpoint at INFO that it was created; Tune's hold no more than a pointer.
-    logging.getLogger("ray.train._internal.storage").setLevel(logging.WARNING)
+    quiet_checkpoints()
     checkpoint = tune.get_checkpoint()
     pointer = Pointer() if checkpoint is None else _read_pointer(checkpoint)
     name, resume = _beginning(job.folder, tune.get_context().get_trial_id(), pointer.path)

@@ -14,9 +14,10 @@ from in_process import prepare
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 from waiting import wait_for
 
+from ray_sd.cluster import Pace
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, training_batches, validation_batches
+from ray_sd.data import PreparedData, blocks, training_batches, validation_batches
 from ray_sd.data.lanes import LaneReader, Lanes, lanes_of, to_tensors
 from ray_sd.data.order import draw, epoch_order, row_seed
 from ray_sd.models import load_model
@@ -151,6 +152,17 @@ def test_ray_data_delivers_the_lanes_in_order_and_resumes_where_it_stopped(pictu
     for name in ("pixels", "row_seed"):
         assert torch.equal(joined(whole, name), joined(read(data, config, PIXELS, 1, 0, 200), name))
         assert torch.equal(joined(whole[194:], name), joined(resumed, name))
+
+
+def test_scheduling_rests_beside_training_in_any_cluster(
+    pictures: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(blocks, "is_one_machine", lambda: False)
+    rests: list[None] = []
+    monkeypatch.setattr(Pace, "on_execution_step", lambda *_: rests.append(None))
+    data, config = prepared(pictures, PIXELS, {"batch_size": 4})
+    assert len(list(training_batches(data, config, PIXELS, 0, 0, 2))) == 2
+    assert rests
 
 
 def readers() -> set[str]:

@@ -1,21 +1,17 @@
 """What a sweep tells people, and what it leaves for the next run."""
 
 import html
-import inspect
-import re
 import shlex
-import warnings
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 
 from ray_sd.config.load import to_dict
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _quiet_tune, _watching, _write_report
+from ray_sd.tune.run import _commands, _preset, _watching, _write_report
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -72,13 +68,3 @@ def test_what_trains_with_the_best_settings_is_no_trial(configure):
     assert trial["trainer"] != preset["trainer"]
     assert preset["seed"] == 7
     assert "storage_path" not in preset
-
-
-def test_advice_that_no_trial_can_follow_is_not_given():
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        _quiet_tune()
-        advice = re.search('"(Consider boosting PBT .*)"', inspect.getsource(ray.tune.tune))[1]
-        warnings.warn(advice, stacklevel=1)
-        warnings.warn("Consider something else", stacklevel=1)
-    assert [str(one.message) for one in told] == ["Consider something else"]
