@@ -55,11 +55,11 @@ def encoded(picture: Image.Image, kind: str = "png", **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def bomb_png(side: int = 60_000) -> bytes:
-    """A PNG of a few hundred bytes whose header promises `side` x `side` pixels."""
+def bomb_png(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A PNG of a few hundred bytes whose header promises so many pixels."""
     small = noise_png(0, (1, 1))
     header = small.index(b"IHDR") + 4
-    broken = small[:header] + side.to_bytes(4) * 2 + small[header + 8 :]
+    broken = small[:header] + width.to_bytes(4) + height.to_bytes(4) + small[header + 8 :]
     return _with_checksum(broken, header)
 
 

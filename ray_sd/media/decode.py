@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -74,9 +74,21 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except RejectedError:
         raise
     except Image.DecompressionBombError as error:
-        raise RejectedError(_too_large(f"over {LARGEST}", max_pixels)) from error
+        raise RejectedError(_too_large(_size_of_bomb(data), max_pixels)) from error
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.
         raise RejectedError(f"cannot be decoded: {first_line(error)}") from error
+
+
+def _size_of_bomb(data: bytes) -> str:
+    """Width and height, by the header, of a picture that Pillow does not open; its bound where a reader tells no size at all."""
+    for name in FORMATS:
+        # Readers raise anything on files of another format. Of their own they know the size before Image.open compares it
+        # with its bound, but for WebP's, which compares it itself.
+        with suppress(Exception):
+            reader, _ = Image.OPEN[name]
+            width, height = reader(io.BytesIO(data), "").size
+            return f"{width}x{height}"
+    return f"over {LARGEST}"
 
 
 def _too_large(size: str, max_pixels: int) -> str:

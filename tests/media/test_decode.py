@@ -1,8 +1,11 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 from sample_pictures import bomb_png, encoded, noise_png
 
+from ray_sd.config import DatasetConfig
 from ray_sd.media.decode import LARGEST, RejectedError, decode, decode_layers
 
 
@@ -95,10 +98,43 @@ def test_a_bomb_inside_an_icon_is_not_opened():
         decode(icon, background="#ffffff", max_pixels=100_000_000)
 
 
-def test_a_decompression_bomb_is_rejected_by_its_header():
-    bomb = bomb_png()
+def refusal(data: bytes) -> str:
+    with pytest.raises(RejectedError) as refused:
+        decode(data, background="#ffffff", max_pixels=100_000_000)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60_000, 50_000), (12_000, 10_000)], ids=["no", "with a warning"])
+def test_a_decompression_bomb_is_rejected_by_its_header_whether_pillow_would_open_it_or_not(width: int, height: int):
+    bomb = bomb_png(width, height)
     assert len(bomb) < 1000
-    words = "over 178956970 pixels are more than dataset.max_pixels=100000000; not decoded"
-    with pytest.raises(RejectedError, match=words):
-        decode(bomb, background="#ffffff", max_pixels=100_000_000)
+    assert refusal(bomb) == f"{width}x{height} pixels are more than dataset.max_pixels=100000000; not decoded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "words"),
+    [
+        ("bmp", (18, (60_000).to_bytes(4, "little") + (50_000).to_bytes(4, "little")), "60000x50000 pixels"),
+        ("gif", (6, (60_000).to_bytes(2, "little") + (50_000).to_bytes(2, "little")), "60000x50000 pixels"),
+        (
+            "webp",
+            (24, (16_382).to_bytes(3, "little") * 2),
+            "(over 178956970|16383x16383) pixels",
+        ),  # some versions of its reader refuse by themselves
+    ],
+)
+def test_a_bomb_of_any_format_is_rejected_with_its_size_where_that_can_be_had(
+    kind: str, header: tuple[int, bytes], words: str
+):
+    """header: where it says the size, and what it says."""
+    small = encoded(Image.new("RGBA", (16, 16), (1, 2, 3, 4)), kind)
+    place, size = header
+    assert re.match(words, refusal(small[:place] + size + small[place + len(size) :]))
+
+
+def test_the_bound_of_the_configuration_is_that_of_pillow():
     assert 2 * Image.MAX_IMAGE_PIXELS == LARGEST  # which holds for whoever else opens pictures in this process
+    source = {"name": "image_folder", "path": "pictures"}
+    assert DatasetConfig(source=source, max_pixels=LARGEST).max_pixels == LARGEST
+    with pytest.raises(ValueError, match=f"less than or equal to {LARGEST}"):
+        DatasetConfig(source=source, max_pixels=LARGEST + 1)
