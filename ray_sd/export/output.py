@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray_sd.errors import ConfigError
+from ray_sd.files import expand
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def new_output(path: str) -> Iterator[Path]:
 
     Raises ConfigError for what exists, other than an empty folder, and where nothing can be written.
     """
-    target = Path(path).expanduser()
+    target = expand(path, "output")
     _check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

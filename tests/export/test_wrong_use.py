@@ -47,6 +47,7 @@ def test_what_exists_is_not_written_over(adapters: dict[str, Path], refusal: Cal
         (["convert", "adapter={lora}", "layout=a1111", "output=x.safetensors"], "A1111 reads a LoRA in layout kohya"),
         (["convert", "adapter={lora}", "token=<cat>"], "token is the word of an embedding's file"),
         (["convert", "adapter={lora}", "output=s3://bucket/x"], "is no path of this machine; write here"),
+        (["convert", "adapter={lora}", "output=~nobody-here/x"], "is in the home of a user that is not there"),
         (["convert", "adapter=nowhere"], "no file or folder .*nowhere"),
         (["extract", "tuned={lora}"], "holds no whole weights to extract from; it is an adapter already"),
         (["extract", "tuned={base}"], "is the model 'sd15' itself: no layer of it differs by more than 0.002"),
