@@ -34,7 +34,7 @@ from ray_sd.embedded.motion import Kind, draw_motion
 from ray_sd.embedded.spins import unseen_spinners
 from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
 from ray_sd.generate import ClipRequest, generate_clips
-from ray_sd.media.videos import clips_sheet
+from ray_sd.media.sheets import clips_sheet
 from ray_sd.models import DiffusionModel, load_model
 
 BARS = {"followed_seen": 0.8, "followed_unseen": 0.7, "found_unseen": 0.7}

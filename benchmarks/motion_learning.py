@@ -27,7 +27,8 @@ from ray_sd.embedded.rotation import measure_rotation
 from ray_sd.embedded.spins import DEGREES_PER_SECOND, spinning, unseen_spinners
 from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
 from ray_sd.generate import ClipRequest, generate_clips
-from ray_sd.media.videos import clips_sheet, save_mp4
+from ray_sd.media.sheets import clips_sheet
+from ray_sd.media.videos import save_mp4
 from ray_sd.methods import load_adapter
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train.samples import side_by_side

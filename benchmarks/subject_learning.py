@@ -28,7 +28,7 @@ from ray_sd.config import ExperimentConfig, GenerateConfig
 from ray_sd.config.load import load_config
 from ray_sd.embedded.sprites import Sprite, caption, catalogue, read_sprites, select
 from ray_sd.generate import ImageRequest, generate
-from ray_sd.media.pictures import contact_sheet
+from ray_sd.media.sheets import contact_sheet
 from ray_sd.methods import load_adapter
 from ray_sd.models import DiffusionModel, load_model
 

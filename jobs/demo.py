@@ -14,7 +14,8 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(config.storage_path)
     config = config.model_copy(update={"name": _free_name(folder, config.name)})
     from ray_sd.generate import ImageRequest, generate
-    from ray_sd.media.pictures import contact_sheet, save_png
+    from ray_sd.media.pictures import save_png
+    from ray_sd.media.sheets import contact_sheet
     from ray_sd.methods import load_adapter
     from ray_sd.models import load_model
     from ray_sd.train.run import fit

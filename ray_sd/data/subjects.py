@@ -40,7 +40,8 @@ def write_subjects(
     """
     keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
     found = entries.take(pc.index_in(keys, value_set=entries["key"]))
-    from ray_sd.media.pictures import contact_sheet, png_bytes  # slow to import
+    from ray_sd.media.pictures import png_bytes  # slow to import
+    from ray_sd.media.sheets import contact_sheet
 
     _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
     shown = list(_shown(listing, dataset, variant, entries))

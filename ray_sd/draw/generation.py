@@ -24,7 +24,8 @@ from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.sampling import increments
-from ray_sd.media.pictures import contact_sheet, png_bytes
+from ray_sd.media.pictures import png_bytes
+from ray_sd.media.sheets import contact_sheet
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
 from ray_sd.models import DiffusionModel, load_model

@@ -20,7 +20,8 @@ from ray_sd.files import Location, local_copy, locate, writable_folder
 from ray_sd.generate.text_to_video import Plan, VideoRequest, frames_a_second, plan
 from ray_sd.media.decode import RejectedError, decode
 from ray_sd.media.pictures import png_bytes
-from ray_sd.media.videos import frame_sheet, gif_bytes, mp4_bytes
+from ray_sd.media.sheets import frame_sheet
+from ray_sd.media.videos import gif_bytes, mp4_bytes
 from ray_sd.models import load_model
 
 MAX_PIXELS = 100_000_000

@@ -1,14 +1,11 @@
-"""Pictures as files: PNGs that carry their parameters, and contact sheets."""
+"""Pictures as files that carry their parameters."""
 
 import io
 import json
-import math
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 PARAMETERS = "ray_sd"
@@ -16,10 +13,6 @@ PARAMETERS = "ray_sd"
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 """Where files of other formats hold them."""
 ImageFormat = Literal["png", "webp", "jpeg"]
-MARGIN = 8
-FONT_SIZE = 14
-MIN_CELL = 160
-LABEL_LINES = 3
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
@@ -59,42 +52,10 @@ def read_parameters(file: Path | IO[bytes]) -> dict[str, Any]:
         return json.loads(image.getexif().get_ifd(EXIF_IFD)[USER_COMMENT][8:].decode("utf-16-be"))
 
 
-def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str] | None = None, columns: int | None = None
-) -> Image.Image:
-    """All pictures in a grid, by default about square, each with its label below it, wrapped to three lines.
-
-    Small pictures are enlarged by a whole factor without smoothing, so that labels fit and pixels stay pixels.
-    """
-    if not images:
-        raise ValueError("a contact sheet needs at least one picture")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} pictures")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    columns = min(columns, len(images))
-    factor = max(1, math.ceil(MIN_CELL / max(image.width for image in images)))
-    width = factor * max(image.width for image in images)
-    height = factor * max(image.height for image in images)
-    font = ImageFont.load_default(FONT_SIZE)
-    texts = [wrap(label, font, width) for label in labels] if labels else [""] * len(images)
-    line = FONT_SIZE + 4
-    text_height = line * max(text.count("\n") + 1 if text else 0 for text in texts)
-    rows = math.ceil(len(images) / columns)
-    cell = (width + MARGIN, height + text_height + MARGIN)
-    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-        left, top = MARGIN + number % columns * cell[0], MARGIN + number // columns * cell[1]
-        enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (left, top))
-        draw.multiline_text((left, top + height + 2), text, fill="black", font=font, spacing=4)
-    return sheet
-
-
-def wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Break a label into lines no wider than `width` pixels, and cut it with an ellipsis after three."""
-    for letters in range(max(4, int(width / font.getlength("i"))), 3, -1):
-        lines = textwrap.wrap(label, letters, max_lines=LABEL_LINES, placeholder="…")
-        if all(font.getlength(line) <= width for line in lines):
-            break
-    return "\n".join(lines)
+def at_most(image: Image.Image, side: int) -> Image.Image:
+    """The picture, no larger than `side` pixels along its longer side."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Clips as files: MP4 and GIF that carry their parameters, and sheets of frames."""
+"""Clips as files: MP4 and GIF that carry their parameters."""
 
 import io
 import json
@@ -15,14 +15,12 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from ray_sd.errors import ArtifactError
-from ray_sd.media.pictures import contact_sheet
+from ray_sd.media.pictures import at_most
 
 PARAMETERS = "comment"
 """Name under which a file's metadata hold the parameters as JSON."""
-SHEET_SIDE = 320
-"""Longer side, in pixels, of a frame on a sheet at most."""
 GIF_SIDE = 512
-"""The same of a GIF's, which are large files."""
+"""Longer side, in pixels, of a frame of a GIF at most, since they are large files."""
 CRF = "12"
 """x264's quality: 0 loses nothing, 18 passes for that, 23 is what it takes unless told otherwise."""
 
@@ -71,7 +69,7 @@ def gif_bytes(frames: Sequence[Image.Image], fps: float, parameters: dict[str, A
     _check(frames, fps)
     ends = [round(100 * number / fps) for number in range(1, len(frames) + 1)]
     seconds = np.diff([0, *ends])
-    small = (_at_most(image, GIF_SIDE).convert("RGB") for image in frames)
+    small = (at_most(image, GIF_SIDE).convert("RGB") for image in frames)
     first, *rest = (image.quantize(method=Image.Quantize.MEDIANCUT) for image in small)
     content = io.BytesIO()
     first.save(
@@ -84,18 +82,6 @@ def gif_bytes(frames: Sequence[Image.Image], fps: float, parameters: dict[str, A
         comment=json.dumps(parameters).encode(),
     )
     return content.getvalue()
-
-
-def frame_sheet(frames: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All frames in a grid in their order, each with its number, counted from 0; large frames are made smaller."""
-    small = [_at_most(image, SHEET_SIDE) for image in frames]
-    return contact_sheet(small, [str(number) for number in range(len(frames))], columns)
-
-
-def clips_sheet(clips: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """All frames of clips of one length, a row a clip, each with its number in the clip."""
-    small = [_at_most(frame, SHEET_SIDE) for clip in clips for frame in clip]
-    return contact_sheet(small, [str(number) for clip in clips for number in range(len(clip))], len(clips[0]))
 
 
 def read_video_parameters(path: Path) -> dict[str, Any]:
@@ -131,15 +117,6 @@ def _check(frames: Sequence[Image.Image], fps: float) -> None:
         raise ValueError(f"{fps} frames a second; a clip needs more than none")
     if len({image.size for image in frames}) > 1:
         raise ValueError("the frames of a clip have one size")
-
-
-def _at_most(image: Image.Image, side: int) -> Image.Image:
-    """The picture, no larger than `side` pixels along its longer side."""
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(scale * length)) for length in image.size)
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _even(image: Image.Image) -> np.ndarray:

@@ -20,8 +20,9 @@ from ray_sd.config.video import TYPICAL_BUCKET
 from ray_sd.errors import ConfigError
 from ray_sd.files import locate
 from ray_sd.generate import ClipRequest, ImageRequest, UpscaleRequest, generate, generate_clips
-from ray_sd.media.pictures import contact_sheet, save_png
-from ray_sd.media.videos import clips_sheet, save_mp4
+from ray_sd.media.pictures import save_png
+from ray_sd.media.sheets import clips_sheet, contact_sheet
+from ray_sd.media.videos import save_mp4
 from ray_sd.models import DiffusionModel
 from ray_sd.train.metrics import measure_pictures, picture_name
 from ray_sd.train.monitor import PICTURES

@@ -7,10 +7,7 @@ import pytest
 from PIL import Image
 
 from ray_sd.errors import ArtifactError
-from ray_sd.media.pictures import contact_sheet
 from ray_sd.media.videos import (
-    clips_sheet,
-    frame_sheet,
     mp4_bytes,
     read_frames,
     read_video_parameters,
@@ -104,22 +101,8 @@ def test_a_gif_lasts_as_long_as_its_clip_and_plays_without_end(tmp_path: Path, f
     assert total == pytest.approx(1000 * 31 / fps, abs=10)
 
 
-def test_a_sheet_shows_the_frames_with_their_numbers():
-    frames = clip(count=5)
-    sheet = frame_sheet(frames, columns=3)
-    assert sheet.tobytes() == contact_sheet(frames, ["0", "1", "2", "3", "4"], columns=3).tobytes()
-
-
-def test_a_sheet_of_clips_counts_the_frames_of_each():
-    frames = clip(count=3)
-    sheet = clips_sheet([frames, frames[::-1]])
-    expected = contact_sheet([*frames, *frames[::-1]], ["0", "1", "2", "0", "1", "2"], columns=3)
-    assert sheet.tobytes() == expected.tobytes()
-
-
-def test_large_frames_are_smaller_on_sheets_and_in_gifs_and_whole_in_an_mp4(tmp_path: Path):
+def test_large_frames_are_smaller_in_gifs_and_whole_in_an_mp4(tmp_path: Path):
     frames = clip(width=1200, height=600, count=2)
-    assert frame_sheet(frames, columns=2).width == 2 * 320 + 3 * 8
     save_gif(frames, tmp_path / "clip.gif", 7, PARAMETERS)
     save_mp4(frames, tmp_path / "clip.mp4", 7, PARAMETERS)
     assert read_frames(tmp_path / "clip.gif")[0].size == (512, 256)
