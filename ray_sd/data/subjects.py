@@ -8,26 +8,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.data.buckets import bucket_of
 from ray_sd.data.crops import Variant
 from ray_sd.data.examine import image_hash, image_key, source_rows
 from ray_sd.data.sources import Listing, SourceRow
-from ray_sd.data.windows import Box
 from ray_sd.files import Location
 from ray_sd.media.decode import RejectedError, decode
+from ray_sd.media.pictures import png_bytes
+from ray_sd.media.sheets import contact_sheet, window_pair
 
 LINES, SHEET = "subjects.jsonl", "subjects.png"
 NOT_FOUND = "whole picture"
 NUM_PICTURES = 64
 NUM_UNITS = 8
 """Files with many pictures that the contact sheet takes some from; each is read from its beginning."""
-CELL = 180
-"""Height of a picture on the contact sheet, in pixels."""
-GAP = 4
-DIM = 0.45
 
 
 def write_subjects(
@@ -40,9 +37,6 @@ def write_subjects(
     """
     keys = pa.array([image_key(image, variant) for image in rows["image"].to_pylist()], entries["key"].type)
     found = entries.take(pc.index_in(keys, value_set=entries["key"]))
-    from ray_sd.media.pictures import png_bytes  # slow to import
-    from ray_sd.media.sheets import contact_sheet
-
     _write_lines(folder / LINES, rows["id"].to_pylist(), found.to_pylist())
     shown = list(_shown(listing, dataset, variant, entries))
     if not shown:
@@ -82,7 +76,9 @@ def _shown(
             continue
         label = entry["subject_label"] or NOT_FOUND
         score = "" if entry["subject_score"] is None else f" {entry['subject_score']:.2f}"
-        yield _pair(picture, entry["subject"], entry["box"], dataset), f"{row.id or row.path}: {label}{score}"
+        height, width = bucket_of(dataset, picture.width, picture.height)
+        pair = window_pair(picture, entry["box"], (width, height), entry["subject"])
+        yield pair, f"{row.id or row.path}: {label}{score}"
 
 
 def _sample(listing: Listing) -> Iterator[SourceRow]:
@@ -92,31 +88,3 @@ def _sample(listing: Listing) -> Iterator[SourceRow]:
     chosen = [parts[i * len(parts) // count] for i in range(count)] if len(parts) > count else parts
     for part in chosen:
         yield from itertools.islice(source_rows(listing.read, part), math.ceil(NUM_PICTURES / len(chosen)))
-
-
-def _pair(picture: Image.Image, subject: Box | None, window: Box, dataset: DatasetConfig) -> Image.Image:
-    """The whole picture with the subject's box, dim outside of the window, beside the window as training sees it."""
-    scale = min(CELL / picture.height, CELL * 4 / 3 / picture.width)
-    whole = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    left, top, right, bottom = (round(edge * scale) for edge in window)
-    marked = Image.blend(Image.new("RGB", whole.size, "black"), whole, DIM)
-    marked.paste(whole.crop((left, top, right, bottom)), (left, top))
-    draw = ImageDraw.Draw(marked)
-    _outline(draw, window, scale, "white")
-    if subject is not None:
-        _outline(draw, subject, scale, "yellow")
-    height, width = bucket_of(dataset, picture.width, picture.height)
-    crop = picture.resize((width, height), Image.Resampling.LANCZOS, box=window)
-    crop = crop.resize((max(1, round(CELL * width / height)), CELL))
-    pair = Image.new("RGB", (marked.width + GAP + crop.width, CELL), "white")
-    pair.paste(marked, (0, 0))
-    pair.paste(crop, (marked.width + GAP, 0))
-    return pair
-
-
-def _outline(draw: ImageDraw.ImageDraw, box: Box, scale: float, colour: str) -> None:
-    left, top, right, bottom = (round(edge * scale) for edge in box)
-    right, bottom = max(left, right - 1), max(top, bottom - 1)
-    # With an edge in black, so that it is seen on whatever is below it.
-    draw.rectangle((left, top, right, bottom), outline="black", width=3)
-    draw.rectangle((left, top, right, bottom), outline=colour, width=2)

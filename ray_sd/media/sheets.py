@@ -14,6 +14,13 @@ MIN_CELL = 160
 LABEL_LINES = 3
 FRAME_SIDE = 320
 """Longer side, in pixels, of a frame on a sheet at most."""
+PAIR_HEIGHT = 180
+"""Of a picture beside a window of it, in pixels."""
+GAP = 4
+DIM = 0.45
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels of a picture."""
 
 
 def contact_sheet(
@@ -58,6 +65,36 @@ def clips_sheet(clips: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """All frames of clips of one length, a row a clip, each with its number in the clip."""
     small = [at_most(frame, FRAME_SIDE) for clip in clips for frame in clip]
     return contact_sheet(small, [str(number) for clip in clips for number in range(len(clip))], len(clips[0]))
+
+
+def window_pair(picture: Image.Image, window: Box, size: tuple[int, int], subject: Box | None = None) -> Image.Image:
+    """The whole picture with its subject's box, dim outside of the window, beside the window as training sees it.
+
+    size: width and height of the window in training.
+    """
+    scale = min(PAIR_HEIGHT / picture.height, PAIR_HEIGHT * 4 / 3 / picture.width)
+    whole = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    left, top, right, bottom = (round(edge * scale) for edge in window)
+    marked = Image.blend(Image.new("RGB", whole.size, "black"), whole, DIM)
+    marked.paste(whole.crop((left, top, right, bottom)), (left, top))
+    draw = ImageDraw.Draw(marked)
+    _outline(draw, window, scale, "white")
+    if subject is not None:
+        _outline(draw, subject, scale, "yellow")
+    crop = picture.resize(size, Image.Resampling.LANCZOS, box=window)
+    crop = crop.resize((max(1, round(PAIR_HEIGHT * size[0] / size[1])), PAIR_HEIGHT))
+    pair = Image.new("RGB", (marked.width + GAP + crop.width, PAIR_HEIGHT), "white")
+    pair.paste(marked, (0, 0))
+    pair.paste(crop, (marked.width + GAP, 0))
+    return pair
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: Box, scale: float, colour: str) -> None:
+    left, top, right, bottom = (round(edge * scale) for edge in box)
+    right, bottom = max(left, right - 1), max(top, bottom - 1)
+    # With an edge in black, so that it is seen on whatever is below it.
+    draw.rectangle((left, top, right, bottom), outline="black", width=3)
+    draw.rectangle((left, top, right, bottom), outline=colour, width=2)
 
 
 def wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

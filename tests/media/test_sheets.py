@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ray_sd.media.sheets import FONT_SIZE, clips_sheet, contact_sheet, frame_sheet, wrap
+from ray_sd.media.sheets import FONT_SIZE, GAP, clips_sheet, contact_sheet, frame_sheet, window_pair, wrap
 
 COLOURS = ["red", "green", "blue", "yellow", "purple"]
 
@@ -71,3 +71,26 @@ def test_a_sheet_of_clips_counts_the_frames_of_each():
 
 def test_large_frames_are_smaller_on_sheets():
     assert frame_sheet(pictures(2, (1200, 600)), columns=2).width == 2 * 320 + 3 * 8
+
+
+def test_a_window_is_shown_beside_the_picture_with_its_subject():
+    picture = Image.new("RGB", (400, 300), "gray")
+    picture.paste("red", (40, 30, 140, 180))
+    window, subject = (0.0, 10.0, 200.0, 210.0), (40.0, 30.0, 140.0, 180.0)
+    pair = np.asarray(window_pair(picture, window, (16, 16), subject)).astype(int)
+    assert pair.shape == (180, 240 + GAP + 180, 3)
+    scale = 180 / 300
+    left, top = (round(edge * scale) for edge in subject[:2])
+    assert pair[top + 20, left].tolist() == [255, 255, 0]
+    end, middle = round(window[2] * scale), round((window[1] + window[3]) / 2 * scale)
+    assert pair[middle, 0].tolist() == [255, 255, 255]
+    assert pair[middle, end + 10].max() < 70 < pair[middle, end - 10].max()  # dim outside of the window
+    crop = pair[:, 240 + GAP :]
+    assert abs(crop[90, 90] - (255, 0, 0)).max() < 5
+    assert abs(crop[5, 5] - 128).max() < 30
+
+
+def test_a_picture_without_a_subject_has_its_window_marked_alone():
+    pair = np.asarray(window_pair(Image.new("RGB", (400, 300), "gray"), (50.0, 0.0, 350.0, 300.0), (16, 16)))
+    assert not (pair == (255, 255, 0)).all(axis=2).any()
+    assert (pair[:, 30] == 255).all(axis=1).any()
