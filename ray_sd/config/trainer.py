@@ -154,7 +154,7 @@ class TrainerConfig(Schema):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
-    """Run the U-Net through `torch.compile`."""
+    """Run the U-Net through `torch.compile`, which needs a C++ compiler on CPUs."""
     gpu_memory: float | None = Field(None, gt=0)
     """Memory of each GPU in GiB, with which the run's needs are compared before Ray starts; null asks this machine's
     GPUs, if it has any."""

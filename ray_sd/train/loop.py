@@ -19,6 +19,7 @@ from ray_sd.train import checkpoint
 from ray_sd.train.engine import Engine, compute_dtype
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
+from ray_sd.train.preflight import check_cpu_compiler
 from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.samples import draws
 from ray_sd.train.schedule import learning_rate_factor
@@ -54,6 +55,8 @@ def train(job: TrainingJob) -> str | None:
     if trainer.quantize_base is not None:
         quantize_frozen(model.unet, trainer.quantize_base, compute_dtype(trainer, device))
     if trainer.compile:
+        if device.type == "cpu":
+            check_cpu_compiler()
         model.unet.compile()
     parameters, groups = checkpoint.trained_parameters(model), method.parameter_groups(model, trainer)
     engine = Engine(Objective(method, model).train(), parameters, groups, trainer, device)

@@ -1,7 +1,9 @@
-"""Whether a run fits its GPUs, told before Ray starts, with the settings that need less memory."""
+"""Whether a run fits its machines, told before Ray starts: their memory, with the settings that need less, and a compiler."""
 
 import logging
 import os
+import shutil
+import sys
 from typing import Any
 
 import torch
@@ -25,12 +27,15 @@ WORTH_TELLING = 0.02
 def check_memory(config: ExperimentConfig) -> None:
     """Show what the run needs of each GPU.
 
-    Raises ConfigError where there is certainly less, and where the method does not fit the model.
+    Raises ConfigError where there is certainly less, where the method does not fit the model, and where this machine cannot
+    compile it.
     """
     trainer = config.trainer
     available = gpu_memory(trainer)
     # A cluster's head may have no GPU; its workers are not known before Ray is.
     on_gpu = available is not None or "RAY_ADDRESS" in os.environ if trainer.use_gpu is None else trainer.use_gpu
+    if trainer.compile and not on_gpu and "RAY_ADDRESS" not in os.environ:
+        check_cpu_compiler()
     estimates = Estimates(on_gpu)
     parts = estimates.parts(config)
     total = sum(parts.values())
@@ -54,6 +59,16 @@ def gpu_memory(trainer: TrainerConfig) -> float | None:
         return trainer.gpu_memory * GIB
     devices = range(torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=None)
+
+
+def check_cpu_compiler() -> None:
+    """Raise ConfigError where torch.compile finds no compiler for CPUs, which it looks for under the same name."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"trainer.compile: on CPUs torch compiles by {compiler}, which this machine does not have; install it "
+            "(apt install g++), name another by the variable CXX, or take trainer.compile=false"
+        )
 
 
 def _table(parts: Parts, available: float | None) -> Table:

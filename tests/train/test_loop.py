@@ -1,6 +1,7 @@
 """What a run does with its settings, shown by runs of one worker."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from traces import assert_same_bits, lines_of
 from without_ray import fit_without_ray
 
 from ray_sd.adapter import read_manifest
-from ray_sd.errors import RaySdError
+from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
@@ -60,10 +61,18 @@ def test_nothing_has_to_be_built_before_workers_sum_gradients(configure):
 def test_the_unet_is_compiled_where_that_is_asked_for(configure, monkeypatch):
     compiled: list[UNet2DConditionModel] = []
     monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: compiled.append(unet))
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     fit_without_ray(configure("name=plain", "trainer.max_steps=1"))
     assert compiled == []
     fit_without_ray(configure("name=compiled", "trainer.max_steps=1", "trainer.compile=true"))
     assert len(compiled) == 1
+
+
+def test_a_worker_without_a_compiler_is_told_in_words(configure, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # so that this machine's compiler is nobody's concern before
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="^trainer.compile: on CPUs torch compiles by no-such-compiler"):
+        fit_without_ray(configure("name=uncompiled", "trainer.use_gpu=false", "trainer.compile=true"))
 
 
 def test_a_pivotal_tuning_goes_from_pictures_to_an_adapter_that_draws(configure: Callable, train: Callable):

@@ -1,6 +1,10 @@
 """What is said of memory before Ray starts."""
 
 import logging
+import re
+import shutil
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -8,7 +12,7 @@ import pytest
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
 from ray_sd.train.memory import GIB, Estimates
-from ray_sd.train.preflight import check_memory
+from ray_sd.train.preflight import check_cpu_compiler, check_memory
 from ray_sd.train.run import fit
 
 ON_GPU = ["experiment=smoke", "dataset.resolution=128", "trainer.use_gpu=true", "trainer.batch_size=32"]
@@ -67,6 +71,35 @@ def test_memory_that_is_not_known_is_said_to_be_unknown(caplog, capsys):
         check_memory(load_config(ON_GPU))
     assert "trainer.gpu_memory=24" in caplog.text
     assert "unknown" in capsys.readouterr().err
+
+
+def test_a_unet_that_cannot_be_compiled_is_told_before_ray_starts(configure, monkeypatch):
+    monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="^trainer.compile: on CPUs torch compiles by no-such-compiler") as refused:
+        fit(configure("trainer.use_gpu=false", "trainer.compile=true"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variables", [{"CXX": sys.executable}, {"CXX": "elsewhere", "RAY_ADDRESS": "192.0.2.1:6379"}])
+def test_a_compiler_is_looked_for_where_workers_are(monkeypatch, variables: dict[str, str]):
+    """Of workers on other machines it is not known before they run."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_memory(load_config(["experiment=smoke", "trainer.use_gpu=false", "trainer.compile=true"]))
+
+
+def test_torch_looks_for_the_compiler_that_is_checked(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    program = "from torch._inductor import config; print(*config.cpp.cxx)"
+    for environment in ({}, {"CXX": "my-compiler"}):
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        asked = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+        with pytest.raises(ConfigError, match=re.escape(f"compiles by {asked.split()[-1]}, which")):
+            check_cpu_compiler()
 
 
 def test_without_a_gpu_the_estimate_is_one_line(caplog, capsys):
