@@ -1,6 +1,5 @@
 """One training run from configuration to adapter folder."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -10,9 +9,6 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
-import torch.distributed
-import yaml
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
@@ -20,11 +16,8 @@ from ray.util.queue import Queue
 from ray_sd.adapter import write_manifest
 from ray_sd.cluster import connect, has_gpus, possible_resources, training_environment
 from ray_sd.config import ExperimentConfig
-from ray_sd.config.method import TemporalDecoderMethod
-from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
-from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
 from ray_sd.data import (
     READER_CPUS,
     PreparedData,
@@ -35,15 +28,18 @@ from ray_sd.data import (
     prepare,
 )
 from ray_sd.data.sources import Listing
-from ray_sd.errors import ArtifactError, ConfigError, RaySdError, first_line
+from ray_sd.draw.usage import usage
+from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
-from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index, storage_reason
+from ray_sd.train.failures import in_words
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.metrics import check_metrics
-from ray_sd.train.optimizers import build_rule, check_package
+from ray_sd.train.optimizers import check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
+from ray_sd.train.resume import differences as differences
+from ray_sd.train.resume import find_beginning, note_data, write_config
 from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
@@ -53,32 +49,6 @@ from ray_sd.train.worker import draw, train_loop
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-CONFIG = "config.yaml"
-DATA = "data.json"
-"""Says which rows a run learns from, so that a resumed one tells where they are others."""
-WHAT_A_RUN_IS = (
-    *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
-    *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
-    *(
-        f"dataset.{name}"
-        for name in (
-            "resolution",
-            "video",
-            "buckets",
-            "crop",
-            "flip",
-            "background",
-            "caption",
-            "mask",
-            "holdout",
-            "shuffle_rows",
-        )
-    ),
-)
-"""Settings that cannot change while a run goes on. Data may move."""
-PUBLISHED = "svd"
-"""The chain that goes with every video model and upscaler that is not embedded."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -122,7 +92,7 @@ def fit(
     """
     run = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": run.storage_path})
-    beginning = _check_resume(config, run)
+    beginning = find_beginning(config, run)
     run.check_writable()
     check(config)
     method = build_method(config.method)
@@ -132,8 +102,8 @@ def fit(
     scaling = _scaling(config)
     _check_resources(scaling)
     data = prepare(config, method.rows(), listing)
-    _write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
-    _note_data(data, run)
+    write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
+    note_data(data, run)
     located = absolute_paths(config)
     trainer = TorchTrainer(
         train_loop,
@@ -156,7 +126,7 @@ def fit(
         with training_environment():
             result = trainer.fit()
     except TrainingFailedError as error:
-        raise _in_words(error, run) from error
+        raise in_words(error, run) from error
     if result.return_value is not None:
         raise RaySdError(f"{result.return_value}; resume=true goes on from the last checkpoint before, in {run.path}")
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.
@@ -186,127 +156,6 @@ class _Reporter(ray.train.UserCallback):
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
     ) -> None:
         self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a run begins, and where it goes on."""
-
-    origin: str | None
-    """Checkpoint of another run that this one began with."""
-    checkpoint: str | None
-    """Checkpoint to start from where Ray Train finds none of this run's by itself."""
-
-
-def _check_resume(config: ExperimentConfig, run: RunFolder) -> Beginning:
-    if config.resume is True:
-        stored = stored_config(run)
-        if stored is None:
-            raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
-        _check_unchanged(config, stored)
-        origin = stored["resume"] if isinstance(stored.get("resume"), str) else None
-        return Beginning(origin, _mend(run) or origin)
-    if run.used():
-        raise ConfigError(
-            f"name: the run '{config.name}' exists in {run.path}; go on with it by resume=true, or choose another name=…"
-        )
-    if config.resume is False:
-        return Beginning(None, None)
-    origin = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
-    index = _read_index(origin)
-    check_optimizer(index, build_rule(config.trainer.optimizer).kind, origin)
-    step = index["step"]
-    if step >= config.trainer.max_steps:
-        raise ConfigError(f"resume: {config.resume} has finished {step} steps; set trainer.max_steps above that")
-    return Beginning(origin, origin)
-
-
-def stored_config(run: RunFolder) -> dict | None:
-    """The configuration of a run that began; None where there is none."""
-    content = run.read(CONFIG)
-    if content is None:
-        return None
-    try:
-        stored = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(stored, dict):
-        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: it holds no settings")
-    return stored
-
-
-def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
-    """Refuse to go on with a run under settings that would make it another run; tell what else has changed."""
-    now = config.model_dump(mode="json")
-    changed = [path for path in differences(stored, now) if path != "resume"]
-    other_run = [path for path in changed if path.startswith(WHAT_A_RUN_IS)]
-    if other_run:
-        raise ConfigError(
-            "\n".join(
-                f"resume: {path} was {value_at(stored, path)} and is {value_at(now, path)}; set it back, "
-                f"or start another run with name=… resume={config.storage_path}/{config.name}/checkpoint-…"
-                for path in other_run
-            )
-        )
-    for path in changed:
-        logger.info("resume: %s was %s and is %s", path, value_at(stored, path), value_at(now, path))
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Paths of the values that differ."""
-    if not (isinstance(left, dict) and isinstance(right, dict)):
-        return [] if left == right else [path]
-    keys = dict.fromkeys([*left, *right])
-    below = [differences(left.get(key), right.get(key), f"{path}.{key}" if path else key) for key in keys]
-    return [difference for differences in below for difference in differences]
-
-
-def _read_index(checkpoint: str) -> dict:
-    """The index of a checkpoint folder, local or behind a URI."""
-    folder, _, name = checkpoint.rstrip("/").rpartition("/")
-    content = RunFolder(folder, name).read(INDEX)
-    if content is None:
-        raise ConfigError(f"resume: {checkpoint} is no checkpoint folder; it has no {INDEX}")
-    return parse_index(content, checkpoint)
-
-
-def _mend(run: RunFolder) -> str | None:
-    """Make a run resumable whose list of checkpoints is cut off; returns the newest whole checkpoint then.
-
-    Ray Train writes that list in place, so a disk that is full takes it, though the checkpoints are there.
-    """
-    content = run.read(SNAPSHOT)
-    if content is None:
-        return None
-    try:
-        json.loads(content)
-    except ValueError:
-        run.delete(SNAPSHOT)
-        for name in run.checkpoints():
-            found = ray.train.Checkpoint(f"{run.path}/{name}")
-            with found.as_directory() as folder:
-                if is_whole(Path(folder)):
-                    logger.warning("%s was cut off; going on from %s", SNAPSHOT, name)
-                    return found.path
-    return None
-
-
-def _note_data(data: PreparedData, run: RunFolder) -> None:
-    """Write down which rows a run learns from, and tell where a resumed one had others."""
-    now = {"fingerprint": data.fingerprint, "rows": data.train.num_rows}
-    content = run.read(DATA)
-    before = json.loads(content) if content is not None else now
-    if before == now:
-        if content is not None:
-            return
-    else:
-        logger.warning(
-            "resume: the data are not what they were (%d rows to train on, now %d); the run goes on with them, in an order "
-            "of its own",
-            before["rows"],
-            now["rows"],
-        )
-    run.write(DATA, json.dumps(now).encode())
 
 
 def _check_resources(scaling: ray.train.ScalingConfig) -> None:
@@ -347,12 +196,6 @@ def _drawing(config: ExperimentConfig) -> dict:
     return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0, "scheduling_strategy": "DEFAULT"}
 
 
-def _write_config(config: ExperimentConfig, run: RunFolder) -> None:
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
-    if run.read(CONFIG) != content:  # a disk that is full again would take what is there
-        run.write(CONFIG, content)
-
-
 def _export(
     config: ExperimentConfig,
     data: PreparedData,
@@ -376,77 +219,3 @@ def _export(
         )
         adapter = run.upload(folder, ADAPTER)
     return TrainingResult(adapter, str(checkpoint.path), step, metrics, run.path, usage(config, adapter))
-
-
-def usage(config: ExperimentConfig, adapter: str) -> str:
-    """The command that draws with an adapter, or trains on an autoencoder that no U-Net knows yet.
-
-    Of a video's stages it names those that it takes and leaves out the others.
-    """
-    model, method = config.model, config.method.name
-    if build_method(config.method).moves_latents:
-        return f"python jobs/train.py model={model.name} model.vae={adapter}/vae …"
-    if not (model.makes_videos or model.upscales):
-        return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
-    learnt = "upscale"
-    if model.makes_videos:
-        learnt = next(stage for stage, methods in METHODS_OF.items() if method in methods)
-    # Frames are drawn between key frames of the model that learnt to, and decoded where there are any.
-    taken = {"interpolation": ("video", "interpolation"), "decode": ("video",)}.get(learnt, (learnt,))
-    settings = [] if model.is_embedded else [f"chain={PUBLISHED}"]
-    settings += ["picture=FILE", "image=null"]
-    for stage in ("video", "interpolation", "upscale"):
-        if stage not in taken:
-            settings.append(f"{stage}=null")
-        elif stage == learnt or not model.is_embedded:  # the embedded models are of one stage each, and the default
-            settings.append(f"{stage}.model={model.name}")
-    settings += [f"{learnt}.adapter={adapter}", *_as_trained(config, learnt)]
-    return f"python jobs/text_to_video.py {' '.join(settings)}"
-
-
-def _as_trained(config: ExperimentConfig, stage: str) -> list[str]:
-    """Settings of a video like the clips that a stage's adapter was trained on, where they are no defaults."""
-    clips = config.dataset.video
-    if clips is None:
-        return []
-    settings = [f"height={config.dataset.height}", f"width={config.dataset.width}"]
-    fps = clips.fps
-    if stage == "interpolation":
-        settings.append(f"interpolation.num_frames={clips.num_frames}")
-        fps /= clips.num_frames - 1
-    else:
-        settings.append(f"video.num_frames={clips.num_frames}")
-    if fps != VideoStage.model_fields["fps"].default:
-        settings.append(f"video.fps={fps:g}")
-    if isinstance(config.method, TemporalDecoderMethod):
-        chunk_size = config.method.chunk_size or clips.num_frames
-        if chunk_size != DecodeStage().chunk_size:
-            settings.append(f"decode.chunk_size={chunk_size}")
-    return settings
-
-
-def _in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
-    """The failure that was meant for a person, else what failed in one line: not that others lost their connection to it."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    for cause in causes:
-        if isinstance(cause, RaySdError):
-            return cause
-    goes_on = f"checkpoints are in {run.path}, and resume=true goes on from the last"
-    cause = min(causes, key=lambda cause: (not isinstance(cause, torch.OutOfMemoryError), _is_of_connection(cause)))
-    if isinstance(cause, torch.OutOfMemoryError):
-        return RaySdError(
-            f"a GPU's memory was not enough: {first_line(cause)}; {goes_on}, with trainer.gradient_checkpointing=true, "
-            "a smaller trainer.micro_batch_size or a higher trainer.zero.stage"
-        )
-    if isinstance(cause, OSError):
-        return ArtifactError(f"{run.path} cannot be written: {storage_reason(cause)}; {goes_on}")
-    reason = str(cause).strip().splitlines()
-    return RaySdError(f"training stopped: {reason[-1] if reason else type(cause).__name__}; {goes_on}")
-
-
-def _is_of_connection(cause: BaseException) -> bool:
-    """Whether a worker failed because another had."""
-    return isinstance(cause, torch.distributed.DistError) or any(
-        word in str(cause) for word in ("Connection closed", "Connection reset", "gloo", "NCCL")
-    )

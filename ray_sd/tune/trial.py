@@ -23,7 +23,8 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare
 from ray_sd.data.sources import Listing
 from ray_sd.errors import RaySdError
-from ray_sd.train.run import CONFIG, TrainingResult, fit, stored_config
+from ray_sd.train.resume import CONFIG, stored_config
+from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.search import METRICS, SEED, SETTINGS, STEP

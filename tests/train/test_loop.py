@@ -19,7 +19,7 @@ from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.run import SNAPSHOT
+from ray_sd.train.resume import SNAPSHOT
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -11,7 +11,8 @@ from long_run import LONG, STEPS, TWO_WORKERS, assert_same_adapter
 
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.run import SNAPSHOT, fit
+from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.run import fit
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,9 @@ import yaml
 from ray.train import WorkerGroupError
 
 from ray_sd.errors import ArtifactError, ConfigError, DataError
-from ray_sd.train.run import Beginning, _check_resume, _in_words, _note_data, fit
+from ray_sd.train.failures import in_words
+from ray_sd.train.resume import Beginning, find_beginning, note_data
+from ray_sd.train.run import fit
 from ray_sd.train.storage import RunFolder
 
 
@@ -34,7 +36,7 @@ def test_a_run_goes_on_as_it_was(configure, tmp_path):
         fit(configure("name=young", "resume=true", "seed=3", "method.rank=5"))
     assert "resume: method.rank was 16 and is 5" in str(refused.value)
     config = configure("name=young", "resume=true", "trainer.max_steps=9")
-    beginning = _check_resume(config, RunFolder(config.storage_path, config.name))
+    beginning = find_beginning(config, RunFolder(config.storage_path, config.name))
     assert beginning == Beginning(origin="/elsewhere/checkpoint-00000004", checkpoint="/elsewhere/checkpoint-00000004")
 
 
@@ -93,12 +95,12 @@ def test_a_cluster_that_is_too_small_is_told_before_anything_is_encoded(
 def test_other_data_are_told_when_a_run_goes_on(tmp_path, caplog):
     run = RunFolder(str(tmp_path), "run")
     for fingerprint, rows in (("a", 7), ("a", 7)):
-        _note_data(_Data(fingerprint, rows), run)
+        note_data(_Data(fingerprint, rows), run)
         assert caplog.text == ""
-    _note_data(_Data("b", 6), run)
+    note_data(_Data("b", 6), run)
     assert "the data are not what they were (7 rows to train on, now 6)" in caplog.text
     caplog.clear()
-    _note_data(_Data("b", 6), run)
+    note_data(_Data("b", 6), run)
     assert caplog.text == ""
 
 
@@ -130,7 +132,7 @@ class _Data:
     ],
 )
 def test_the_failure_that_came_first_is_told_and_not_its_consequence(tmp_path, failures, words):
-    told = _in_words(WorkerGroupError("failed", failures), RunFolder(str(tmp_path), "run"))
+    told = in_words(WorkerGroupError("failed", failures), RunFolder(str(tmp_path), "run"))
     assert re.search(words, str(told))
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ray_sd.errors import RaySdError
-from ray_sd.train.run import CONFIG
+from ray_sd.train.resume import CONFIG
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.trial import TrialJob, _beginning, _whole_reports

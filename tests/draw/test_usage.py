@@ -6,7 +6,7 @@ import pytest
 
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.load import load_config
-from ray_sd.train.run import usage
+from ray_sd.draw.usage import usage
 
 STAGES = ("image", "video", "interpolation", "upscale")
 CLIPS = ("model=svd", "dataset=video_folder", "dataset.source.path=clips", "dataset.resolution=[320, 576]")
