@@ -1,8 +1,23 @@
 """What every schema shares: frozen, no unknown keys, and each field described by the docstring below it."""
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Of a field and what is below it: whether it is a part of what a run is."""
+
+    identity: bool
+
+
+T = TypeVar("T")
+Identity = Annotated[T, Mark(identity=True)]
+"""A setting that cannot change while a run goes on."""
+Free = Annotated[T, Mark(identity=False)]
+"""One that may, in a group that may not."""
 
 
 def name_to_mapping(value: object) -> object:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.base import Free, Schema, name_to_mapping
 from ray_sd.config.video import VideoConfig
 from ray_sd.config.words import no_such
 
@@ -117,7 +117,7 @@ class DetectorConfig(Schema):
     """Branch, tag or commit on the hub."""
     threshold: float = Field(0.5, ge=0, le=1)
     """Score below which a detection does not count."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: Free[int] = Field(8, ge=1)
     """Pictures that an actor looks at together."""
 
 
@@ -201,7 +201,7 @@ class MaskFiles(Schema):
 
     name: Literal["files"] = "files"
     """Kind of mask."""
-    path: str
+    path: Free[str]
     """Folder or URI; the mask of `cats/1.jpg` is `cats/1.png` below it. Rows of
     Parquet files need `source.id_column` for it; those of Hugging Face data sets have no names."""
     outside: float = Field(0.0, ge=0, lt=1)
@@ -247,20 +247,20 @@ class CaptionConfig(Schema):
 class EncodeConfig(Schema):
     """How the frozen encoders run, in a pool of Ray Data actors."""
 
-    batch_size: int = Field(16, ge=1)
+    batch_size: Free[int] = Field(16, ge=1)
     """Pictures, or frames of clips, encoded at once by an actor."""
-    num_actors: int = Field(1, ge=1)
+    num_actors: Free[int] = Field(1, ge=1)
     """Largest number of encoder actors."""
     dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored latents and embeddings."""
-    rows_per_shard: int = Field(1024, ge=1)
+    rows_per_shard: Free[int] = Field(1024, ge=1)
     """Largest number of rows in one Parquet file of the cache."""
 
 
 class DatasetConfig(Schema):
     """Pictures or clips with their captions, and how they are prepared."""
 
-    source: Source
+    source: Free[Source]
     """Where the pictures or videos are."""
     caption: CaptionConfig = CaptionConfig()
     """Where the captions are."""
@@ -278,15 +278,15 @@ class DatasetConfig(Schema):
     """Let the loss count only a part of each picture: `alpha` or `files`."""
     background: str = "#ffffff"
     """Colour (`#rrggbb`) behind transparent pixels."""
-    max_pixels: int = Field(100_000_000, ge=1, le=178_956_970)
+    max_pixels: Free[int] = Field(100_000_000, ge=1, le=178_956_970)
     """A picture with more pixels than this is rejected unread, as a decompression bomb; Pillow opens none above the bound."""
-    max_rejected_fraction: float = Field(0.05, ge=0, le=1)
+    max_rejected_fraction: Free[float] = Field(0.05, ge=0, le=1)
     """Share of unreadable rows past which the run fails; the rows and reasons are in `rejected.jsonl`."""
     holdout: int = Field(0, ge=0)
     """Rows kept from training for the validation loss, chosen by the hash of their id."""
     shuffle_rows: int = Field(4096, ge=1)
     """Runs of 64 neighbouring rows are shuffled over the whole data set, then rows within windows of this size."""
-    reader_memory: int = Field(256, ge=1)
+    reader_memory: Free[int] = Field(256, ge=1)
     """MB of rows that each training worker's reader keeps; reading is fastest where it holds `shuffle_rows` rows."""
     encode: EncodeConfig = EncodeConfig()
     """The encode stage."""

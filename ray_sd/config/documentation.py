@@ -10,6 +10,7 @@ from ray_sd.config.base import Schema
 from ray_sd.config.compose import PRESETS, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
+from ray_sd.config.identity import marks
 from ray_sd.config.load import ROOTS
 from ray_sd.config.model import ModelConfig
 from ray_sd.config.settings import describe, element, options, schemas, variants
@@ -47,6 +48,7 @@ def document() -> str:
     """The page: how to write settings, the presets of each group, then every setting with its default."""
     blocks = [_INTRODUCTION, _presets()]
     blocks.append(f"## Settings of `jobs/train.py` and `jobs/encode.py`\n\n{_root(ExperimentConfig)}")
+    blocks.append(_going_on())
     sweep = _section("sweep", SweepConfig.model_fields["sweep"])
     blocks.append(f"## Settings of `jobs/sweep.py`\n\nThose of `jobs/train.py`, and:\n\n{sweep}")
     blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
@@ -92,6 +94,19 @@ def _root(schema: type[Schema], elsewhere: frozenset[str] | set[str] = frozenset
         else:
             own.append(_row(name, field))
     return "\n".join([_table(own), *sections])
+
+
+def _going_on() -> str:
+    """What cannot change where a run is resumed, and what of that can."""
+    stay, free = (
+        ", ".join(f"`{path}`" for path, stays in marks(ExperimentConfig).items() if stays == wanted)
+        for wanted in (True, False)
+    )
+    return (
+        "## Going on with a run\n\n"
+        f"`resume=true` refuses another value of {stay}.\n\nOf these may change: {free}. So may everything else; what has "
+        "changed is told.\n"
+    )
 
 
 def _section(path: str, field: FieldInfo) -> str:

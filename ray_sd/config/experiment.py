@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema
+from ray_sd.config.base import Identity, Schema
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
 from ray_sd.config.method import (
@@ -35,7 +35,7 @@ class ExperimentConfig(Schema):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder below `storage_path`: letters, digits, `.`, `_` and `-`."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Identity[int] = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     resume: Resume = False
     """`true` goes on with the run of this name, a path with that checkpoint; a used name without it is refused."""
@@ -43,11 +43,11 @@ class ExperimentConfig(Schema):
     """Folder or URI for runs; several machines need one that they share."""
     cache_path: str = "runs/cache"
     """Folder or URI for encoded latents and text."""
-    dataset: DatasetConfig
+    dataset: Identity[DatasetConfig]
     """Group `dataset`."""
-    model: ModelConfig
+    model: Identity[ModelConfig]
     """Group `model`."""
-    method: Method
+    method: Identity[Method]
     """Group `method`."""
     trainer: TrainerConfig = TrainerConfig()
     """Group `trainer`."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.base import Free, Schema, name_to_mapping
 
 
 class DiffusionMethod(Schema):
@@ -210,7 +210,7 @@ Adapter = Annotated[
 class ClassImagesConfig(Schema):
     """Pictures of the subject's class as the untrained model draws them, drawn where too few are there."""
 
-    folder: str | None = None
+    folder: Free[str | None] = None
     """Folder or URI of class pictures, your own or drawn; null keeps drawn ones in `cache_path`."""
     count: int = Field(100, ge=1)
     """Pictures that training needs."""
@@ -218,9 +218,9 @@ class ClassImagesConfig(Schema):
     """Denoising steps of those that are drawn."""
     guidance_scale: float = Field(5.0, ge=0)
     """Classifier-free guidance of those that are drawn."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: Free[int] = Field(4, ge=1)
     """Pictures drawn at once by a worker."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: Free[int] = Field(1, ge=1)
     """Workers that draw."""
 
 

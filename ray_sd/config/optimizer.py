@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.base import Identity, Schema, name_to_mapping
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -12,7 +12,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class AdamWOptimizer(Schema):
     """AdamW (arXiv:1711.05101)."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Identity[Literal["adamw"]] = "adamw"
     """Optimizer."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
@@ -25,7 +25,7 @@ class AdamWOptimizer(Schema):
 class AdamW8bitOptimizer(Schema):
     """AdamW whose moments are kept in 8 bits, in blocks of 256 (arXiv:2110.02861), by bitsandbytes."""
 
-    name: Literal["adamw_8bit"] = "adamw_8bit"
+    name: Identity[Literal["adamw_8bit"]] = "adamw_8bit"
     """Optimizer."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
@@ -38,7 +38,7 @@ class AdamW8bitOptimizer(Schema):
 class AdafactorOptimizer(Schema):
     """Adafactor, whose second moment is one number a row and one a column (arXiv:1804.04235), by transformers."""
 
-    name: Literal["adafactor"] = "adafactor"
+    name: Identity[Literal["adafactor"]] = "adafactor"
     """Optimizer."""
     eps: tuple[float, float] = (1e-30, 1e-3)
     """Added to the squared gradient, and least scale of a parameter where `scale_parameter` is true."""
@@ -46,7 +46,7 @@ class AdafactorOptimizer(Schema):
     """Largest root mean square of an update before the learning rate."""
     decay_rate: float = Field(0.8, gt=0)
     """The second moment's decay rate at step t is 1 - t to the power of minus this."""
-    beta1: Decay | None = None
+    beta1: Identity[Decay | None] = None
     """Decay rate of a first moment, which costs 4 bytes a parameter; null keeps none."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
@@ -57,7 +57,7 @@ class AdafactorOptimizer(Schema):
 class LionOptimizer(Schema):
     """Lion, which keeps one moment and moves by its sign (arXiv:2302.06675), by lion-pytorch."""
 
-    name: Literal["lion"] = "lion"
+    name: Identity[Literal["lion"]] = "lion"
     """Optimizer."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay rates of the moment, in the update and in what is kept."""
@@ -68,7 +68,7 @@ class LionOptimizer(Schema):
 class ProdigyOptimizer(Schema):
     """Prodigy: AdamW that estimates its own learning rate (arXiv:2306.06101), by prodigyopt; set `learning_rate` to 1."""
 
-    name: Literal["prodigy"] = "prodigy"
+    name: Identity[Literal["prodigy"]] = "prodigy"
     """Optimizer."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
@@ -88,7 +88,7 @@ class ProdigyOptimizer(Schema):
     """Correct the moments' bias as Adam does."""
     safeguard_warmup: bool = True
     """Keep warm-up and restarts of the schedule out of the estimate."""
-    slice_p: int = Field(1, ge=1)
+    slice_p: Identity[int] = Field(1, ge=1)
     """Estimate from every p-th number of a parameter only; 11 saves most of what the estimate costs."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ray_sd.config.base import Schema, name_to_mapping
+from ray_sd.config.base import Identity, Schema, name_to_mapping
 from ray_sd.config.metrics import PREFIX, PictureMetric
 from ray_sd.config.optimizer import OF_WHOLE_WEIGHTS, AdamWOptimizer, Optimizer, ProdigyOptimizer
 
@@ -117,7 +117,7 @@ class TrainerConfig(Schema):
 
     max_steps: int = Field(1000, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: Identity[int] = Field(4, ge=1)
     """Rows of one optimizer step, over all workers: the result does not depend on how many share it."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows a worker takes at once; the rest accumulates. Null takes all of its rows."""
@@ -143,7 +143,7 @@ class TrainerConfig(Schema):
     """Optimizer: `adamw`, `adamw_8bit`, `adafactor`, `lion` or `prodigy`."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest gradient norm over all workers; 0 never clips."""
-    ema_decay: float | None = Field(None, gt=0, lt=1)
+    ema_decay: Identity[float | None] = Field(None, gt=0, lt=1)
     """Decay of the moving average of what trains, exported instead of the last weights; null exports those."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "native"] = "auto"
     """Compute precision; weights that train stay fp32. `auto` is bf16 on GPUs and fp32 on CPUs; `native` is bf16 on CPUs,

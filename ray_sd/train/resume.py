@@ -10,6 +10,7 @@ import ray.train
 import yaml
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.identity import is_identity
 from ray_sd.config.overrides import value_at
 from ray_sd.data import PreparedData
 from ray_sd.errors import ArtifactError, ConfigError
@@ -22,26 +23,6 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 DATA = "data.json"
 """Says which rows a run learns from, so that a resumed one tells where they are others."""
-WHAT_A_RUN_IS = (
-    *("seed", "model.", "method.", "trainer.batch_size", "trainer.ema_decay"),
-    *(f"trainer.optimizer.{name}" for name in ("name", "beta1", "slice_p")),
-    *(
-        f"dataset.{name}"
-        for name in (
-            "resolution",
-            "video",
-            "buckets",
-            "crop",
-            "flip",
-            "background",
-            "caption",
-            "mask",
-            "holdout",
-            "shuffle_rows",
-        )
-    ),
-)
-"""Settings that cannot change while a run goes on. Data may move."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints."""
 
@@ -101,7 +82,7 @@ def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
     """Refuse to go on with a run under settings that would make it another run; tell what else has changed."""
     now = config.model_dump(mode="json")
     changed = [path for path in differences(stored, now) if path != "resume"]
-    other_run = [path for path in changed if path.startswith(WHAT_A_RUN_IS)]
+    other_run = [path for path in changed if is_identity(path, ExperimentConfig)]
     if other_run:
         raise ConfigError(
             "\n".join(

@@ -1,13 +1,17 @@
 """What is refused before a run begins, what is remembered of one, and how failures are told."""
 
+import copy
 import errno
 import re
+from functools import reduce
 
 import pytest
 import torch
 import yaml
 from ray.train import WorkerGroupError
 
+from ray_sd.config import ExperimentConfig
+from ray_sd.config.identity import is_identity
 from ray_sd.errors import ArtifactError, ConfigError, DataError
 from ray_sd.train.failures import in_words
 from ray_sd.train.resume import Beginning, find_beginning, note_data
@@ -38,6 +42,36 @@ def test_a_run_goes_on_as_it_was(configure, tmp_path):
     config = configure("name=young", "resume=true", "trainer.max_steps=9")
     beginning = find_beginning(config, RunFolder(config.storage_path, config.name))
     assert beginning == Beginning(origin="/elsewhere/checkpoint-00000004", checkpoint="/elsewhere/checkpoint-00000004")
+
+
+def test_a_run_goes_on_only_where_nothing_changed_that_makes_it_another(configure, tmp_path):
+    """Each setting in turn was another; some say only how quickly, or where, something is done."""
+    config = configure("name=young", "method=dreambooth", "method.class_prompt=a dog", "resume=true")
+    run = RunFolder(config.storage_path, config.name)
+    began = config.model_dump(mode="json")
+    refused = {}
+    for path in leaves(began):
+        before = copy.deepcopy(began)
+        *parents, name = path.split(".")
+        reduce(dict.__getitem__, parents, before)[name] = "another"
+        run.write("config.yaml", yaml.safe_dump(before).encode())
+        try:
+            find_beginning(config, run)
+        except ConfigError as error:
+            refused[path] = str(error)
+    assert all(words.startswith(f"resume: {path} was another and is ") for path, words in refused.items())
+    assert refused.keys() == {path for path in leaves(began) if is_identity(path, ExperimentConfig)}
+    assert {"method.class_images.count", "method.adapter.rank", "dataset.encode.dtype", "model.base"} <= refused.keys()
+    assert not {"method.class_images.num_workers", "dataset.encode.batch_size", "dataset.source.path"} & refused.keys()
+
+
+def leaves(settings: dict, prefix: str = "") -> list[str]:
+    """Paths of all values that are no mappings of settings."""
+    return [
+        path
+        for name, value in settings.items()
+        for path in (leaves(value, f"{prefix}{name}.") if value and isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
 
 
 @pytest.mark.parametrize(
