@@ -1,9 +1,9 @@
 """What every schema shares: frozen, no unknown keys, and each field described by the docstring below it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ def name_to_mapping(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a configuration comes from. All are equal, since configurations are whose settings are."""
+
+    folder: str | None = field(default=None, compare=False)
+    """The working folder when a command was given it, from where its relative paths lead on."""
+
+
 class Schema(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -37,6 +45,9 @@ class Schema(BaseModel):
     """The field that a bare text stands for: `vae: some/folder` is `vae: {path: some/folder}`."""
     local_paths: ClassVar[tuple[str, ...]] = ()
     """Fields that may name what lies in the folder where the command runs; `paths.absolute_paths` makes them absolute."""
+    places: ClassVar[tuple[str, ...]] = ()
+    """The same of fields that name files and folders only, there or not yet, if no URI."""
+    _origin: Origin = PrivateAttr(Origin())
 
     @model_validator(mode="before")
     @classmethod

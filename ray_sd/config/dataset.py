@@ -12,6 +12,7 @@ from ray_sd.config.words import no_such
 class ImageFolderSource(Schema):
     """A folder of pictures, searched recursively."""
 
+    places = ("path",)
     name: Literal["image_folder"] = "image_folder"
     """Kind of source."""
     path: str
@@ -22,6 +23,7 @@ class ImageFolderSource(Schema):
 class VideoFolderSource(Schema):
     """A folder of videos, searched recursively."""
 
+    places = ("path",)
     name: Literal["video_folder"] = "video_folder"
     """Kind of source."""
     path: str
@@ -32,6 +34,7 @@ class VideoFolderSource(Schema):
 class FrameFolderSource(Schema):
     """Folders of pictures, each of which is one video: its frames in the natural order of their names."""
 
+    places = ("path",)
     name: Literal["frame_folder"] = "frame_folder"
     """Kind of source."""
     path: str
@@ -44,6 +47,7 @@ class FrameFolderSource(Schema):
 class ParquetSource(Schema):
     """Parquet files with one encoded picture, or video, a row."""
 
+    places = ("path",)
     name: Literal["parquet"] = "parquet"
     """Kind of source."""
     path: str
@@ -59,6 +63,7 @@ class ParquetSource(Schema):
 class WebDatasetSource(Schema):
     """WebDataset tar shards: `key.jpg` (or `key.mp4`) with `key.txt` or `key.json` beside it."""
 
+    places = ("path",)
     name: Literal["webdataset"] = "webdataset"
     """Kind of source."""
     path: str
@@ -68,6 +73,7 @@ class WebDatasetSource(Schema):
 class HuggingFaceSource(Schema):
     """A Hugging Face data set, from the hub or from `save_to_disk`."""
 
+    local_paths = ("path",)
     name: Literal["huggingface"] = "huggingface"
     """Kind of source."""
     path: str
@@ -199,6 +205,7 @@ class AlphaMask(Schema):
 class MaskFiles(Schema):
     """A PNG file for each picture, of its size, white where the picture counts."""
 
+    places = ("path",)
     name: Literal["files"] = "files"
     """Kind of mask."""
     path: Free[str]

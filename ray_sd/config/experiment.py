@@ -33,6 +33,7 @@ Resume = Annotated[bool | str, BeforeValidator(_bool_words)]
 class ExperimentConfig(Schema):
     """A training run (`jobs/train.py`, `jobs/encode.py`)."""
 
+    places = ("resume", "storage_path", "cache_path")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder below `storage_path`: letters, digits, `.`, `_` and `-`."""
     seed: Identity[int] = Field(0, ge=0, lt=2**63)

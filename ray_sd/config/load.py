@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ray_sd.config.base import Schema
+from ray_sd.config.base import Origin, Schema
 from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
@@ -40,7 +41,7 @@ def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig)
 
     `group=preset` chooses a preset (a group is a folder of presets, such as `model` or `model/vae`); any other
     `path=value` sets one value, over what presets say. `--print-config` and `--help` print and exit with 0.
-    Raises ConfigError with one line a problem.
+    Its relative paths lead on from the folder that is the working one now. Raises ConfigError with one line a problem.
     """
     folders = _config_folders(arguments)
     groups = preset_groups(ROOTS[schema], folders)
@@ -49,6 +50,7 @@ def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig)
     data = compose_presets(ROOTS[schema], choices, folders)
     apply_overrides(data, overrides, schema)
     config = validate(data, schema, groups)
+    config._origin = Origin(os.getcwd())
     if options.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)

@@ -210,6 +210,7 @@ Adapter = Annotated[
 class ClassImagesConfig(Schema):
     """Pictures of the subject's class as the untrained model draws them, drawn where too few are there."""
 
+    places = ("folder",)
     folder: Free[str | None] = None
     """Folder or URI of class pictures, your own or drawn; null keeps drawn ones in `cache_path`."""
     count: int = Field(100, ge=1)

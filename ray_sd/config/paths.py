@@ -1,5 +1,8 @@
 """Local paths in a configuration, for processes that run in other folders than the command."""
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,24 +20,44 @@ def local_path(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def absolute_paths(config: Config) -> Config:
-    """The same with absolute paths of what its `local_paths` name, where they are found from this folder.
+def absolute_paths(config: Config, folder: str | None = None) -> Config:
+    """The same with absolute paths of its `places`, and of what its `local_paths` name where it is found.
 
-    Hub ids, URIs and `embedded/…` stay as they are. It is for what is sent to other processes; what is written down is
-    the configuration as it was given.
+    Relative ones lead on from `folder`: that in which the configuration was loaded, or else this process's. Hub ids, URIs and
+    `embedded/…` stay as they are. It is for what is read and written; what is told of is the configuration as it was given.
     """
+    folder = folder or config._origin.folder or os.getcwd()
     changes: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, Schema):
-            changes[name] = absolute_paths(value)
+            changes[name] = absolute_paths(value, folder)
         elif isinstance(value, tuple) and any(isinstance(one, Schema) for one in value):
-            changes[name] = tuple(map(absolute_paths, value))
-        elif name in config.local_paths and value is not None:
-            changes[name] = _absolute(value) if isinstance(value, str) else tuple(map(_absolute, value))
+            changes[name] = tuple(absolute_paths(one, folder) for one in value)
+        elif name in config.places:
+            changes[name] = _each(value, partial(_place, folder))
+        elif name in config.local_paths:
+            changes[name] = _each(value, partial(_found, folder))
     return config.model_copy(update=changes)
 
 
-def _absolute(path: str) -> str:
-    local = Path(path).expanduser()
-    return path if path.startswith(EMBEDDED) or not local.exists() else str(local.absolute())
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(change, value))
+    return change(value) if isinstance(value, str) else value
+
+
+def _place(folder: str, path: str) -> str:
+    """Of what is a path, if it is no URI."""
+    if path.startswith(EMBEDDED) or "://" in path:
+        return path
+    try:
+        return str(Path(folder, Path(path).expanduser()))
+    except RuntimeError:  # the home of nobody, which is told in words where it is looked for
+        return path
+
+
+def _found(folder: str, path: str) -> str:
+    """Of what may be a path."""
+    place = _place(folder, path)
+    return place if Path(place).exists() else path

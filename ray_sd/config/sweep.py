@@ -211,7 +211,9 @@ class SweepConfig(ExperimentConfig):
     @property
     def experiment(self) -> ExperimentConfig:
         """The experiment that every trial is a change of."""
-        return ExperimentConfig(**{name: getattr(self, name) for name in ExperimentConfig.model_fields})
+        experiment = ExperimentConfig(**{name: getattr(self, name) for name in ExperimentConfig.model_fields})
+        experiment._origin = self._origin
+        return experiment
 
     def without_password(self) -> Self:
         """The same with `***` for the password of its database, for what Tune keeps in files."""

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from ray_sd.cluster import connect
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
+from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import KEY
 from ray_sd.data.crops import Variant
@@ -44,6 +45,7 @@ def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = N
     Raises ConfigError for a cache that cannot be written; DataError where nothing can be read, too much is rejected,
     or nothing is left to train on.
     """
+    config = absolute_paths(config)
     data = _prepare(config, rows, listing)
     if rows.prior is None:
         return data

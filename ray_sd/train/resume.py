@@ -12,6 +12,7 @@ import yaml
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.identity import is_identity
 from ray_sd.config.overrides import value_at
+from ray_sd.config.paths import absolute_paths
 from ray_sd.data import PreparedData
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index
@@ -38,7 +39,7 @@ class Beginning:
 
 
 def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
-    """Where a run begins as its configuration says.
+    """Where a run begins as its configuration says, which is told as it was given.
 
     Raises ConfigError where there is nothing to go on from, where its name is taken, and where it would be another run.
     """
@@ -55,7 +56,8 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
         )
     if config.resume is False:
         return Beginning(None, None)
-    origin = config.resume if "://" in config.resume else str(Path(config.resume).resolve())
+    located = str(absolute_paths(config).resume)
+    origin = located if "://" in located else str(Path(located).resolve())
     index = _read_index(origin)
     check_optimizer(index, build_rule(config.trainer.optimizer).kind, origin)
     step = index["step"]

@@ -90,9 +90,10 @@ def fit(
     another, or the method does not fit the model, and DataError where there is nothing to read; ConfigError before
     anything is encoded where the cluster is too small; and any other RaySdError for what goes wrong later.
     """
-    run = RunFolder(config.storage_path, config.name)
-    config = config.model_copy(update={"storage_path": run.storage_path})
-    beginning = find_beginning(config, run)
+    run = RunFolder(absolute_paths(config).storage_path, config.name)
+    given = config.model_copy(update={"storage_path": run.storage_path})
+    config = absolute_paths(given)
+    beginning = find_beginning(given, run)
     run.check_writable()
     check(config)
     method = build_method(config.method)
@@ -102,12 +103,12 @@ def fit(
     scaling = _scaling(config)
     _check_resources(scaling)
     data = prepare(config, method.rows(), listing)
-    write_config(config.model_copy(update={"resume": beginning.origin or False}), run)
+    write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
-    located = absolute_paths(config)
+    job = TrainingJob(config, given, data, beginning.checkpoint, has_bar=reports is None)
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=TrainingJob(located, config, data, beginning.checkpoint, has_bar=reports is None),
+        train_loop_config=job,
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=config.name,
@@ -118,7 +119,7 @@ def fit(
         ),
         validation_config=ray.train.ValidationConfig(
             draw,
-            ray.train.ValidationTaskConfig(fn_kwargs={"config": located.model_dump(mode="json"), "reports": reports}),
+            ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json"), "reports": reports}),
             _drawing(config),
         ),
     )
@@ -130,11 +131,12 @@ def fit(
     if result.return_value is not None:
         raise RaySdError(f"{result.return_value}; resume=true goes on from the last checkpoint before, in {run.path}")
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.
-    return _export(config, data, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
+    return _export(job, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
 
 
 def check(config: ExperimentConfig) -> None:
     """Raise ConfigError for what a run would stumble on later, as far as it can be told without Ray and without weights."""
+    config = absolute_paths(config)
     check_installed(config.tracker)
     check_package(config.trainer.optimizer)
     # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
@@ -197,13 +199,9 @@ def _drawing(config: ExperimentConfig) -> dict:
 
 
 def _export(
-    config: ExperimentConfig,
-    data: PreparedData,
-    run: RunFolder,
-    reported: dict[str, Any] | None,
-    checkpoint: ray.train.Checkpoint,
+    job: TrainingJob, run: RunFolder, reported: dict[str, Any] | None, checkpoint: ray.train.Checkpoint
 ) -> TrainingResult:
-    method = build_method(config.method)
+    config, method = job.config, build_method(job.config.method)
     metrics = {name: value for name, value in (reported or {}).items() if isinstance(value, (int, float))}
     with checkpoint.as_directory() as state, tempfile.TemporaryDirectory() as scratch:
         model, step = load_trained(config, Path(state))
@@ -211,10 +209,10 @@ def _export(
         method.export(model, folder)
         write_manifest(
             folder,
-            config=config,
+            config=job.given,
             step=step,
             fingerprints={name: fingerprint(config.model, name) for name in method.relies_on()},
-            data_fingerprint=data.fingerprint,
+            data_fingerprint=job.data.fingerprint,
             metrics=metrics,
         )
         adapter = run.upload(folder, ADAPTER)
