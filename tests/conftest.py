@@ -27,7 +27,12 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "embedded/test_clip.py": 15,
         "methods/test_lora_layouts.py": 10,
     },
-    {"tune/test_population.py": 250, "tune/test_survival.py": 260, "tune/test_killed_sweep.py": 220},
+    {
+        "tune/test_population.py": 250,
+        "tune/test_survival.py": 260,
+        "tune/test_killed_sweep.py": 220,
+        "train/test_fit_function.py": 60,
+    },
     {
         "train/test_engine.py": 170,
         "tune/test_sweep.py": 140,

@@ -27,7 +27,7 @@ from ray_sd.train.run import TrainingResult, fit
 MACHINE = {"CPU": 4.0}
 
 
-def fit_without_ray(config: ExperimentConfig) -> TrainingResult:
+def fit_without_ray(config: ExperimentConfig, **settings: Any) -> TrainingResult:
     """`fit` in this process, data included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray_sd.train.run.connect", lambda: None)
@@ -37,7 +37,8 @@ def fit_without_ray(config: ExperimentConfig) -> TrainingResult:
         patch.setattr(ray, "cluster_resources", lambda: MACHINE)
         patch.setattr(ray, "get_gpu_ids", list)
         patch.setattr("ray_sd.train.run.TorchTrainer", OneWorker)
-        return fit(config, prepare=prepare)
+        patch.setattr("ray_sd.train.run.prepare", prepare)
+        return fit(config, **settings)
 
 
 class OneWorker:
@@ -55,6 +56,7 @@ class OneWorker:
         assert scaling_config.num_workers == 1
         self._train = train_loop
         self._job = train_loop_config
+        self._callbacks = run_config.callbacks
         self._folder = Path(run_config.storage_path) / run_config.name
         self._validation = validation_config
         self._metrics: dict[str, Any] | None = None
@@ -86,6 +88,8 @@ class OneWorker:
         kept = self._folder / checkpoint_dir_name
         shutil.copytree(checkpoint.path, kept)
         self._metrics, self._latest = metrics, ray.train.Checkpoint(str(kept))
+        for callback in self._callbacks:
+            callback.after_report(None, [metrics], self._latest)
         if validation:
             self._metrics |= self._draw()
 

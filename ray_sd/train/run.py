@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from ray_sd.adapter import write_manifest
 from ray_sd.cluster import connect, has_gpus, possible_resources, training_environment
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.paths import absolute_paths
-from ray_sd.config.rows import RowSpec
 from ray_sd.data import (
     READER_CPUS,
     PreparedData,
@@ -27,9 +26,9 @@ from ray_sd.data import (
     list_rows,
     prepare,
 )
-from ray_sd.data.sources import Listing
 from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.files import from_anywhere
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
 from ray_sd.train.failures import in_words
@@ -78,34 +77,41 @@ class TrainingResult:
 def fit(
     config: ExperimentConfig,
     *,
-    prepare: Callable[[ExperimentConfig, RowSpec, Listing], PreparedData] = prepare,
-    reports: Queue | None = None,
+    data: PreparedData | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    resume: bool | str | None = None,
+    drawings: Queue | None = None,
 ) -> TrainingResult:
-    """Encode the data, train, and export an adapter.
+    """Encode the data, train, and export an adapter. Depends on no working folder but that in which `config` was loaded.
 
-    prepare: encodes the data, where many runs share them. reports: is told of every checkpoint, by its `step`: the metrics
-    with which training reported it and its path (`checkpoint`), and, where anything is drawn, also what came of drawing;
-    there is no progress bar then.
+    data: what `ray_sd.data.prepare` made of the configuration and its method's rows, which is not read again then.
+    callbacks: of Ray Train, called in its controller's process.
+    resume: in place of the configuration's; a path leads on from the working folder.
+    drawings: is told what came of drawing at each checkpoint, by its `step`. There is no progress bar then.
     Raises ConfigError before Ray starts where the run's name is taken, storage cannot be written, a run would go on as
     another, or the method does not fit the model, and DataError where there is nothing to read; ConfigError before
     anything is encoded where the cluster is too small; and any other RaySdError for what goes wrong later.
     """
+    if resume is not None:
+        resume = from_anywhere(resume, "resume") if isinstance(resume, str) else resume
+        config = config.model_copy(update={"resume": resume})
     run = RunFolder(absolute_paths(config).storage_path, config.name)
     given = config.model_copy(update={"storage_path": run.storage_path})
     config = absolute_paths(given)
     beginning = find_beginning(given, run)
     run.check_writable()
     check(config)
-    method = build_method(config.method)
-    listing = list_rows(config.dataset, method.rows())
+    rows = build_method(config.method).rows()
+    listing = list_rows(config.dataset, rows) if data is None else None
     connect()
     check_quantization(config.trainer, has_gpus())
     scaling = _scaling(config)
     _check_resources(scaling)
-    data = prepare(config, method.rows(), listing)
+    if data is None:
+        data = prepare(config, rows, listing)
     write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
-    job = TrainingJob(config, given, data, beginning.checkpoint, has_bar=reports is None)
+    job = TrainingJob(config, given, data, beginning.checkpoint, has_bar=drawings is None)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
@@ -115,11 +121,11 @@ def fit(
             storage_path=config.storage_path,
             failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
-            callbacks=None if reports is None else [_Reporter(reports)],
+            callbacks=list(callbacks),
         ),
         validation_config=ray.train.ValidationConfig(
             draw,
-            ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json"), "reports": reports}),
+            ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json"), "reports": drawings}),
             _drawing(config),
         ),
     )
@@ -146,18 +152,6 @@ def check(config: ExperimentConfig) -> None:
     check_images(config)
     check_metrics(config)
     check_masks(config.dataset)
-
-
-class _Reporter(ray.train.UserCallback):
-    """Tells of every checkpoint of a run, from Ray Train's controller."""
-
-    def __init__(self, reports: Queue) -> None:
-        self._reports = reports
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
-    ) -> None:
-        self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
 
 
 def _check_resources(scaling: ray.train.ScalingConfig) -> None:

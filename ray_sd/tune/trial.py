@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 import ray
+import ray.train
 from ray import tune
 from ray.actor import ActorHandle
 from ray.util.queue import Queue
@@ -23,6 +24,7 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, prepare
 from ray_sd.data.sources import Listing
 from ray_sd.errors import RaySdError
+from ray_sd.methods import build_method
 from ray_sd.train.resume import CONFIG, stored_config
 from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.samples import draws
@@ -100,7 +102,7 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     reports = Queue(actor_options={"num_cpus": 0})
     began = time.monotonic() - pointer.seconds
     deadline = began + 60 * (job.config.sweep.trial_time_limit or float("inf"))
-    run = _begin(partial(fit, config, prepare=_prepare_by(job.preparer), reports=reports))
+    run = _begin(partial(_fit, config, job.preparer, reports))
     last: dict[str, Any] = {}
     for report in _whole_reports(run, reports, config, deadline):
         last = report | {"run": RunFolder(job.folder, name).path}
@@ -151,11 +153,22 @@ def begun_runs(folder: str, trial: str) -> list[RunFolder]:
     return runs
 
 
-def _prepare_by(preparer: ActorHandle) -> Any:
-    def prepare_there(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = None) -> PreparedData:
-        return ray.get(preparer.prepare.remote(config, rows, listing))
+def _fit(config: ExperimentConfig, preparer: ActorHandle, reports: Queue) -> TrainingResult:
+    """Train on what the trials' preparer encodes. reports: are told of every checkpoint, and of what came of drawing."""
+    data = ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+    return fit(config, data=data, callbacks=[_Reporter(reports)], drawings=reports)
 
-    return prepare_there
+
+class _Reporter(ray.train.UserCallback):
+    """Tells of every checkpoint of a run, by its `step`: the metrics with which training reported it, and its path."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
 
 
 def _whole_reports(
