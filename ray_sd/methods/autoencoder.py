@@ -26,13 +26,7 @@ class Autoencoder(Method):
         return ("vae",)
 
     def prepare(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
-        model.requires_grad_(False)
-        model.train()
-        model.vae.requires_grad_(True)
-        if self.config.decoder_only:
-            for part in ("encoder", "quant_conv"):
-                if (module := getattr(model.vae, part, None)) is not None:
-                    module.requires_grad_(False)
+        self.prepare_export(model, trainer)
         if self.config.teacher is not None:
             skeleton = next(model.vae.parameters()).is_meta
             teacher = load_model(ModelConfig(name="teacher", base=self.config.teacher), {"vae"}, skeleton=skeleton)
@@ -40,6 +34,15 @@ class Autoencoder(Method):
             model.teacher = teacher.requires_grad_(False)
         if trainer.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+
+    def prepare_export(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
+        model.requires_grad_(False)
+        model.train()
+        model.vae.requires_grad_(True)
+        if self.config.decoder_only:
+            for part in ("encoder", "quant_conv"):
+                if (module := getattr(model.vae, part, None)) is not None:
+                    module.requires_grad_(False)
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         trained = [p for p in model.vae.parameters() if p.requires_grad]
@@ -72,6 +75,9 @@ class Autoencoder(Method):
             penalty = errors.mean(dim=(1, 2, 3))
         error = model.decode_images(latents) - pixels
         return (error.abs() + error.square()).mean(dim=(1, 2, 3)) + penalty
+
+    def exported(self) -> tuple[str, ...]:
+        return ("vae",)
 
     def relies_on(self) -> tuple[str, ...]:
         return ("vae",)

@@ -32,6 +32,13 @@ class Method(ABC):
         Random initial weights come from the global generator, which the caller has seeded.
         """
 
+    def prepare_export(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
+        """Give the exported components alone the parameters that `prepare` gives them, for a checkpoint's weights.
+
+        Without what is read in training only.
+        """
+        self.prepare(model, trainer)
+
     @abstractmethod
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         """Optimizer groups `{"name", "params", "lr"}`, maybe with `weight_decay`, of a prepared model's trainable parameters."""
@@ -50,6 +57,10 @@ class Method(ABC):
 
     def after_step(self, model: DiffusionModel) -> None:
         """Called after each optimizer step."""
+
+    @abstractmethod
+    def exported(self) -> tuple[str, ...]:
+        """Components that an export is made of: all that trains, and what it takes to write it."""
 
     @abstractmethod
     def relies_on(self) -> tuple[str, ...]:
@@ -88,6 +99,9 @@ class DenoiserMethod(Method):
 
     def components(self) -> tuple[str, ...]:
         return ("unet", "scheduler", "text_encoder", "tokenizer") if self.reads_tokens else ("unet", "scheduler")
+
+    def exported(self) -> tuple[str, ...]:
+        return ("unet", "text_encoder", "tokenizer") if self.reads_tokens else ("unet",)
 
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         parts = {"unet": [model.unet]}

@@ -56,11 +56,14 @@ class Inflate(ClipMethod):
                 f"'{wanted}'"
             )
         inflate(model.unet, image.unet)
+        self.prepare_export(model, trainer)
+        if trainer.gradient_checkpointing:
+            checkpoint_clips(model)
+
+    def prepare_export(self, model: DiffusionModel, trainer: TrainerConfig) -> None:
         model.requires_grad_(False)
         model.train()
         model.unet.requires_grad_(True)
-        if trainer.gradient_checkpointing:
-            checkpoint_clips(model)
 
 
 @torch.no_grad()

@@ -61,6 +61,9 @@ class ClipMethod(Method):
             dropout=dropout,
         )
 
+    def exported(self) -> tuple[str, ...]:
+        return ("unet",)
+
     def relies_on(self) -> tuple[str, ...]:
         return ("vae", "image_encoder")
 

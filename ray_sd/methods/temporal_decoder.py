@@ -53,6 +53,9 @@ class TemporalDecoder(Method):
             loss = loss + self.config.perceptual_weight * distances.view(rows, frames).mean(dim=1)
         return loss
 
+    def exported(self) -> tuple[str, ...]:
+        return ("vae",)
+
     def relies_on(self) -> tuple[str, ...]:
         return ("vae",)
 

@@ -42,6 +42,9 @@ class TextualInversion(DenoiserMethod):
     def parameter_groups(self, model: DiffusionModel, trainer: TrainerConfig) -> list[dict[str, Any]]:
         return [token_group(model, trainer)]
 
+    def exported(self) -> tuple[str, ...]:
+        return ("text_encoder", "tokenizer")
+
     def relies_on(self) -> tuple[str, ...]:
         return ("text_encoder",)
 

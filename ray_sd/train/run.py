@@ -42,7 +42,7 @@ from ray_sd.train.resume import find_beginning, note_data, write_config
 from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
-from ray_sd.train.validation import load_trained
+from ray_sd.train.validation import load_exported
 from ray_sd.train.worker import draw, train_loop
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _export(
     config, method = job.config, build_method(job.config.method)
     metrics = {name: value for name, value in (reported or {}).items() if isinstance(value, (int, float))}
     with checkpoint.as_directory() as state, tempfile.TemporaryDirectory() as scratch:
-        model, step = load_trained(config, Path(state))
+        model, step = load_exported(config, Path(state))
         folder = Path(scratch)
         method.export(model, folder)
         write_manifest(

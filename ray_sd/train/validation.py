@@ -28,8 +28,17 @@ def validation_loss(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> flo
 def load_trained(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:
     """The whole model with a checkpoint's weights, on the CPU, and the checkpoint's step."""
     torch.manual_seed(config.seed)
-    method = build_method(config.method)
     model = load_model(config.model)
-    method.prepare(model, config.trainer)
+    build_method(config.method).prepare(model, config.trainer)
+    step = load_weights(model, folder)
+    return model.eval(), step
+
+
+def load_exported(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:
+    """The same of as much of the model as its method exports."""
+    torch.manual_seed(config.seed)
+    method = build_method(config.method)
+    model = load_model(config.model, method.exported())
+    method.prepare_export(model, config.trainer)
     step = load_weights(model, folder)
     return model.eval(), step
