@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:
         "adapter_scale": config.adapter_scale,
         "ray_sd": __version__,
     }
-    return asdict(request) | made_with
+    return request.settings() | made_with
 
 
 def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
@@ -194,7 +194,7 @@ def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterat
             check_adapter(config, adapter)
         located = located.model_copy(update={"adapter": from_anywhere(config.adapter, "adapter")})
     connect()
-    rows = [{"position": position, "request": asdict(request)} for position, request in enumerate(requests)]
+    rows = [{"position": position, "request": request.settings()} for position, request in enumerate(requests)]
     blocks = min(len(rows), max(config.num_workers * BLOCKS_PER_WORKER, -(-len(rows) // 1024)))
     pictures = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Painter,

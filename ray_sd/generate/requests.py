@@ -1,7 +1,7 @@
 """What can be asked for: pictures, pictures over others, enlargements, clips."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -31,6 +31,10 @@ class TextRequest:
     """Sampler; None takes the model's."""
     adapters: Mix = ()
     """Of those in the bank, which ones it is drawn with."""
+
+    def settings(self) -> dict[str, Any]:
+        """What is told of it, without adapters where it has none."""
+        return {name: value for name, value in asdict(self).items() if name != "adapters" or value}
 
     @property
     def guided(self) -> bool:

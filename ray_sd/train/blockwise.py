@@ -8,16 +8,6 @@ BLOCK = 256
 AT_ONCE = BLOCK << 14
 
 
-def dequantize(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """fp32 values of uint8 `codes`, of whose flattened blocks each has a scale in `absmax`; `levels` [256] ascend."""
-    values = torch.empty(codes.numel())
-    for start in range(0, codes.numel(), AT_ONCE):
-        part = codes.flatten()[start : start + AT_ONCE]
-        scales = absmax[start // BLOCK :].repeat_interleave(BLOCK)[: part.numel()]
-        values[start : start + part.numel()] = levels[part.int()] * scales
-    return values.view(codes.shape)
-
-
 def quantize(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest codes, and the scale of each block.
 

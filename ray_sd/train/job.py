@@ -17,5 +17,7 @@ class TrainingJob:
     data: PreparedData
     initial_checkpoint: str | None
     """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
+    estimated_bytes: float | None = None
+    """About what a worker's tensors take, as it was told before."""
     has_bar: bool = True
     """Whether it has a progress bar; a trial is shown by its sweep."""

@@ -63,9 +63,9 @@ def train(job: TrainingJob) -> str | None:
     start = _restore(engine, job)
 
     run = RunFolder(config.storage_path, config.name)
-    monitor = Monitor(engine, job.given, run, start=start, rank=rank, has_bar=job.has_bar)
+    monitor = Monitor(engine, job, run, start=start, rank=rank)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
-    batches = training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps)
+    batches = monitor.waited_for(training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps))
 
     lost = None
     for step in range(start + 1, trainer.max_steps + 1):

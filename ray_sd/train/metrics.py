@@ -121,7 +121,7 @@ def _kept(run: RunFolder, number: int, request: ImageRequest) -> Image.Image | N
         return None
     try:
         # A resumed run may draw other prompts, or in other ways.
-        if read_parameters(io.BytesIO(content)) != asdict(request):
+        if read_parameters(io.BytesIO(content)) != request.settings():
             return None
         with Image.open(io.BytesIO(content)) as picture:
             return picture.convert("RGB")

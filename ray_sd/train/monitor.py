@@ -2,8 +2,11 @@
 
 import json
 import logging
+import resource
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,18 +17,26 @@ from torch import Tensor
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.metrics import PREFIX
 from ray_sd.train.engine import Engine
+from ray_sd.train.job import TrainingJob
+from ray_sd.train.memory import GIB
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import open_trackers, recorded_steps
 
+Batch = dict[str, Tensor]
+
 logger = logging.getLogger(__name__)
 
+WAITING = "data_wait_fraction"
+"""Share of the time in which training waited for data."""
+MEMORY = "peak_memory_gib"
+"""The most that tensors of rank 0 took of its GPU so far, or that its process took on a CPU."""
 PICTURES = "samples"
 LOGS = "logs"
 
 
 def metric_names(config: ExperimentConfig) -> tuple[str, ...]:
     """What a run reports with its checkpoints."""
-    names = ("loss", "learning_rate", f"{_unit(config)}s_per_second", "gradient_norm")
+    names = ("loss", "learning_rate", f"{_unit(config)}s_per_second", WAITING, MEMORY, "gradient_norm")
     held_out = ("validation_loss",) if config.dataset.holdout else ()
     return (*names, *held_out, *(metric.key for metric in config.trainer.validation.metrics))
 
@@ -36,20 +47,22 @@ class Monitor:
     def __init__(
         self,
         engine: Engine,
-        config: ExperimentConfig,
+        job: TrainingJob,
         run: RunFolder,
         *,
         start: int,
         rank: int,
-        has_bar: bool = True,
     ) -> None:
+        config = job.given
         self._engine = engine
+        self._estimated_bytes = job.estimated_bytes
         self._trainer = config.trainer
         self._unit = _unit(config)
         self._run = run
         self._sum = torch.zeros((), device=engine.device)
         self._count = 0
         self._since = time.perf_counter()
+        self._waited = 0.0
         self._steps = 0
         self._latest: dict[str, float] = {}
         self._shows = rank == 0
@@ -64,8 +77,18 @@ class Monitor:
             self._forget_measurements_after(start)
             # Counts what this start has to do: images done before would make the rate and the time left wrong.
             images = (self._trainer.max_steps - start) * self._trainer.batch_size
-            if has_bar:
+            if job.has_bar:
                 self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit=self._unit)
+
+    def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; how long each is waited for is counted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def record(self, loss: Tensor) -> None:
         """Add one micro-batch's loss."""
@@ -116,6 +139,7 @@ class Monitor:
     def close(self) -> None:
         if self._shows:
             self.after_checkpoint()
+            self._tell_memory()
             if self._bar is not None:
                 self._bar.close()
             for tracker in self._trackers:
@@ -131,14 +155,24 @@ class Monitor:
             "loss": float(mean[0] / mean[1]),
             "learning_rate": self._engine.learning_rate,
             f"{self._unit}s_per_second": self._steps * self._trainer.batch_size / (now - self._since),
+            WAITING: self._waited / (now - self._since),
+            MEMORY: _peak_bytes(self._engine.device) / GIB,
         }
         norm = self._engine.gradient_norm()
         if norm is not None:
             metrics["gradient_norm"] = norm
         self._sum.zero_()
         self._count = self._steps = 0
-        self._since = now
+        self._since, self._waited = now, 0.0
         self.log(metrics, step)
+
+    def _tell_memory(self) -> None:
+        """How much it was, beside what was foreseen."""
+        peak, estimated = _peak_bytes(self._engine.device) / GIB, (self._estimated_bytes or 0) / GIB
+        if self._engine.device.type == "cuda":
+            logger.info("memory: tensors took %.2f GiB of the GPU at most; about %.2f were foreseen", peak, estimated)
+        else:
+            logger.info("memory: a worker took %.2f GiB at most; about %.2f were foreseen for tensors", peak, estimated)
 
     def _pictures(self) -> list[Path]:
         # Trackers take local files; pictures behind a URI stay where they are.
@@ -154,6 +188,13 @@ class Monitor:
         for step, name in self._measurements().items():
             if step > start:
                 self._run.delete(name)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _unit(config: ExperimentConfig) -> str:

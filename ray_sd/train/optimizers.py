@@ -19,7 +19,7 @@ from ray_sd.config.optimizer import (
     ProdigyOptimizer,
 )
 from ray_sd.errors import ConfigError
-from ray_sd.train.blockwise import dequantize, quantize
+from ray_sd.train.blockwise import BLOCK, quantize
 
 State = dict[str, Any]
 """What an optimizer keeps of one tensor."""
@@ -114,11 +114,18 @@ class AdamW8bit(UpdateRule):
         optimizer.param_groups = groups
 
     def unpack(self, state: State) -> None:
+        from bitsandbytes import functional
+
         for number, key in enumerate(self.keys(()), start=1):
             values = state[f"state{number}"]
             if values.dtype == torch.uint8:  # tensors of less than 4096 numbers stay fp32
                 # On the CPU, since four times the codes may be more than a GPU has left.
-                values = dequantize(values.cpu(), state[f"absmax{number}"].cpu(), state[f"qmap{number}"].cpu())
+                values = functional.dequantize_blockwise(
+                    values.cpu(),
+                    absmax=state[f"absmax{number}"].cpu(),
+                    code=state[f"qmap{number}"].cpu(),
+                    blocksize=BLOCK,
+                )
             state[key] = values
 
     def pack(self, state: State) -> None:

@@ -24,8 +24,8 @@ WORTH_TELLING = 0.02
 """Share that a setting must save to be recommended."""
 
 
-def check_memory(config: ExperimentConfig) -> None:
-    """Show what the run needs of each GPU.
+def check_memory(config: ExperimentConfig) -> float:
+    """Show what the run needs of each GPU. Returns about how many bytes a worker's tensors take.
 
     Raises ConfigError where there is certainly less, where the method does not fit the model, and where this machine cannot
     compile it.
@@ -41,16 +41,17 @@ def check_memory(config: ExperimentConfig) -> None:
     total = sum(parts.values())
     if not on_gpu:
         logger.info("memory: a worker needs about %s for tensors", _gib(total))
-        return
+        return total
     Console(stderr=True).print(_table(parts, available))
     if available is None:
         logger.info("memory: no GPU here to compare with; trainer.gpu_memory=24 compares with 24 GiB")
-        return
+        return total
     words = f"the run needs about {_gib(total)} of each GPU, which has {_gib(available)}"
     if total * (1 - UNCERTAINTY) > available:
         raise ConfigError(f"trainer: {words}; {_remedies(estimates, config, available)}")
     if total > available * (1 - UNCERTAINTY / 2):
         logger.warning("memory: %s; should it not fit: %s", words, _remedies(estimates, config, available))
+    return total
 
 
 def gpu_memory(trainer: TrainerConfig) -> float | None:

@@ -100,7 +100,7 @@ def fit(
     config = absolute_paths(given)
     beginning = find_beginning(given, run)
     run.check_writable()
-    check(config)
+    estimated_bytes = check(config)
     rows = build_method(config.method).rows()
     listing = list_rows(config.dataset, rows) if data is None else None
     connect()
@@ -111,7 +111,7 @@ def fit(
         data = prepare(config, rows, listing)
     write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
-    job = TrainingJob(config, given, data, beginning.checkpoint, has_bar=drawings is None)
+    job = TrainingJob(config, given, data, beginning.checkpoint, estimated_bytes, has_bar=drawings is None)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
@@ -140,18 +140,22 @@ def fit(
     return _export(job, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
 
 
-def check(config: ExperimentConfig) -> None:
-    """Raise ConfigError for what a run would stumble on later, as far as it can be told without Ray and without weights."""
+def check(config: ExperimentConfig) -> float:
+    """Raise ConfigError for what a run would stumble on later, as far as it can be told without Ray and without weights.
+
+    Returns about how many bytes a worker's tensors take.
+    """
     config = absolute_paths(config)
     check_installed(config.tracker)
     check_package(config.trainer.optimizer)
     # Builds the model without weights, so that what cannot be trained is found, too, before any work is done.
-    check_memory(config)
+    estimated_bytes = check_memory(config)
     check_class_folder(build_method(config.method).rows())
     check_crop(config.dataset)
     check_images(config)
     check_metrics(config)
     check_masks(config.dataset)
+    return estimated_bytes
 
 
 def _check_resources(scaling: ray.train.ScalingConfig) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def _keep(drawn: _Drawn, step: int, experiment: ExperimentConfig, run: RunFolder
     with tempfile.TemporaryDirectory() as scratch:
         single = Path(scratch) / _name(step)
         for number, (request, picture) in enumerate(zip(drawn.requests, drawn.pictures, strict=True)):
-            save_png(picture, single / picture_name(number), asdict(request) | {"step": step, "run": experiment.name})
+            save_png(
+                picture, single / picture_name(number), request.settings() | {"step": step, "run": experiment.name}
+            )
         if drawn.pictures:
             run.upload(single, f"{PICTURES}/{single.name}")
         sheet, clip = Path(scratch) / f"{_name(step)}.png", Path(scratch) / f"{_name(step)}.mp4"

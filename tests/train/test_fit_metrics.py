@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from ray_sd.adapter import read_manifest
@@ -18,6 +20,7 @@ from ray_sd.generate.metrics import PictureMetrics
 from ray_sd.media.pictures import read_parameters
 from ray_sd.models import load_model
 from ray_sd.train import metrics as of_runs
+from ray_sd.train.job import TrainingJob
 from ray_sd.train.metrics import check_metrics, measure_pictures, read_references
 from ray_sd.train.monitor import Monitor
 from ray_sd.train.run import fit
@@ -209,10 +212,44 @@ def test_a_run_that_is_shown_elsewhere_has_no_bar(
 
     monkeypatch.setattr("ray_sd.train.monitor.tqdm_ray.tqdm", Bar)
     for has_bar in (False, True):
-        monitor = Monitor(SimpleNamespace(device="cpu"), config, run, start=0, rank=0, has_bar=has_bar)
+        job = TrainingJob(config, config, None, None, has_bar=has_bar)
+        monitor = Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=0, rank=0)
         monitor.after_step(1)
         monitor.close()
         assert drawn == ["watched"] * has_bar
+
+
+def test_waiting_for_data_and_the_most_memory_are_told(
+    configure: Callable[..., ExperimentConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    config = configure("name=watched", "trainer.log_every=2", f"storage_path={tmp_path}/runs")
+    now = 0.0
+    monkeypatch.setattr("ray_sd.train.monitor.time.perf_counter", lambda: now)
+    monkeypatch.setattr("ray_sd.train.monitor.dist.all_reduce", lambda tensor: None)
+    engine = SimpleNamespace(device=torch.device("cpu"), learning_rate=0.1, gradient_norm=lambda: None)
+    job = TrainingJob(config, config, None, None, estimated_bytes=3 * 2**30)
+    monitor = Monitor(engine, job, RunFolder(config.storage_path, config.name), start=0, rank=0)
+
+    def batches() -> Iterator[dict]:
+        nonlocal now
+        for seconds in (3.0, 3.0, 0.0, 0.0):
+            now += seconds
+            yield {}
+
+    with caplog.at_level("INFO", "ray_sd.train.monitor"):
+        waits = []
+        for step, _ in enumerate(monitor.waited_for(batches()), start=1):
+            now += 1
+            monitor.record(torch.ones(()))
+            monitor.after_step(step)
+            waits.append(monitor.latest.get("data_wait_fraction"))
+        monitor.close()
+    assert waits == [None, 0.75, 0.75, 0.0]
+    assert 0.1 < monitor.latest["peak_memory_gib"] < 100
+    assert re.search(r"a worker took [\d.]+ GiB at most; about 3.00 were foreseen for tensors", caplog.text)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -227,7 +264,8 @@ def test_measurements_reach_trackers_with_the_step_of_their_pictures(
         run.write(f"samples/step-{step:08d}.json", json.dumps({"step": step, "val/x": step / 10}).encode())
 
     def monitor(start: int) -> Monitor:
-        return Monitor(SimpleNamespace(device="cpu"), config, run, start=start, rank=0)
+        job = TrainingJob(config, config, None, None)
+        return Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=start, rank=0)
 
     def recorded() -> list[dict]:
         return [json.loads(line) for line in (run.read("logs/metrics.jsonl") or b"").splitlines()]
