@@ -171,7 +171,7 @@ def test_the_untrained_base_draws_once_a_run(
 
     assert measure() == pytest.approx(0, abs=1e-6)
     assert sorted(file.name for file in kept.iterdir()) == ["01.png", "02.png"]
-    assert read_parameters(kept / "02.png") == asdict(requests[2])
+    assert read_parameters(kept / "02.png") == requests[2].settings()
     assert measure() == pytest.approx(0, abs=1e-6)
     assert drawn == [["a dog", "a cat"]]
 

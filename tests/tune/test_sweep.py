@@ -1,6 +1,7 @@
 """Whole sweeps: of the tiny model, and of a formula in the place of training."""
 
 import json
+import os
 from pathlib import Path
 from statistics import fmean
 
@@ -56,7 +57,9 @@ def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(
 ):
     use_formula(monkeypatch)
     settings = ("sweep.space.trainer.learning_rate={grid: [1e30]}", "sweep.max_failures=0")
+    before = dict(os.environ)
     result = sweep(configure(*settings))
+    assert dict(os.environ) == before
     folder = tmp_path / "sweeps" / "learning_rate"
     record = json.loads((folder / "sweep.json").read_text())
     assert record["finished"]
