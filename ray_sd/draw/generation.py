@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from ray_sd.config.text_to_video import StageModel
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.generate import ImageRequest, generate
+from ray_sd.generate.loading import load_for_generation
 from ray_sd.generate.sampling import increments
 from ray_sd.media.pictures import png_bytes
 from ray_sd.media.sheets import contact_sheet
-from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
-from ray_sd.models import DiffusionModel, load_model
+from ray_sd.models import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -105,20 +105,6 @@ class Painter:
             png_bytes(image, parameters(self.given, request)) for image, request in zip(images, requests, strict=True)
         ]
         return {"position": batch["position"], "png": pngs, "error": [""] * count}
-
-
-def load_for_generation(
-    config: GenerateConfig | StageModel, components: Collection[str] | None = None, place: str = ""
-) -> DiffusionModel:
-    """The model, or the named components, with its adapter: in half precision on a GPU if this process has one, in fp32 on
-    the CPU otherwise. `place` goes before settings' names in errors, such as `decode.`."""
-    model = load_model(config.model, components)
-    if config.adapter is not None:
-        with local_copy(config.adapter, f"{place}adapter") as adapter:
-            switch = f"{place}allow_other_base"
-            load_adapter(model, adapter, config.adapter_scale, config.allow_other_base, switch)
-    model.requires_grad_(False)
-    return model.to_half().to("cuda") if torch.cuda.is_available() else model
 
 
 def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from ray_sd.cluster import possible_resources
 from ray_sd.config import TextToVideoConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.text_to_video import StageModel
-from ray_sd.draw.generation import load_for_generation
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.files import from_anywhere
 from ray_sd.generate.decoding import decode_each
+from ray_sd.generate.loading import load_for_generation
 from ray_sd.generate.text_to_video import (
     Decoding,
     Plan,

@@ -37,7 +37,6 @@ from ray_sd.train.metrics import check_metrics
 from ray_sd.train.optimizers import check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
-from ray_sd.train.resume import differences as differences
 from ray_sd.train.resume import find_beginning, note_data, write_config
 from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder

@@ -19,9 +19,11 @@ from ray_sd.config.paths import absolute_paths
 from ray_sd.config.sweep import PbtScheduler, hide_password
 from ray_sd.config.words import no_such
 from ray_sd.data import READER_CPUS
+from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.train.monitor import metric_names
-from ray_sd.train.run import ADAPTER, check, differences, usage
+from ray_sd.train.resume import differences
+from ray_sd.train.run import ADAPTER, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.progress import show, watching

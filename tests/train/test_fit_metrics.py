@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
