@@ -1,6 +1,7 @@
 """Prompts whose words have weights, in compel's syntax: `a (red)1.5 cat`, `a red++ cat`, `a (small)0.5 cat`."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def _has_weights(prompt: str) -> bool:
     return any(fragment.weight != 1 for fragment in _fragments(prompt))
 
 
-def _fragments(prompt: str) -> list[Any]:
+@lru_cache(maxsize=1024)  # compel's parser takes tens of milliseconds, far more than the encoder of a small model
+def _fragments(prompt: str) -> tuple[Any, ...]:
     """Parts of a prompt, each with `text` and `weight`."""
     try:
         parts = _compel().Compel.parse_prompt_string(prompt).prompts
@@ -83,7 +85,7 @@ def _fragments(prompt: str) -> list[Any]:
         raise RequestError(
             f"the weights of the prompt '{prompt}' cannot be read: {str(error).splitlines()[0]}"
         ) from error
-    fragments = list(parts[0].children) if len(parts) == 1 and type(parts[0]).__name__ == "FlattenedPrompt" else []
+    fragments = tuple(parts[0].children) if len(parts) == 1 and type(parts[0]).__name__ == "FlattenedPrompt" else ()
     if not fragments or any(type(fragment).__name__ != "Fragment" for fragment in fragments):
         raise RequestError(
             f"the prompt '{prompt}' asks for more than weights; understood are (red)1.5, red++, (red)0.5 and red--, "

@@ -1,11 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import difference, tiny_config, tiny_xl_config
+from tiny_models import difference, export_adapter, tiny_config, tiny_xl_config
 
 from ray_sd.errors import RequestError
 from ray_sd.generate import ImageRequest, generate
+from ray_sd.generate.adapters import Adapters
+from ray_sd.generate.text import encode_prompts
+from ray_sd.methods import load_adapter
+from ray_sd.methods.contents import read_contents
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.prompt_weights import encode_weighted_text
 from ray_sd.models.tokens import splice
@@ -96,3 +101,18 @@ def test_pictures_follow_weights_only_where_asked(tiny: Path):
     assert difference(plain, unweighted) <= 1
     assert difference(plain, weighted) > 1
     assert difference(words, weighted) > 1
+
+
+def test_weights_are_read_by_the_adapters_of_each_request(tiny: Path, tmp_path: Path):
+    export_adapter(tiny, tmp_path / "reads", {"name": "lora", "rank": 2, "text_encoder": True})
+    model, attached = load_model(tiny_config(tiny)), load_model(tiny_config(tiny))
+    plain = ImageRequest("a (red)0.5 cat", prompt_weighting=True)
+    expected = [encode_prompts(attached, [plain])[0]["text_embeds"]]
+    load_adapter(attached, tmp_path / "reads")
+    expected.append(encode_prompts(attached, [plain])[0]["text_embeds"])
+    adapters = Adapters(model)
+    adapters.add("reads", read_contents(tmp_path / "reads", model))
+    requests = [plain, replace(plain, adapters=(("reads", 1.0),))]
+    for found, wanted in zip(encode_prompts(model, requests, adapters), expected, strict=True):
+        torch.testing.assert_close(found["text_embeds"], wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*expected, rtol=1e-2, atol=1e-2)
