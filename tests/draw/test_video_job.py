@@ -1,5 +1,6 @@
 """Whole videos, from a prompt to files, by actors of Ray or by what stands in for them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from in_process import Actors
 from PIL import Image
 from tiny_models import difference
 from torch import nn
+from tqdm import tqdm
 from waiting import wait_for
 
 from ray_sd.adapter import Base, describe_folder
@@ -91,22 +93,21 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[stages.Line]:
 
 
 @pytest.fixture
-def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tqdm]:
     """The progress bars of all commands, kept to be asked what they have shown."""
-    kept: list[Any] = []
+    kept: list[tqdm] = []
 
-    class Kept(text_to_video._Bars):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            kept.append(self)
+    def keep(**settings: Any) -> tqdm:
+        kept.append(tqdm(**settings | {"disable": False, "file": io.StringIO()}))
+        return kept[-1]
 
-    monkeypatch.setattr(text_to_video, "_Bars", Kept)
+    monkeypatch.setattr(text_to_video, "tqdm", keep)
     return kept
 
 
-def shown(bars: Any) -> dict[str, tuple[float, float | None]]:
+def shown(bars: list[tqdm]) -> dict[str, tuple[float, float | None]]:
     """What each bar has come to, and what is all of it."""
-    return {task.description: (task.completed, task.total) for task in bars._progress.tasks}
+    return {bar.desc.strip(" :"): (bar.n, bar.total) for bar in bars}
 
 
 def adapter(folder: Path, method: dict, fingerprints: dict[str, str] | None = None, **parts: nn.Module) -> Path:
@@ -141,7 +142,7 @@ def test_two_videos_with_all_their_stages(configure: Callable, lines: list, bars
     work = {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 2 * 2, DECODED: 5, UPSCALED: 5}  # of each video
     assert lines[0].work() == work
     assert lines[0].done() == {stage: 2 * count for stage, count in work.items()}
-    assert shown(bars[0]) == {stage.replace("_", " "): (2 * count, 2 * count) for stage, count in work.items()}
+    assert shown(bars) == {stage.replace("_", " "): (2 * count, 2 * count) for stage, count in work.items()}
     folder = tmp_path / "videos"
     assert [video.path for video in result.videos] == [f"{folder}/00000.mp4", f"{folder}/00001.mp4"]
     sizes = {
@@ -311,7 +312,7 @@ def test_a_stage_that_is_left_out_leaves_the_others(
     settings += ["decode=null"] if "decode" in left_out else []
     [video] = make_videos(configure(*settings, of=tuple(MODELS.keys() - left_out))).videos
     assert lines[0].done() == lines[0].work() == work
-    assert shown(bars[0]) == {stage.replace("_", " "): (count, count) for stage, count in work.items()}
+    assert shown(bars) == {stage.replace("_", " "): (count, count) for stage, count in work.items()}
     frames = {
         stage: [Image.open(path)] if path.endswith(".png") else read_frames(path)
         for stage, path in video.stages.items()
