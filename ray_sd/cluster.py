@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import ray
 import ray._private.state
-from ray.data import DataContext
-from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+if TYPE_CHECKING:
+    from ray.data import DataContext
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
@@ -131,23 +133,23 @@ def _autoscaled_resources() -> dict[str, float] | None:
     return ray._private.state.state.get_max_resources_from_cluster_config()
 
 
-class Pace(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest between its steps.
+def rest_between_steps(context: "DataContext") -> None:
+    """Let Ray Data's scheduling loop rest between its steps. context: a data set's.
 
     The loop waits for blocks, but not while it holds blocks back: then it takes a whole core, and the interpreter lock of
     the process that it runs in.
     """
+    # Here, since this takes a second to import, and most that need a cluster have no use for it.
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    def on_execution_step(self, executor: object) -> None:
-        time.sleep(STEP_SECONDS)
+    class Pace(ExecutionCallback):
+        def on_execution_step(self, executor: object) -> None:
+            time.sleep(STEP_SECONDS)
 
-
-def rest_between_steps(context: DataContext) -> None:
-    """Let the scheduling loop of a data set rest between its steps. context: the data set's."""
     context.custom_execution_callback_classes.append(Pace)
 
 
-def quiet_data(context: DataContext) -> None:
+def quiet_data(context: "DataContext") -> None:
     """Keep Ray Data from progress bars, and from telling what nobody can do anything about. context: of a data set."""
     for name, level in DATA_LOGGERS.items():
         logging.getLogger(name).setLevel(level)

@@ -31,7 +31,6 @@ from ray_sd.cluster import (
     CHECKPOINT_LOGGERS,
     DATA_LOGGERS,
     PRINT_PATCH,
-    Pace,
     has_gpus,
     is_one_machine,
     possible_resources,
@@ -206,8 +205,8 @@ def test_ray_data_does_not_ask_how_much_memory_a_stage_takes(levels: None):
 def test_ray_data_rests_between_its_steps_where_it_is_told_to(
     ray_cluster: None, levels: None, monkeypatch: pytest.MonkeyPatch
 ):
-    rests: list[object] = []
-    monkeypatch.setattr(Pace, "on_execution_step", lambda pace, executor: rests.append(executor))
+    rests: list[float] = []
+    monkeypatch.setattr("ray_sd.cluster.time", SimpleNamespace(sleep=rests.append))
     for told in (False, True):
         dataset = ray.data.from_blocks([pa.table({"number": [1, 2]})])
         quiet_data(dataset.context)

@@ -98,6 +98,15 @@ def test_workers_that_only_read_import_no_model():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_what_joins_a_cluster_imports_none_of_rays_libraries():
+    program = (
+        "import sys; import ray_sd.cluster;"
+        "slow = {'ray.data', 'ray.train', 'ray.tune', 'ray.serve', 'torch'} & set(sys.modules);"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def circle(programs: dict[str, str]) -> list[str]:
     """Modules that import each other in a circle, if any do."""
     names = {path: ".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in programs}

@@ -3,6 +3,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from in_process import prepare
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 from waiting import wait_for
 
-from ray_sd.cluster import Pace
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData, blocks, training_batches, validation_batches
@@ -158,8 +158,8 @@ def test_scheduling_rests_beside_training_in_any_cluster(
     pictures: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(blocks, "is_one_machine", lambda: False)
-    rests: list[None] = []
-    monkeypatch.setattr(Pace, "on_execution_step", lambda *_: rests.append(None))
+    rests: list[float] = []
+    monkeypatch.setattr("ray_sd.cluster.time", SimpleNamespace(sleep=rests.append))
     data, config = prepared(pictures, PIXELS, {"batch_size": 4})
     assert len(list(training_batches(data, config, PIXELS, 0, 0, 2))) == 2
     assert rests
