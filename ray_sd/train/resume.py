@@ -47,7 +47,7 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
         stored = stored_config(run)
         if stored is None:
             raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
-        _check_unchanged(config, stored)
+        check_unchanged(config, stored)
         origin = stored["resume"] if isinstance(stored.get("resume"), str) else None
         return Beginning(origin, _mend(run) or origin)
     if run.used():
@@ -80,7 +80,7 @@ def stored_config(run: RunFolder) -> dict | None:
     return stored
 
 
-def _check_unchanged(config: ExperimentConfig, stored: dict) -> None:
+def check_unchanged(config: ExperimentConfig, stored: dict) -> None:
     """Refuse to go on with a run under settings that would make it another run; tell what else has changed."""
     now = config.model_dump(mode="json")
     changed = [path for path in differences(stored, now) if path != "resume"]
