@@ -74,9 +74,13 @@ class Batch:
         together.state = torch.bmm(together.steps[together.places], inputs.flatten(2)).view_as(together.state)
         together.places += 1
         for place, drawing in enumerate(members):
-            self._step_taken(drawing, together.state[place])
+            drawing.step += 1
+            if drawing.kept is not None:
+                latents, noising = together.state[place, LATENTS], drawing.table.noising[drawing.step]
+                together.state[place, LATENTS] = drawing.kept.restore(latents, noising.to(latents))
         done = [drawing for drawing in members if drawing.done]
         for drawing in done:
+            drawing.latents = self._state(drawing)[LATENTS].clone()
             self.leave(drawing)
         return done
 
@@ -105,7 +109,7 @@ class Batch:
             timesteps=torch.cat([table.timesteps for table in tables]).to(device),
             scales=torch.cat([table.scales for table in tables]).to(device).view(-1, *[1] * len(members[0].shape)),
             steps=torch.cat([_widened(table.steps, width) for table in tables]).to(device),
-            rows=number(rows),
+            rows=number(rows) if len(rows) > len(members) else None,
             without=number([last - drawing.rows for last, drawing in zip(lasts, members, strict=True)]),
             guided=number([last - 1 for last in lasts]),
             guidance=torch.stack([drawing.guidance for drawing in members]).to(device),
@@ -122,6 +126,8 @@ class Batch:
         """What the U-Net says of each drawing, guided."""
         scaled = together.state[:, LATENTS] * together.scales[together.places]
         timesteps = together.timesteps[together.places]
+        if together.rows is None:
+            return self._model.denoise(scaled, timesteps, together.conditions).float()
         said = self._model.denoise(scaled[together.rows], timesteps[together.rows], together.conditions).float()
         without = said[together.without]
         return without + together.guidance * (said[together.guided] - without)
@@ -131,17 +137,8 @@ class Batch:
         noise, dtype = torch.zeros_like(output), self._model.dtype
         for place, drawing in enumerate(members):
             if drawing.table.draws[drawing.step]:
-                noise[place] = draw_noise(drawing.shape, drawing.generator, output.device, dtype)[0]
+                noise[place] = draw_noise(drawing.shape, drawing.generator, output.device, dtype)
         return noise
-
-    @staticmethod
-    def _step_taken(drawing: Drawing, state: Tensor) -> None:
-        drawing.step += 1
-        if drawing.kept is not None:
-            noising = drawing.table.noising[drawing.step].to(state.device)
-            state[LATENTS] = drawing.kept.restore(state[LATENTS], noising)
-        if drawing.done:
-            drawing.latents = state[LATENTS].clone()
 
 
 @dataclass
@@ -154,7 +151,7 @@ class _Together:
     timesteps: Tensor  # [S]
     scales: Tensor  # [S, 1, …]
     steps: Tensor  # [S, 2 + M, 3 + M]
-    rows: Tensor  # [R], the member of each row
+    rows: Tensor | None  # [R], the member of each row; None where each has one
     without: Tensor  # [B], the row without what guides it, or the only one
     guided: Tensor  # [B], the row with it, or the only one
     guidance: Tensor  # [B, …]

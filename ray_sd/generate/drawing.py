@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ray_sd.generate.requests import Mix, Request
@@ -74,5 +73,5 @@ class Drawing:
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Noise [1, …] as diffusers' pipelines draw it: on the CPU, in the model's precision."""
-    return randn_tensor((1, *shape), generator=generator, device=device, dtype=dtype)
+    """Noise as diffusers' pipelines draw it: on the CPU, in the model's precision."""
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)

@@ -28,8 +28,8 @@ def begin_over(
     pixels = VaeImageProcessor().preprocess(request.image, height=height, width=width).to(model.device)
     mean, std = model.encode_images(pixels)
     draw = partial(draw_noise, shape, generator, model.device, model.dtype)
-    clean = ((mean + std * draw()) * model.latent_scale)[0].float()
-    noise = draw()[0].float()
+    clean = ((mean[0] + std[0] * draw()) * model.latent_scale).float()
+    noise = draw().float()
     if request.mask is not None and request.strength == 1:
         noisy = noise * table.init_noise_sigma
     else:

@@ -63,4 +63,4 @@ def start_clip(model: DiffusionModel, request: ClipRequest) -> Drawing:
 
 
 def _first_noise(model: DiffusionModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return draw_noise(shape, generator, model.device, model.dtype)[0].float()
+    return draw_noise(shape, generator, model.device, model.dtype).float()

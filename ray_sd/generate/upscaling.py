@@ -16,6 +16,6 @@ def low_res_conditions(model: DiffusionModel, request: UpscaleRequest, generator
     """The small picture with noise, and how much; [1, …]."""
     device, dtype = model.device, model.dtype
     pixels = VaeImageProcessor(do_resize=False).preprocess(request.image.convert("RGB")).to(device, dtype)
-    noise = draw_noise(tuple(pixels.shape[1:]), generator, model.device, model.dtype)
+    noise = draw_noise(tuple(pixels.shape), generator, model.device, model.dtype)
     level = torch.tensor([request.noise_level], device=device)
     return {"low_res": model.add_low_res_noise(pixels, noise, level), "noise_level": level}
