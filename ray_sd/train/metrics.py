@@ -4,7 +4,6 @@ import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -108,7 +107,7 @@ def _base_pictures(
         with tempfile.TemporaryDirectory() as scratch:
             for number, picture in zip(missing, drawn, strict=True):
                 file = Path(scratch) / picture_name(number)
-                save_png(picture, file, asdict(requests[number]))
+                save_png(picture, file, requests[number].settings())
                 run.upload(file, f"{BASE_PICTURES}/{file.name}")
         found |= dict(zip(missing, drawn, strict=True))
         logger.info("drew %d pictures with the untrained base: %s/%s", len(missing), run.path, BASE_PICTURES)

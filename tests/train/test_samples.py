@@ -40,12 +40,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(requests=requests, decode_chunk_size=decode_chunk_size)
         return [[Image.new("RGB", (64, 64))] * request.num_frames for request in requests]
 
-    def upscale(model: object, requests: list) -> list:
+    def generate(model: object, requests: list) -> list:
         found.update(requests=requests)
         return [Image.new("RGB", (64, 64)) for _ in requests]
 
     monkeypatch.setattr(samples, "generate_clips", generate_clips)
-    monkeypatch.setattr(samples, "upscale", upscale)
+    monkeypatch.setattr(samples, "generate", generate)
     return found
 
 
