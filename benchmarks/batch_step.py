@@ -6,13 +6,16 @@ the median of each counts.
 - `step_over_bare_N`: a step of a batch of N rows of the U-Net over the bare U-Net's time for as many rows; bar 1.05 at 16;
 - `adapters_over_plain_8`: a step of eight rows, each with a LoRA of its own, over one of the same rows without; bar 1.15;
 - `table_over_schedulers_16`: all of a step of sixteen drawings but the U-Net, over what diffusers' schedulers take to scale and
-  to step the same drawings one by one; bar 0.1.
+  to step the same drawings one by one, twenty steps in a turn; bar 0.1;
+- `table_over_schedulers_16_after_unet`: the same where each step follows a pass of the U-Net, which leaves nothing of either in
+  the processor's caches.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -32,6 +35,16 @@ from ray_sd.models.schedulers import SAMPLERS
 AT_MOST = {"step_over_bare_16": 1.05, "adapters_over_plain_8": 1.15, "table_over_schedulers_16": 0.1}
 MOST_STEPS = 50
 """LCM takes no more."""
+STEPS_IN_A_TURN = 20
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of those that are compared."""
+
+    step: Callable[[], Any]
+    begin: Callable[[], None] = lambda: None
+    """Called at first, and again before its drawings end."""
 
 
 def main() -> None:
@@ -48,9 +61,14 @@ def main() -> None:
         times = medians(options.repeats, with_and_without_adapters(model, 8))
         figures["adapters_over_plain_8"] = ratio(times, "adapters", "plain")
         rows.append(table_row("step of 8 rows with 8 LoRAs / without", times, "adapters", "plain"))
-        times = medians(options.repeats, table_and_schedulers(model, 16))
-        figures["table_over_schedulers_16"] = ratio(times, "table", "schedulers")
-        rows.append(table_row("16 drawings, all but the U-Net / diffusers' schedulers", times, "table", "schedulers"))
+        for name, turn, unet in (
+            ("", STEPS_IN_A_TURN, None),
+            ("_after_unet", 1, bare_unet(model, mixed(16, guided=False))),
+        ):
+            times = medians(options.repeats, table_and_schedulers(model, 16), turn, unet)
+            figures[f"table_over_schedulers_16{name}"] = ratio(times, "table", "schedulers")
+            what = f"16 drawings, all but the U-Net / diffusers' schedulers{name.replace('_', ' ')}"
+            rows.append(table_row(what, times, "table", "schedulers"))
     title = f"Embedded model, one thread, median of {options.repeats} (milliseconds)"
     print_table(title, ["what / what it is compared with", "first", "second", "ratio"], rows)
     write_result("batch_step", figures, at_most=AT_MOST, settings={"repeats": options.repeats})
@@ -80,35 +98,35 @@ def of_rows(rows: int) -> list[ImageRequest]:
     return requests + mixed(missing, guided=False)
 
 
-def stepping(
-    model: DiffusionModel, requests: list[ImageRequest], adapters: Adapters | None = None
-) -> Callable[[], Any]:
-    """Takes a step of all requests, which begin anew before they end."""
+def stepping(model: DiffusionModel, requests: list[ImageRequest], adapters: Adapters | None = None) -> Way:
+    """A step of all requests."""
     batch = Batch(model, adapters)
-
-    def step() -> None:
-        batch.advance()
 
     def begin() -> None:
         for drawing in batch.drawings:
             batch.leave(drawing)
         batch.join(start(model, requests, adapters))
 
-    step.begin = begin  # type: ignore[attr-defined]
-    return step
+    return Way(batch.advance, begin)
 
 
-def step_and_bare(model: DiffusionModel, rows: int) -> dict[str, Callable[[], Any]]:
+def step_and_bare(model: DiffusionModel, rows: int) -> dict[str, Way]:
     requests = of_rows(rows)
+    return {"step": stepping(model, requests), "bare": Way(bare_unet(model, requests))}
+
+
+def bare_unet(model: DiffusionModel, requests: list[ImageRequest]) -> Callable[[], Any]:
+    """A pass of the U-Net for the rows that the requests take."""
     drawings = start(model, requests)
     conditions = {
         name: torch.cat([drawing.conditions[name] for drawing in drawings]) for name in drawings[0].conditions
     }
+    rows = sum(drawing.rows for drawing in drawings)
     latents, timesteps = torch.randn(rows, *drawings[0].shape), torch.full((rows,), 500.0)
-    return {"step": stepping(model, requests), "bare": lambda: model.denoise(latents, timesteps, conditions)}
+    return lambda: model.denoise(latents, timesteps, conditions)
 
 
-def with_and_without_adapters(model: DiffusionModel, rows: int) -> dict[str, Callable[[], Any]]:
+def with_and_without_adapters(model: DiffusionModel, rows: int) -> dict[str, Way]:
     plain = mixed(rows, guided=False)
     adapters = Adapters(model)
     for number in range(rows):
@@ -129,21 +147,19 @@ def random_lora(model: DiffusionModel, rank: int, seed: int) -> Contents:
     return Contents(updates={"unet": updates})
 
 
-def table_and_schedulers(model: DiffusionModel, count: int) -> dict[str, Callable[[], Any]]:
+def table_and_schedulers(model: DiffusionModel, count: int) -> dict[str, Way]:
     requests = mixed(count, guided=False)
     said = torch.randn(count, *start(model, requests[:1])[0].shape)
-    stub = _Said(model, said)
     steppers: list[Callable[[], None]] = []
 
     def begin() -> None:
         steppers[:] = [scheduler_step(model, request, said[:1]) for request in requests]
 
-    def schedulers() -> None:
-        for step in steppers:
-            step()
+    def step() -> None:
+        for step_one in steppers:
+            step_one()
 
-    schedulers.begin = begin  # type: ignore[attr-defined]
-    return {"table": stepping(stub, requests), "schedulers": schedulers}  # type: ignore[arg-type]
+    return {"table": stepping(_Said(model, said), requests), "schedulers": Way(step, begin)}  # type: ignore[arg-type]
 
 
 class _Said:
@@ -175,18 +191,23 @@ def scheduler_step(model: DiffusionModel, request: ImageRequest, said: torch.Ten
     return step
 
 
-def medians(repeats: int, ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each way; they take turns."""
+def medians(
+    repeats: int, ways: Mapping[str, Way], turn: int = 1, between: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Seconds of a step of each way. They take turns of `turn` steps; `between` is called before each step, and not timed."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
-        if repeat % (MOST_STEPS - 10) == 0:
+        if repeat * turn % (MOST_STEPS - 10) < turn:
             for way in ways.values():
-                getattr(way, "begin", lambda: None)()
-                way()  # warm
+                way.begin()
+                way.step()  # warm
         for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - began)
+            for _ in range(turn):
+                if between is not None:
+                    between()
+                began = time.perf_counter()
+                way.step()
+                times[name].append(time.perf_counter() - began)
     return {name: statistics.median(found) for name, found in times.items()}
 
 

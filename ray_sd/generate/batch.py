@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ray_sd.errors import RequestError
 from ray_sd.generate.adapters import Adapters
-from ray_sd.generate.drawing import Drawing, draw_noise
+from ray_sd.generate.drawing import Drawing
 from ray_sd.generate.text import stack
 from ray_sd.models import DiffusionModel
 
 CLEAN, LATENTS = 0, 1
 """Places in a drawing's state; after them comes what its sampler remembers."""
+OUTPUT, NOISE = -2, -1
+"""Places behind the state in the inputs of a step: what the U-Net said, and fresh noise."""
 
 
 class Batch:
@@ -69,15 +71,16 @@ class Batch:
         together = self._together
         if self._adapters is not None:
             self._adapters.choose("unet", [drawing.adapters for drawing in members for _ in range(drawing.rows)])
-        output = self._denoise(together)
-        inputs = torch.cat([together.state[:, LATENTS:], output[:, None], self._noise(output, members)[:, None]], dim=1)
-        together.state = torch.bmm(together.steps[together.places], inputs.flatten(2)).view_as(together.state)
+        state, inputs = together.state, together.inputs
+        inputs[:, OUTPUT] = self._denoise(together)
+        inputs[:, NOISE] = self._draw_noise(together)
+        state.copy_(torch.bmm(together.steps[together.places], inputs[:, LATENTS:].flatten(2)).view_as(state))
         together.places += 1
         for place, drawing in enumerate(members):
             drawing.step += 1
             if drawing.kept is not None:
-                latents, noising = together.state[place, LATENTS], drawing.table.noising[drawing.step]
-                together.state[place, LATENTS] = drawing.kept.restore(latents, noising.to(latents))
+                latents, noising = state[place, LATENTS], drawing.table.noising[drawing.step]
+                state[place, LATENTS] = drawing.kept.restore(latents, noising.to(latents))
         done = [drawing for drawing in members if drawing.done]
         for drawing in done:
             drawing.latents = self._state(drawing)[LATENTS].clone()
@@ -104,7 +107,8 @@ class Batch:
         number = lambda values: torch.tensor(values, device=device)  # noqa: E731
         return _Together(
             members=members,
-            state=torch.stack([_padded(self._states[drawing], width) for drawing in members]),
+            inputs=torch.stack([_inputs(self._states[drawing], width) for drawing in members]),
+            noise=torch.zeros(len(members), *members[0].shape, dtype=self._model.dtype),
             places=number([firsts[drawing.table] + drawing.step for drawing in members]),
             timesteps=torch.cat([table.timesteps for table in tables]).to(device),
             scales=torch.cat([table.scales for table in tables]).to(device).view(-1, *[1] * len(members[0].shape)),
@@ -132,13 +136,12 @@ class Batch:
         without = said[together.without]
         return without + together.guidance * (said[together.guided] - without)
 
-    def _noise(self, output: Tensor, members: Sequence[Drawing]) -> Tensor:
-        """Fresh noise [B, …] of those whose samplers take it; zeros of the others."""
-        noise, dtype = torch.zeros_like(output), self._model.dtype
-        for place, drawing in enumerate(members):
+    def _draw_noise(self, together: "_Together") -> Tensor:
+        """[B, …], fresh for those whose samplers take it; what the others have is multiplied by nothing."""
+        for place, drawing in enumerate(together.members):
             if drawing.table.draws[drawing.step]:
-                noise[place] = draw_noise(drawing.shape, drawing.generator, output.device, dtype)
-        return noise
+                together.noise[place].normal_(generator=drawing.generator)
+        return together.noise
 
 
 @dataclass
@@ -146,7 +149,8 @@ class _Together:
     """What steps of the same members need. R rows of the U-Net's batch, B members, S steps of all members' samplers."""
 
     members: tuple[Drawing, ...]
-    state: Tensor  # [B, 2 + M, …]
+    inputs: Tensor  # [B, 4 + M, …], states and what changes them
+    noise: Tensor  # [B, …], as diffusers' pipelines draw it: on the CPU, in the model's precision
     places: Tensor  # [B], of each member's next step among the S
     timesteps: Tensor  # [S]
     scales: Tensor  # [S, 1, …]
@@ -157,15 +161,20 @@ class _Together:
     guidance: Tensor  # [B, …]
     conditions: dict[str, Tensor]  # [R, …]
 
+    @property
+    def state(self) -> Tensor:
+        """[B, 2 + M, …]"""
+        return self.inputs[:, :OUTPUT]
+
 
 def _running_sums(counts: Iterable[int]) -> list[int]:
     return list(accumulate(counts, initial=0))
 
 
-def _padded(state: Tensor, width: int) -> Tensor:
-    """The state [2 + M, …] of a sampler that remembers less than others, or what is left of it [width, …]."""
-    missing = state.new_zeros(max(0, width - len(state)), *state.shape[1:])
-    return torch.cat([state[:width], missing])
+def _inputs(state: Tensor, width: int) -> Tensor:
+    """[width + 2, …] from the state [2 + M, …] of a sampler that may remember less than others, or more before they left."""
+    kept = state[:width]
+    return torch.cat([kept, kept.new_zeros(width + 2 - len(kept), *kept.shape[1:])])
 
 
 def _widened(steps: Tensor, width: int) -> Tensor:
