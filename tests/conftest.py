@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +42,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "data/test_prior.py": 55,
         "embedded/test_embedded_chain.py": 50,
         "train/test_memory.py": 45,
+        "train/test_preflight.py": 5,
         "train/test_fit_upscaler.py": 40,
         "train/test_fit_metrics.py": 35,
         "tune/test_preparer.py": 30,
@@ -58,6 +60,27 @@ LONG = {
     "serve/test_serve_api.py": 40,
 }
 """The longest files without their slow tests, and about how many seconds they take."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _presets_are_composed_once() -> Iterator[None]:
+    """Hydra takes a tenth of a second each time, and tests ask thousands of times for what a few hundred choices come to."""
+    from ray_sd.config import compose
+
+    composed: dict[tuple[Any, ...], Any] = {}
+    anew = compose._compose
+
+    def once(root: str, overrides: dict[str, str], searchpath: list[str]) -> Any:
+        if any("file://" in part.replace(f"file://{compose.PRESETS}", "") for part in searchpath):
+            return anew(root, overrides, searchpath)  # a test's own presets, which it may change
+        key = (root, *overrides.items())
+        if key not in composed:
+            composed[key] = anew(root, overrides, searchpath)
+        return deepcopy(composed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "_compose", once)
+        yield
 
 
 @pytest.fixture(scope="session")

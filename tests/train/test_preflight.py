@@ -1,21 +1,46 @@
 """What is said of memory before Ray starts."""
 
+import json
 import logging
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
 
+from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
-from ray_sd.train.memory import GIB, Estimates
+from ray_sd.train import memory
+from ray_sd.train.memory import GIB, Estimates, Step
 from ray_sd.train.preflight import check_cpu_compiler, check_memory
 from ray_sd.train.run import fit
 
 ON_GPU = ["experiment=smoke", "dataset.resolution=128", "trainer.use_gpu=true", "trainer.batch_size=32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_are_measured_once() -> Iterator[None]:
+    """Whatever differs in the trainer alone; half a second each."""
+    measured: dict[str, Step] = {}
+    anew = memory.measure_step
+
+    def once(config: ExperimentConfig, on_gpu: bool) -> Step:
+        trainer = config.trainer
+        same = config.model_dump(mode="json", include={"model", "method", "dataset"})
+        key = json.dumps(
+            [same, trainer.precision, trainer.rows_per_micro_batch, trainer.gradient_checkpointing, on_gpu]
+        )
+        if key not in measured:
+            measured[key] = anew(config, on_gpu)
+        return measured[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "measure_step", once)
+        yield
 
 
 @cache
@@ -90,6 +115,7 @@ def test_a_compiler_is_looked_for_where_workers_are(monkeypatch, variables: dict
     check_memory(load_config(["experiment=smoke", "trainer.use_gpu=false", "trainer.compile=true"]))
 
 
+@pytest.mark.slow
 def test_torch_looks_for_the_compiler_that_is_checked(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     program = "from torch._inductor import config; print(*config.cpp.cxx)"
