@@ -49,6 +49,12 @@ def connect() -> None:
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 
 
+def names_cluster() -> bool:
+    """Whether the caller's `RAY_ADDRESS` names a cluster, whatever runs under way have set."""
+    with _lock:
+        return (_before if _users[ADDRESS] else os.environ).get(ADDRESS) is not None
+
+
 @contextmanager
 def training_environment() -> Iterator[None]:
     """While it lasts, Ray Train starts processes with the environment that its runs need; the caller's is then as it was."""

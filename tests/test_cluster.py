@@ -33,6 +33,7 @@ from ray_sd.cluster import (
     PRINT_PATCH,
     has_gpus,
     is_one_machine,
+    names_cluster,
     possible_resources,
     quiet_checkpoints,
     quiet_data,
@@ -78,6 +79,8 @@ def test_what_ray_train_starts_is_told_what_it_needs_and_nobody_else(
             ENABLE_PRINT_PATCH_ENV_VAR: "0",
             "RAY_ADDRESS": "192.0.2.1:6379",
         }
+        assert names_cluster() == (address is not None)
+    assert names_cluster() == (address is not None)
     assert dict(os.environ) == before
 
 

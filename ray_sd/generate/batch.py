@@ -74,7 +74,10 @@ class Batch:
         state, inputs = together.state, together.inputs
         inputs[:, OUTPUT] = self._denoise(together)
         inputs[:, NOISE] = self._draw_noise(together)
-        state.copy_(torch.bmm(together.steps[together.places], inputs[:, LATENTS:].flatten(2)).view_as(state))
+        with torch.autocast(
+            state.device.type, enabled=False
+        ):  # half of the digits of a sampler's numbers are not enough
+            state.copy_(torch.bmm(together.steps[together.places], inputs[:, LATENTS:].flatten(2)).view_as(state))
         together.places += 1
         for place, drawing in enumerate(members):
             drawing.step += 1

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from ray_sd.cluster import names_cluster
 from ray_sd.config import ExperimentConfig, TrainerConfig
 from ray_sd.config.optimizer import AdamWOptimizer
 from ray_sd.errors import ConfigError
@@ -33,8 +34,8 @@ def check_memory(config: ExperimentConfig) -> float:
     trainer = config.trainer
     available = gpu_memory(trainer)
     # A cluster's head may have no GPU; its workers are not known before Ray is.
-    on_gpu = available is not None or "RAY_ADDRESS" in os.environ if trainer.use_gpu is None else trainer.use_gpu
-    if trainer.compile and not on_gpu and "RAY_ADDRESS" not in os.environ:
+    on_gpu = available is not None or names_cluster() if trainer.use_gpu is None else trainer.use_gpu
+    if trainer.compile and not on_gpu and not names_cluster():
         check_cpu_compiler()
     estimates = Estimates(on_gpu)
     parts = estimates.parts(config)

@@ -152,6 +152,28 @@ def test_previews_are_without_the_noise_and_come_nearer(model: DiffusionModel):
     assert seen[0].std() < 3 * drawing.latents.std()  # Euler's latents begin at 14 times that
 
 
+def test_a_preview_is_the_drawings_own_beside_others(model: DiffusionModel):
+    requests = [ImageRequest("a cat", seed=seed, num_inference_steps=5, scheduler="unipc") for seed in range(2)]
+    together, drawings = Batch(model), start(model, requests)
+    together.join(drawings)
+    together.advance()
+    together.advance(drawings[1:])  # the first waits
+    for drawing, request, steps in zip(drawings, requests, (1, 2), strict=True):
+        [own] = start(model, [request])
+        batch = Batch(model)
+        batch.join([own])
+        for _ in range(steps):
+            batch.advance()
+        assert_same(together.preview([drawing])[0], batch.preview([own])[0])
+
+
+def test_autocast_is_for_the_unet_alone(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "denoise", lambda latents, *_: torch.ones_like(latents))
+    expected = alone(model, ImageRequest("a cat", num_inference_steps=6, scheduler="unipc"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(alone(model, ImageRequest("a cat", num_inference_steps=6, scheduler="unipc")), expected)
+
+
 def test_what_members_need_is_gathered_when_they_change(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch):
     gathered = []
     gather = Batch._gather

@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,27 @@ def load(*settings: str) -> ExperimentConfig:
             *settings,
         ]
     )
+
+
+@pytest.mark.slow
+def test_two_in_threads_do_not_disturb_each_other(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, tmp_path / "pictures")
+    configs = [load(f"name=run{seed}", f"seed={seed}", "trainer.max_steps=2") for seed in (1, 2)]
+    before = dict(os.environ)
+    prepared = data.prepare(configs[0], build_method(configs[0].method).rows())
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = list(pool.map(partial(fit, data=prepared), configs))
+    assert dict(os.environ) == before
+    for result, config in zip(results, configs, strict=True):
+        alone = fit_without_ray(config.model_copy(update={"name": f"{config.name}-alone"}))
+        losses = [[line["loss"] for line in lines_of(Path(one.run)) if "loss" in line] for one in (result, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert Path(result.adapter) == tmp_path / "runs" / config.name / "adapter"
+    assert results[0].metrics["loss"] != pytest.approx(results[1].metrics["loss"], rel=1e-3)
 
 
 def test_it_runs_twice_from_another_folder_with_prepared_data_and_a_callback(
