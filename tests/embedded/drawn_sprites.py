@@ -2,6 +2,7 @@
 
 import io
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -41,6 +42,8 @@ def centre(frame: np.ndarray) -> tuple[float, float]:
     return (weight * columns).sum() / weight.sum() / len(frame), (weight * rows).sum() / weight.sum() / len(frame)
 
 
-def decode(video: bytes | Path) -> np.ndarray:
+def decode(video: bytes | Path, frames: int | None = None) -> np.ndarray:
+    """The first frames of a video, or all."""
     with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        decoded = islice(container.decode(video=0), frames)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])

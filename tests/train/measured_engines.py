@@ -68,6 +68,8 @@ KINDS |= {f"{kind}_xl": [*KINDS[kind], "model=tiny_random_xl"] for kind in XL}
 METHODS = [kind for kind in KINDS if kind != "full"]
 LEARN_TOKENS = [kind for kind in METHODS if kind.startswith(("textual_inversion", "pivotal"))]
 WITH_CLASS = [kind for kind in METHODS if kind.startswith(("dreambooth", "pivotal"))]
+ALIKE = ("loha", "oft", "temporal_lora", "interpolation", "lora_xl", "textual_inversion_xl", "dreambooth_xl")
+"""Methods that give an engine the same kinds of groups and modules as others do."""
 PRODIGY = {"d0": 1e-4, "d_coef": 50.0}
 """Moves the estimate within a few steps."""
 SAVED_AT = {"adamw_8bit": 2, "adafactor": 0, "lion": 2, "prodigy": 0}
@@ -94,9 +96,10 @@ class Runs(NamedTuple):
 
 # An engine knows no method, only the groups and the modules that it is given.
 STAGES_OF_METHODS = Runs(
-    often=[(kind, 1) for kind in METHODS]
+    often=[(kind, 1) for kind in METHODS if kind not in ALIKE]
     + [(kind, stage) for kind in ("lora", "textual_inversion") for stage in (0, 2, 3)],
-    rarely=[(kind, stage) for kind in METHODS for stage in (0, 2, 3) if kind not in ("lora", "textual_inversion")],
+    rarely=[(kind, 1) for kind in ALIKE]
+    + [(kind, stage) for kind in METHODS for stage in (0, 2, 3) if kind not in ("lora", "textual_inversion")],
 )
 # Stages 1 and 2 keep one flat tensor a group, stage 3 others, and stage 0 the parameters.
 STAGES_OF_OPTIMIZERS = Runs(

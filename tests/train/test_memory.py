@@ -52,7 +52,7 @@ def parts(config: ExperimentConfig) -> Parts:
     return estimates(config).parts(config)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("false", marks=pytest.mark.slow), "true"])
 @pytest.mark.parametrize(
     "settings",
     [
