@@ -37,8 +37,10 @@ class BatchingConfig(Schema):
     """Steps that a picture lets others take before it goes first."""
     result_cache: int = Field(64, ge=0)
     """MiB of pictures that are kept in case the same is asked for again."""
-    prompt_cache: int = Field(256, ge=2)
-    """Encoded prompts that are kept."""
+    prompt_cache: int = Field(128, ge=0)
+    """MiB of encoded prompts that are kept."""
+    decoded_at_once: int = Field(4, ge=1)
+    """Pictures of the model's own size that are decoded together; fewer larger ones."""
 
 
 class ServedModel(Schema):

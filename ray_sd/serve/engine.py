@@ -8,12 +8,13 @@ their way. So a picture under way waits for none of a new one's preparations.
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from torch import Tensor
 
@@ -50,6 +51,8 @@ class EngineFigures:
     """Calls of the U-Net."""
     rows: int = 0
     """Rows that they had, together."""
+    decodes: int = 0
+    """Calls of the autoencoder."""
     pictures: int = 0
     cancelled: int = 0
     failed: int = 0
@@ -58,6 +61,16 @@ class EngineFigures:
     prompts_found: int = 0
     prompts_encoded: int = 0
     stepping_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Undecoded:
+    """A picture that is done, or one on its way that is to be seen."""
+
+    picture: Picture
+    latents: Tensor
+    look: int | None
+    """Which look at it; None where it is done."""
 
 
 class Engine:
@@ -74,18 +87,18 @@ class Engine:
         """Orders that are not begun, and the one that is being prepared."""
         self._pictures: list[Picture] = []
         """Ready for a step, or at one."""
-        self._to_decode: deque[tuple[Picture, Tensor, int | None]] = deque()
-        """Pictures, their latents, and which look at them it is, or None where they are done; the first is at it."""
+        self._to_decode: list[Undecoded] = []
+        """Waiting to be decoded, or at it."""
         self._batches: dict[tuple[int, ...], Batch] = {}
         """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
-        self._results: OrderedDict[Hashable, Image.Image] = OrderedDict()
-        self._prompts: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
+        self._results: LRUCache[Hashable, Image.Image] = LRUCache(self.batching.result_cache * 2**20, _image_bytes)
+        self._prompts: LRUCache[Hashable, dict[str, Tensor]] = LRUCache(self.batching.prompt_cache * 2**20, _text_bytes)
         self._count = 0
         self._closing = False
         own = self.model.unet.config.sample_size
-        own_area = own * own if isinstance(own, int) else own[0] * own[1]
-        self._turns = Turns(self.batching.policy, self.batching.patience, own_area)
+        self._own_area = own * own if isinstance(own, int) else own[0] * own[1]
+        self._turns = Turns(self.batching.policy, self.batching.patience, self._own_area)
         self._threads = [
             threading.Thread(target=self._run, args=(work, threads), name=f"engine-{work.__name__}", daemon=True)
             for work, threads in ((self._prepare, 1), (self._step, torch.get_num_threads()), (self._decode, 1))
@@ -210,8 +223,6 @@ class Engine:
                 if under_way is None or not under_way.wanted:
                     return False
                 under_way.tickets.append(ticket)
-            else:
-                self._results.move_to_end(key)
             self.figures.results_found += 1
         if image is not None:
             ticket.finish(image)
@@ -222,7 +233,8 @@ class Engine:
         stacked = self.adapters.stacked
         prompts = request.prompts
         by = (mix, alone and (alone[0].key, alone[1]))
-        missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, by) not in self._prompts]
+        found = {prompt: self._prompts[prompt, by] for prompt in prompts if (prompt, by) in self._prompts}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         self.figures.prompts_encoded += len(missing)
         self.figures.prompts_found += len(prompts) - len(missing)
         encoders = {name: encoder for name, (encoder, _) in self.model.text_encoders().items()}
@@ -234,13 +246,9 @@ class Engine:
                 for name in encoders:
                     stacked.choose(name, [mix])
                 spelled = Prompt(stacked.spell(prompt.text, mix), prompt.weighted)
-                self._prompts[prompt, by] = encode(self.model, [spelled])[spelled]
-        found = [self._prompts[prompt, by] for prompt in prompts]
-        for prompt in prompts:
-            self._prompts.move_to_end((prompt, by))
-        while len(self._prompts) > self.batching.prompt_cache:
-            self._prompts.popitem(last=False)
-        return stack(found)
+                found[prompt] = encode(self.model, [spelled])[spelled]
+                _keep(self._prompts, (prompt, by), found[prompt])
+        return stack([found[prompt] for prompt in prompts])
 
     # Stepping
 
@@ -310,7 +318,7 @@ class Engine:
                 del self._batches[shape]
 
     def _after_step(self, chosen: Sequence[Picture], batch: Batch) -> None:
-        to_decode: list[tuple[Picture, Tensor, int | None]] = []
+        to_decode: list[Undecoded] = []
         for picture in chosen:
             drawing = picture.drawing
             picture.suspected = False
@@ -318,14 +326,14 @@ class Engine:
                 ticket.step_taken()
                 ticket.tell(Stepped(drawing.taken, drawing.steps))
             if drawing.done:
-                to_decode.append((picture, drawing.latents, None))
+                to_decode.append(Undecoded(picture, drawing.latents, None))
             elif picture.to_show:
-                to_decode.append((picture, batch.preview([drawing])[0], picture.shown))
+                to_decode.append(Undecoded(picture, batch.preview([drawing])[0], picture.shown))
                 picture.shown += 1
         with self._changed:
-            for picture, _, look in to_decode:
-                if look is None:
-                    self._pictures.remove(picture)
+            for one in to_decode:
+                if one.look is None:
+                    self._pictures.remove(one.picture)
             self._to_decode.extend(to_decode)
             self._changed.notify_all()
 
@@ -336,41 +344,53 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or self._to_decode)
             if self._closing:
                 return
-            picture, latents, look = self._to_decode[0]
-        self._decode_one(picture, latents, look)
+            first = self._to_decode[0].latents
+            alike = [one for one in self._to_decode if one.latents.shape == first.shape]
+            most = self.batching.decoded_at_once * self._own_area // (first.shape[-2] * first.shape[-1])
+            together = alike[: max(1, most)]
+        self._decode_together(together)
         with self._changed:
-            self._to_decode.popleft()
+            self._to_decode = [one for one in self._to_decode if one not in together]
 
-    def _decode_one(self, picture: Picture, latents: Tensor, look: int | None) -> None:
-        if not picture.wanted:
-            if look is None:
-                self.figures.cancelled += len(picture.tickets)
-                self._forget(picture)
+    def _decode_together(self, together: Sequence["Undecoded"]) -> None:
+        """Decode what is still wanted, all of one shape."""
+        for one in together:
+            if not one.picture.wanted and one.look is None:
+                self.figures.cancelled += len(one.picture.tickets)
+                self._forget(one.picture)
+        wanted = [one for one in together if one.picture.wanted]
+        if not wanted:
             return
         try:
-            image = decode_pictures(self.model, latents[None])[0]
+            images = decode_pictures(self.model, torch.stack([one.latents for one in wanted]))
         except Exception as error:
+            if len(wanted) > 1:  # who it was is seen when each is decoded alone
+                logger.warning("%d pictures could not be decoded together: %s", len(wanted), error)
+                for one in wanted:
+                    self._decode_together([one])
+                return
             logger.exception("a picture could not be decoded")
-            if look is None:
-                self._drop([picture], error)
+            if wanted[0].look is None:
+                self._drop([wanted[0].picture], error)
             return
-        if look is not None:
+        self.figures.decodes += 1
+        for one, image in zip(wanted, images, strict=True):
+            self._show(one, image)
+
+    def _show(self, one: "Undecoded", image: Image.Image) -> None:
+        """Tell who wants a picture what it looks like by now, or in the end."""
+        picture = one.picture
+        if one.look is not None:
             for ticket in picture.tickets:
-                ticket.tell(Shown(look, image))
+                ticket.tell(Shown(one.look, image))
             return
         with self._changed:
             self._forget(picture)
-            self._keep(picture.key, image)
+            if picture.key is not None:
+                _keep(self._results, picture.key, image)
         self.figures.pictures += 1
         for ticket in picture.tickets:
             ticket.finish(image)
-
-    def _keep(self, key: Hashable, image: Image.Image) -> None:
-        if key is None:
-            return
-        self._results[key] = image
-        while sum(map(_bytes, self._results.values())) > self.batching.result_cache * 2**20:
-            self._results.popitem(last=False)
 
     # Ending
 
@@ -399,7 +419,9 @@ class Engine:
         with self._changed:
             self._closing = True
             waiting = [ticket for _, ticket in self._waiting]
-            pictures = {id(picture): picture for picture in [*self._pictures, *(one[0] for one in self._to_decode)]}
+            pictures = {
+                id(picture): picture for picture in [*self._pictures, *(one.picture for one in self._to_decode)]
+            }
             self._changed.notify_all()
         stopped = RaySdError(f"the model has stopped: {error}")
         self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
@@ -409,5 +431,15 @@ def _too_late(ticket: Ticket) -> DeadlineError:
     return DeadlineError("the picture was not done before its deadline")
 
 
-def _bytes(image: Image.Image) -> int:
+def _keep(cache: LRUCache, key: Hashable, value: Any) -> None:
+    """What is larger than the whole cache is not kept."""
+    if cache.getsizeof(value) <= cache.maxsize:
+        cache[key] = value
+
+
+def _image_bytes(image: Image.Image) -> int:
     return image.width * image.height * len(image.getbands())
+
+
+def _text_bytes(text: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in text.values())

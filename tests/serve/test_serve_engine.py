@@ -18,7 +18,7 @@ from ray_sd.errors import RequestError
 from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.generate.decoding import decode_pictures
 from ray_sd.methods import load_adapter
-from ray_sd.models import load_model
+from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
 from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters, UnknownAdapterError
 from ray_sd.serve.engine import Engine
@@ -251,6 +251,62 @@ def test_looks_keep_their_numbers_where_decoding_falls_behind(build, monkeypatch
     stepped.set()
     client.finish()
     assert [event.number for event in client.events[0] if isinstance(event, Shown)] == [0, 1, 2]
+
+
+def test_pictures_of_one_shape_are_decoded_together(build, monkeypatch: pytest.MonkeyPatch):
+    shapes, stepped = [], threading.Event()
+
+    def decode(model: DiffusionModel, latents: torch.Tensor) -> list[Image.Image]:
+        shapes.append(tuple(latents.shape))
+        stepped.wait(300)
+        return decode_pictures(model, latents)
+
+    monkeypatch.setattr("ray_sd.serve.engine.decode_pictures", decode)
+    client = Client(build(max_rows=32, decoded_at_once=3))
+    client.order(Order(ImageRequest("a cat", seed=9, num_inference_steps=1)))
+    wait_for(lambda: shapes)
+    wide = {"height": 64, "width": 128}
+    for seed in range(5):
+        client.order(Order(ImageRequest("a cat", seed=seed, num_inference_steps=2, **(wide if seed == 1 else {}))))
+    for number in range(1, 6):
+        client.wait(lambda number=number: Stepped(2, 2) in client.events[number])
+    stepped.set()
+    images = [event.image for event in client.finish()]
+    assert shapes[0][0] == 1
+    assert sorted(shape[0] for shape in shapes[1:]) == [1, 1, 3]
+    assert (1, 4, 8, 16) in shapes
+    monkeypatch.undo()
+    for seed in (0, 4):  # each by itself looks as it did beside others
+        [alone] = draw(build(), [Order(ImageRequest("a cat", seed=seed, num_inference_steps=2))])
+        assert difference(images[1 + seed], alone) <= SAME
+
+
+def test_a_picture_that_cannot_be_decoded_fails_alone(build, monkeypatch: pytest.MonkeyPatch):
+    stepped, alone = threading.Event(), []
+
+    def decode(model: DiffusionModel, latents: torch.Tensor) -> list[Image.Image]:
+        stepped.wait(300)
+        alone.extend([None] * (len(latents) == 1))
+        if len(latents) > 1 or len(alone) == 2:
+            raise RuntimeError("no such colours")
+        return decode_pictures(model, latents)
+
+    monkeypatch.setattr("ray_sd.serve.engine.decode_pictures", decode)
+    client = Client(build(max_rows=32))
+    for seed in range(4):
+        client.order(Order(ImageRequest("a cat", seed=seed, num_inference_steps=2)))
+    for number in range(4):
+        client.wait(lambda number=number: Stepped(2, 2) in client.events[number])
+    stepped.set()
+    ended = client.finish()
+    assert sorted(type(event).__name__ for event in ended) == ["Drawn", "Drawn", "Drawn", "Failed"]
+
+
+def test_prompts_are_encoded_again_where_none_is_kept(build):
+    engine = build(prompt_cache=0)
+    for seed in range(2):
+        draw(engine, [Order(ImageRequest("a cat", seed=seed, num_inference_steps=1))])
+    assert (engine.figures.prompts_encoded, engine.figures.prompts_found) == (4, 0)
 
 
 def test_the_same_picture_is_drawn_once(build):
