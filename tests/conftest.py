@@ -101,6 +101,7 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level="WARNING",
         object_store_memory=OBJECT_STORE_BYTES,
+        _system_config={"metrics_report_interval_ms": 500},  # what waits for a metric waits no longer
     )
     yield
     ray.shutdown()

@@ -74,9 +74,7 @@ class Batch:
         state, inputs = together.state, together.inputs
         inputs[:, OUTPUT] = self._denoise(together)
         inputs[:, NOISE] = self._draw_noise(together)
-        with torch.autocast(
-            state.device.type, enabled=False
-        ):  # half of the digits of a sampler's numbers are not enough
+        with torch.autocast(state.device.type, enabled=False):  # half of a number's digits are not enough
             state.copy_(torch.bmm(together.steps[together.places], inputs[:, LATENTS:].flatten(2)).view_as(state))
         together.places += 1
         for place, drawing in enumerate(members):

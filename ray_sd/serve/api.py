@@ -22,6 +22,7 @@ from ray_sd.config.load import validate
 from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapters import NAME, AdapterEntry, AdapterFolder, UnknownAdapterError
 from ray_sd.serve.errors import (
+    REASON,
     ApiError,
     BadRequestError,
     NotFoundError,
@@ -117,7 +118,7 @@ class Api:
     async def generate(self, body: GenerationRequest, request: Request) -> Any:
         """Draw pictures of a prompt."""
         base, job = self._job(body, request)
-        return await self._answer(base, job, body, "image_generation")
+        return await self._answer(base, job, body, "image_generation", request)
 
     async def edit(self, request: Request) -> Any:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
@@ -132,7 +133,7 @@ class Api:
         if unknown := pictures.keys() - {"image", "mask"}:
             raise BadRequestError(f"{min(unknown)}: no such field", min(unknown), "unknown_parameter")
         base, job = self._job(body, request, pictures["image"], pictures.get("mask"), body.strength)
-        return await self._answer(base, job, body, "image_edit")
+        return await self._answer(base, job, body, "image_edit", request)
 
     def _cards(self) -> Iterator[ModelCard]:
         for name in self._bases:
@@ -250,10 +251,10 @@ class Api:
             raise BadRequestError(f"size: {width}x{height} is more than {self._limits.max_pixels} pixels", "size")
         return width, height
 
-    async def _answer(self, base: str, job: PictureJob, body: PictureSettings, kind: str) -> Any:
+    async def _answer(self, base: str, job: PictureJob, body: PictureSettings, kind: str, request: Request) -> Any:
         events = self._handles[base].options(stream=True).draw.remote(job)
         if body.stream:
-            return StreamingResponse(_stream(events, job, kind), media_type="text/event-stream")
+            return StreamingResponse(_stream(events, job, kind, request), media_type="text/event-stream")
         pictures: dict[int, PictureEvent] = {}
         try:
             async for event in events:
@@ -276,12 +277,13 @@ class Api:
         )
 
 
-async def _stream(events: Any, job: PictureJob, kind: str) -> AsyncIterator[str]:
+async def _stream(events: Any, job: PictureJob, kind: str, request: Request) -> AsyncIterator[str]:
     """Server-sent events of a job's pictures, as OpenAI's client reads them."""
     try:
         async for event in events:
             yield _told(event, job, kind)
             if event.kind == "failed":
+                setattr(request.state, REASON, of_failure(event.values).reason)
                 return
     finally:
         events.cancel()

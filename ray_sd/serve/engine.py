@@ -352,7 +352,7 @@ class Engine:
         with self._changed:
             self._to_decode = [one for one in self._to_decode if one not in together]
 
-    def _decode_together(self, together: Sequence["Undecoded"]) -> None:
+    def _decode_together(self, together: Sequence[Undecoded]) -> None:
         """Decode what is still wanted, all of one shape."""
         for one in together:
             if not one.picture.wanted and one.look is None:
@@ -377,7 +377,7 @@ class Engine:
         for one, image in zip(wanted, images, strict=True):
             self._show(one, image)
 
-    def _show(self, one: "Undecoded", image: Image.Image) -> None:
+    def _show(self, one: Undecoded, image: Image.Image) -> None:
         """Tell who wants a picture what it looks like by now, or in the end."""
         picture = one.picture
         if one.look is not None:

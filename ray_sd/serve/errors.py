@@ -8,6 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 INVALID = "invalid_request_error"
+REASON = "reason"
+"""Key of the request's state that says why it was refused."""
 
 
 class ApiError(Exception):
@@ -29,6 +31,11 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def reason(self) -> str:
+        """In one word, for those who count."""
+        return self.code or self.kind
 
     @property
     def headers(self) -> dict[str, str]:
@@ -77,19 +84,24 @@ def first_problem(error: RequestValidationError) -> BadRequestError:
     return BadRequestError(f"{place}: {message}" if place else message, place or None)
 
 
-async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
+async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)  # noqa: S101
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return _answer(request, error)
 
 
-async def answer_invalid(_: Request, error: Exception) -> JSONResponse:
+async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    problem = first_problem(error)
-    return JSONResponse(problem.body, problem.status)
+    return _answer(request, first_problem(error))
 
 
-async def answer_http(_: Request, error: Exception) -> JSONResponse:
+async def answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     kind = INVALID if error.status_code < 500 else "server_error"
-    body = ApiError(error.status_code, str(error.detail), kind).body
-    return JSONResponse(body, error.status_code, headers=error.headers)
+    answer = _answer(request, ApiError(error.status_code, str(error.detail), kind))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+def _answer(request: Request, error: ApiError) -> JSONResponse:
+    setattr(request.state, REASON, error.reason)
+    return JSONResponse(error.body, error.status, headers=error.headers)

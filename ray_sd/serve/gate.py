@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import ApiError, BusyError
+from ray_sd.serve.errors import REASON, ApiError, BusyError
+from ray_sd.serve.metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Gate:
         self._app = app
         self._clients = {key.sha256: Client(name, key) for name, key in keys.items()}
         self._max_body = max_body
+        self._metrics = RequestMetrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,6 +64,7 @@ class Gate:
             return
         began, request_id, status = time.perf_counter(), secrets.token_hex(8), 0
         client = None
+        scope.setdefault("state", {})
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -72,13 +75,17 @@ class Gate:
 
         try:
             client = self._identify(scope)
-            scope.setdefault("state", {})[CLIENT] = client
+            scope["state"][CLIENT] = client
             self._check_length(scope)
             with _quota(client) if scope["method"] == "POST" else _free():
                 await self._app(scope, self._counted(receive), send_with_id)
         except ApiError as error:
+            scope["state"][REASON] = error.reason
             await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - began
+            reason = scope["state"].get(REASON, "")
+            self._metrics.tell(scope["method"], _route(scope), status, reason, seconds)
             logger.info(
                 "request",
                 extra={
@@ -87,7 +94,8 @@ class Gate:
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
-                    "seconds": round(time.perf_counter() - began, 4),
+                    "reason": reason,
+                    "seconds": round(seconds, 4),
                 },
             )
 
@@ -123,6 +131,11 @@ class Gate:
             return message
 
         return counted
+
+
+def _route(scope: Scope) -> str:
+    """The path as the application declares it, since those that clients make up are without number."""
+    return getattr(scope.get("route"), "path", "")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ray_sd.media.pictures import ImageFormat, image_bytes
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
 from ray_sd.serve.engine import Engine
+from ray_sd.serve.metrics import ReplicaMetrics
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class ModelReplica:
         model = place(load_model(config), settings)
         loaded = LoadedAdapters(model, AdapterFolder(adapters), settings.adapter_memory * 2**20)
         self._engine = Engine(model, loaded, settings.batching)
+        self._metrics = ReplicaMetrics(name)
         logger.info("model %s is ready on %s after %.1f s", name, model.device, time.perf_counter() - began)
 
     async def draw(self, job: PictureJob) -> AsyncIterator[PictureEvent]:
@@ -70,7 +72,8 @@ class ModelReplica:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         tickets = []
-        deadline = time.monotonic() + job.seconds
+        began = time.monotonic()
+        deadline = began + job.seconds
         try:
             for number, request in enumerate(job.requests):
                 order = Order(request, job.partial_images, deadline, job.owner)
@@ -87,6 +90,7 @@ class ModelReplica:
             open_ones = len(job.requests)
             while open_ones:
                 number, event = await events.get()
+                self._measure(event, time.monotonic() - began)
                 yield await self._told(job, number, event)
                 open_ones -= isinstance(event, Drawn)
                 if isinstance(event, Failed):
@@ -94,6 +98,15 @@ class ModelReplica:
         finally:
             for ticket in tickets:
                 ticket.cancel()
+
+    def _measure(self, event: Event, seconds: float) -> None:
+        """seconds: since the picture was ordered."""
+        match event:
+            case Shown(0):
+                self._metrics.took("first_look_seconds", seconds)
+            case Drawn(_, _, waited):
+                self._metrics.took("queue_seconds", waited)
+                self._metrics.took("picture_seconds", seconds)
 
     async def _told(self, job: PictureJob, number: int, event: Event) -> PictureEvent:
         match event:
@@ -135,14 +148,19 @@ class ModelReplica:
 
     async def figures(self) -> dict[str, Any]:
         """What the engine has done so far."""
+        adapters = self._engine.adapters
         return vars(self._engine.figures) | {
             "busy": self._engine.busy,
             "waiting": self._engine.waiting,
-            "adapters": self._engine.adapters.keys,
-            "adapter_bytes": self._engine.adapters.bytes,
+            "adapters": adapters.keys,
+            "adapter_bytes": adapters.bytes,
+            "adapters_found": adapters.hits,
+            "adapters_loaded": adapters.misses,
         }
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
+        """Called by Serve every few seconds. Raises RuntimeError where this replica is to be replaced."""
+        self._metrics.tell(await self.figures())
         if not self._engine.healthy:
             raise RuntimeError(f"the engine of {self._name} has stopped")
 

@@ -15,6 +15,7 @@ from ray_sd.config.serve import ApiKey
 from ray_sd.serve import gate
 from ray_sd.serve.errors import answer_http
 from ray_sd.serve.gate import CLIENT, Gate, hash_of
+from ray_sd.serve.metrics import RequestMetrics
 
 KEYS = {
     "ann": ApiKey(sha256=hash_of("sd-ann")),
@@ -53,6 +54,25 @@ def test_who_is_not_known_is_not_let_in(headers: dict):
     response = asyncio.run(ask(client(), headers=headers))
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "told"),
+    [
+        ("/v1/draw", as_("ann"), ("POST", "/v1/draw", 200, "")),
+        ("/v1/draw", as_("eve"), ("POST", "", 401, "invalid_api_key")),
+        ("/v1/draw", as_("ann") | {"content-length": "1000"}, ("POST", "", 413, "invalid_request_error")),
+        ("/nowhere/1234", {}, ("POST", "", 404, "invalid_request_error")),
+    ],
+)
+def test_every_request_is_counted_with_why_it_was_refused(
+    monkeypatch: pytest.MonkeyPatch, path: str, headers: dict, told: tuple
+):
+    counted = []
+    monkeypatch.setattr(RequestMetrics, "tell", lambda self, *values: counted.append(values))
+    asyncio.run(ask(client(), path, headers=headers))
+    assert [values[:4] for values in counted] == [told]
+    assert counted[0][4] > 0
 
 
 def test_who_is_known_is_told_to_the_application():

@@ -14,8 +14,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import ray
 import torch
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
@@ -259,6 +261,32 @@ def test_too_many_are_sent_away_with_a_time(server: str):
 def figures() -> dict[str, Any]:
     """What the engine has done so far."""
     return serve.get_deployment_handle("model-tiny", "ray_sd").figures.remote().result()
+
+
+def scraped(name: str, **labels: str) -> float:
+    """What Prometheus would read: the sum over all processes."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+
+def test_prometheus_sees_what_was_drawn_and_why_others_were_refused(server: str, client: openai.OpenAI):
+    wait_for(lambda: not figures()["busy"])
+    client.images.generate(prompt="a cat", n=2)
+    list(client.images.generate(prompt="a cat", stream=True, partial_images=1))
+    httpx.post(f"{server}{PATH}", json={"prompt": "a", "model": "cow"}, timeout=60)
+    wait_for(lambda: not figures()["busy"])
+    done = figures()
+    serve.get_deployment_handle("model-tiny", "ray_sd").check_health.remote().result()  # which Serve does by and by
+    wait_for(lambda: scraped("ray_sd_steps_total", model="tiny") == done["steps"])
+    for name in ("rows", "pictures", "decodes", "prompts_found", "prompts_encoded"):
+        assert scraped(f"ray_sd_{name}_total", model="tiny") == done[name]
+    wait_for(lambda: scraped("ray_sd_requests_total", route=PATH, status="404", reason="model_not_found") >= 1)
+    assert scraped("ray_sd_queue_seconds_count", model="tiny") >= 3
+    assert scraped("ray_sd_first_look_seconds_count", model="tiny") >= 1
+    assert scraped("ray_sd_request_seconds_count", route=PATH) >= 3
+    assert scraped("ray_sd_waiting", model="tiny") == 0
 
 
 def test_who_leaves_a_stream_is_drawn_for_no_further(server: str):
