@@ -25,6 +25,8 @@ CHECKPOINT_LOGGERS = ("ray.train.v2._internal.execution.storage", "ray.train._in
 """They say of each checkpoint at INFO that it was created, on every worker of every trial."""
 ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
 """In the end it looks for files that sweeps do not write, and warns of each trial."""
+SERVE_LOGGER, SERVE_SAYS = "ray.serve", "RAY_SERVE_LOG_TO_STDERR"
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 STEP_SECONDS = 0.05
 """How long Ray Data's scheduling loop rests."""
 
@@ -44,9 +46,19 @@ def connect() -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Ray would otherwise leave every GPU visible to processes that asked for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    quiet_tokens()
     ray.init(logging_level=logging.WARNING)
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def quiet_tokens() -> None:
+    """Keep Ray from warning that it is secured, which it is by itself; that it is not is told as before."""
+    logging.getLogger(TOKEN_LOGGER).addFilter(_is_no_reassurance)
+
+
+def _is_no_reassurance(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Token authentication is enabled")
 
 
 def names_cluster() -> bool:
@@ -168,6 +180,12 @@ def quiet_checkpoints() -> None:
     """Keep Ray Train and Ray Tune from telling of each checkpoint, in this process."""
     for name in CHECKPOINT_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def quiet_serve() -> None:
+    """Keep Ray Serve from telling of every deployment and request; its files hold it. To be called before Ray is joined."""
+    os.environ.setdefault(SERVE_SAYS, "0")  # which processes read that Ray starts on this machine
+    logging.getLogger(SERVE_LOGGER).setLevel(logging.WARNING)
 
 
 def quiet_tune() -> None:

@@ -18,9 +18,11 @@ import ray
 import ray._private.state
 import ray.data
 from ray import tune
+from ray._private.authentication import authentication_token_setup
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray.data import DataContext
 from ray.data._internal.issue_detection.detectors import high_memory_detector
+from ray.serve._private import constants
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR, get_env_vars_to_propagate
 
@@ -31,12 +33,17 @@ from ray_sd.cluster import (
     CHECKPOINT_LOGGERS,
     DATA_LOGGERS,
     PRINT_PATCH,
+    SERVE_LOGGER,
+    SERVE_SAYS,
+    TOKEN_LOGGER,
     has_gpus,
     is_one_machine,
     names_cluster,
     possible_resources,
     quiet_checkpoints,
     quiet_data,
+    quiet_serve,
+    quiet_tokens,
     quiet_tune,
     rest_between_steps,
     training_environment,
@@ -56,7 +63,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def levels() -> Iterator[None]:
     """Ray's loggers are then as they were."""
-    loggers = [logging.getLogger(name) for name in (*DATA_LOGGERS, *CHECKPOINT_LOGGERS, ANALYSIS_LOGGER)]
+    loggers = [logging.getLogger(name) for name in (*DATA_LOGGERS, *CHECKPOINT_LOGGERS, ANALYSIS_LOGGER, SERVE_LOGGER)]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
@@ -135,6 +142,27 @@ def test_the_environment_comes_back_after_an_error(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="no sweep"), tuning_environment(), training_environment():
         raise ValueError("no sweep")
     assert dict(os.environ) == before
+
+
+def test_that_a_cluster_is_secured_is_no_warning(caplog: pytest.LogCaptureFixture):
+    assert authentication_token_setup.__name__ == TOKEN_LOGGER
+    quiet_tokens()
+    authentication_token_setup._warn_token_auth_enabled()
+    assert not caplog.records
+    authentication_token_setup._warn_token_auth_disabled()
+    assert "Anyone with network access" in caplog.text
+
+
+def test_ray_serve_says_nothing_itself(levels: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(SERVE_SAYS, "1")  # of who wants to read it
+    quiet_serve()
+    assert os.environ[SERVE_SAYS] == "1"
+    monkeypatch.delenv(SERVE_SAYS)
+    quiet_serve()
+    assert os.environ[SERVE_SAYS] == "0"
+    assert f'RAY_SERVE_LOG_TO_STDERR = get_env_bool("{SERVE_SAYS}"' in inspect.getsource(constants)
+    assert constants.SERVE_LOGGER_NAME == SERVE_LOGGER
+    assert not logging.getLogger(SERVE_LOGGER).isEnabledFor(logging.INFO)
 
 
 def test_ray_tune_says_nothing_itself_and_starts_trials_where_the_caller_is(
