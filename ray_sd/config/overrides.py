@@ -62,8 +62,9 @@ def _place(data: dict[str, Any], path: str, schema: type[Schema]) -> tuple[dict[
             raise ConfigError(f"{path}: no such setting; {here} is a value and has none below it")
         node[parent] = _default_kind(owner, parent) | node[parent]
         node = node[parent]
-        if is_keyed(annotation):  # whose keys may have dots of their own, as paths have
-            key = ".".join([*parents[depth + 1 :], key])
+        below_it = [*parents[depth + 1 :], key]
+        if is_keyed(annotation) and below_it[0] not in node:  # a new key, which may have dots of its own, as paths have
+            key = ".".join(below_it)
             break
     return node, key, below(annotation, node, key)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ray_sd.config import GenerateConfig
+from ray_sd.config import GenerateConfig, SweepConfig
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
 
@@ -118,6 +118,13 @@ def test_mapping_replaces_the_whole_value():
 def test_setting_below_a_shorthand_keeps_it():
     vae = value("model.vae", "model.vae=some/folder", "model.vae.subfolder=vae")
     assert (vae.path, vae.subfolder) == ("some/folder", "vae")
+
+
+def test_a_name_that_is_there_already_is_gone_into():
+    settings = ["sweep.space.seed={randint: [1, 3]}", "sweep.space.method.rank={choice: [4, 8]}", "dataset.holdout=1"]
+    config = load_config([DEMO, *settings, "sweep.space.seed.randint=[1, 9]"], SweepConfig)
+    assert config.sweep.space["seed"].randint == (1, 9)
+    assert set(config.sweep.space) >= {"seed", "method.rank"}
 
 
 def test_later_of_two_equal_settings_wins():
