@@ -32,9 +32,9 @@ test-all: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m 'slow and not gpu' --quarter=$(QUARTER) $(ARGS)
 
-# The embedded model at http://localhost:8000, until Ctrl-C.
+# The embedded model at http://localhost:8000, until Ctrl-C; another by ARGS='serve=sdxl'.
 serve: $(STAMP)
-	serve run serve_config.yaml
+	python jobs/serve.py $(ARGS)
 
 lint: $(STAMP)
 	ruff check .

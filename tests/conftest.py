@@ -33,6 +33,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "tune/test_survival.py": 260,
         "tune/test_killed_sweep.py": 220,
         "train/test_fit_function.py": 110,
+        "serve/test_serve_job.py": 40,
     },
     {
         "train/test_engine.py": 170,

@@ -20,6 +20,7 @@ GROUPS = preset_groups("train")
 ALL = [(group, name) for group, names in GROUPS.items() for name in names]
 CHAINS = [("chain", name) for name in preset_groups("text_to_video")["chain"]]
 SWEEPS = [("sweep", name) for name in preset_groups("sweep")["sweep"]]
+SERVED = [("serve", name) for name in preset_groups("serve")["serve"]]
 
 
 def names(group: str) -> list[str]:
@@ -27,11 +28,11 @@ def names(group: str) -> list[str]:
 
 
 def test_every_file_belongs_to_a_group():
-    known = {PRESETS / group / f"{name}.yaml" for group, name in [*ALL, *CHAINS, *SWEEPS]}
+    known = {PRESETS / group / f"{name}.yaml" for group, name in [*ALL, *CHAINS, *SWEEPS, *SERVED]}
     assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / f"{root}.yaml" for root in ROOTS.values()}
 
 
-@pytest.mark.parametrize(("group", "name"), [*ALL, *CHAINS, *SWEEPS])
+@pytest.mark.parametrize(("group", "name"), [*ALL, *CHAINS, *SWEEPS, *SERVED])
 def test_preset_says_what_it_is(group: str, name: str):
     assert preset_description(PRESETS / group / f"{name}.yaml").endswith((".", "?"))
 

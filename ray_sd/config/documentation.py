@@ -13,6 +13,7 @@ from ray_sd.config.export import EXPORTS
 from ray_sd.config.identity import marks
 from ray_sd.config.load import ROOTS
 from ray_sd.config.model import ModelConfig
+from ray_sd.config.serve import ApiKey, ServeConfig, ServedModel
 from ray_sd.config.settings import describe, element, options, schemas, variants
 from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
@@ -53,6 +54,9 @@ def document() -> str:
     blocks.append(f"## Settings of `jobs/sweep.py`\n\nThose of `jobs/train.py`, and:\n\n{sweep}")
     blocks.append(f"## Settings of `jobs/generate.py`\n\n{_root(GenerateConfig, elsewhere={'model'})}")
     blocks.append(f"## Settings of `jobs/text_to_video.py`\n\n{_root(TextToVideoConfig)}")
+    named = [("models.NAME", ServedModel), ("keys.NAME", ApiKey)]
+    each = "\n".join(_section(path, FieldInfo(annotation=schema)) for path, schema in named)
+    blocks.append(f"## Settings of `jobs/serve.py`\n\n{_root(ServeConfig)}\n{each}")
     for verb, schema in EXPORTS.items():
         blocks.append(f"## Settings of `jobs/export.py {verb}`\n\n{_root(schema, elsewhere={'model'})}")
     return "\n".join(blocks)

@@ -16,7 +16,7 @@ from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.overrides import apply_overrides
-from ray_sd.config.serve import ServedPreset
+from ray_sd.config.serve import ServeConfig, ServedPreset
 from ray_sd.config.sweep import SweepConfig
 from ray_sd.config.text_to_video import TextToVideoConfig
 from ray_sd.config.words import no_such, problems
@@ -27,7 +27,8 @@ ROOTS: dict[type[Schema], str] = {
     SweepConfig: "sweep",
     GenerateConfig: "generate",
     TextToVideoConfig: "text_to_video",
-    ServedPreset: "serve",
+    ServeConfig: "serve",
+    ServedPreset: "served_model",
     **dict.fromkeys(EXPORTS.values(), "export"),
 }
 """The file in `presets/` that each root schema is composed from."""

@@ -1,8 +1,9 @@
 """What `serve_config.yaml` gives the application as `args`: models, their adapters, and what a request may ask for."""
 
+from ipaddress import ip_address
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_sd.config.base import Schema
 from ray_sd.config.method import Texts
@@ -51,6 +52,8 @@ class ServedModel(Schema):
     """What `jobs/generate.py` would be given: `model=sdxl`, `model.base=folder`."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the weights; `auto` is fp16 on GPUs and fp32 on CPUs. An autoencoder that overflows in fp16 stays in fp32."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs of a replica. Less than one lets replicas share a GPU, without keeping them apart."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of a step where there is no GPU; null takes all cores."""
     adapter_memory: int = Field(2048, ge=0)
@@ -101,8 +104,29 @@ class Defaults(Schema):
     """Classifier-free guidance; 1 or less switches it off."""
 
 
+class HttpConfig(Schema):
+    """Where `jobs/serve.py` listens. For `serve deploy` it is said in `http_options`."""
+
+    host: str = "127.0.0.1"
+    """Address of this machine; `0.0.0.0` for all of its own, which needs `keys`."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port there."""
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if host != "localhost":
+            ip_address(host)
+        return host
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether nobody but this machine can ask."""
+        return self.host == "localhost" or ip_address(self.host).is_loopback
+
+
 class ServeConfig(Schema):
-    """The application that Ray Serve runs (`serve_config.yaml`)."""
+    """The application that Ray Serve runs (`jobs/serve.py`, `serve_config.yaml`)."""
 
     local_paths = ("adapters",)
     models: dict[str, ServedModel] = Field(min_length=1)
@@ -115,3 +139,5 @@ class ServeConfig(Schema):
     """What one request may ask for."""
     defaults: Defaults = Defaults()
     """What is drawn with where a request does not say."""
+    http: HttpConfig = HttpConfig()
+    """Where to listen."""
