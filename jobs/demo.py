@@ -43,17 +43,17 @@ def main(argv: Sequence[str]) -> None:
     save_png(sheet, picture, {"adapter": result.adapter, "prompts": list(settings.prompts), "seed": settings.seed})
     print(result.summary())
     print(f"pictures: {picture}")
-    print(_next_steps(folder, result.adapter, settings.guidance_scale))
+    print(_next_steps(folder, result.adapter))
 
 
 def _free_name(folder: Path, name: str) -> str:
     return next(numbered for i in itertools.count(1) if not (folder / (numbered := f"{name}-{i}")).exists())
 
 
-def _next_steps(folder: Path, adapter: str, guidance_scale: float) -> str:
+def _next_steps(folder: Path, adapter: str) -> str:
     return f"""
 What next:
-  draw with it      python jobs/generate.py model=emoji adapter={adapter} guidance_scale={guidance_scale:g} \\
+  draw with it      python jobs/generate.py model=emoji adapter={adapter} \\
                         prompt='a owl on a purple background' num_images=4
   curves            tensorboard --logdir {folder}
   your own photos   python jobs/train.py experiment=lora name=my-dog dataset.source.path=PHOTOS \\

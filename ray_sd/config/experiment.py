@@ -1,12 +1,13 @@
 """The roots: what one command runs."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ray_sd.config.base import Identity, Schema
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DatasetConfig
+from ray_sd.config.embedded import PICTURES, suit_embedded
 from ray_sd.config.method import (
     CLIP_METHODS,
     AutoencoderMethod,
@@ -226,9 +227,9 @@ class GenerateConfig(Schema):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the first picture."""
     num_inference_steps: int = Field(30, ge=1)
-    """Denoising steps."""
+    """Denoising steps; the embedded model takes 20 by default."""
     guidance_scale: float = Field(7.5, ge=0)
-    """Classifier-free guidance; 1 or less switches it off."""
+    """Classifier-free guidance, of which the embedded model takes 4 by default; 1 or less switches it off."""
     height: int | None = Field(None, ge=8, multiple_of=8)
     """Height in pixels; null takes the model's own."""
     width: int | None = Field(None, ge=8, multiple_of=8)
@@ -239,6 +240,11 @@ class GenerateConfig(Schema):
     """Pictures denoised at once."""
     num_workers: int = Field(1, ge=1)
     """Workers of a batch job."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_embedded(cls, data: Any) -> Any:
+        return suit_embedded(data, PICTURES)
 
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":

@@ -98,10 +98,10 @@ class ApiKey(Schema):
 class Defaults(Schema):
     """What a request that does not say is drawn with."""
 
-    num_inference_steps: int = Field(30, ge=1)
-    """Denoising steps."""
-    guidance_scale: float = Field(7.5, ge=0)
-    """Classifier-free guidance; 1 or less switches it off."""
+    num_inference_steps: int | None = Field(None, ge=1)
+    """Denoising steps; null takes 20 for the embedded model and 30 for others, as `jobs/generate.py` does."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """Classifier-free guidance; 1 or less switches it off; null takes 4 for the embedded model and 7.5 for others."""
 
 
 class HttpConfig(Schema):
@@ -123,6 +123,11 @@ class HttpConfig(Schema):
     def is_loopback(self) -> bool:
         """Whether nobody but this machine can ask."""
         return self.host == "localhost" or ip_address(self.host).is_loopback
+
+    @property
+    def url(self) -> str:
+        host = "localhost" if self.host == "127.0.0.1" else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 class ServeConfig(Schema):

@@ -5,8 +5,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from ray_sd.config.base import Schema
+from ray_sd.config.embedded import STAGES, suit_embedded
 from ray_sd.config.model import UPSCALERS, ModelConfig
-from ray_sd.config.paths import EMBEDDED
 
 IMAGE_FAMILIES = ("stable_diffusion", "stable_diffusion_xl")
 VIDEO_FAMILIES = ("stable_video_diffusion",)
@@ -16,16 +16,6 @@ METHODS_OF = {
     "decode": ("temporal_decoder", "autoencoder"),
 }
 """Methods whose adapters the stages of video models take."""
-
-
-SUITS_EMBEDDED: dict[str, dict[str, Any]] = {
-    "image": {"num_inference_steps": 20, "guidance_scale": 4},
-    # The first frame tells what comes: few steps find it, and more add what is not there.
-    "video": {"num_inference_steps": 3, "max_guidance_scale": 1},
-    "interpolation": {"num_inference_steps": 3, "max_guidance_scale": 1},
-    "upscale": {"num_inference_steps": 2, "guidance_scale": 1, "noise_level": 0, "batch_size": 4},
-}
-"""Defaults of the stages where an embedded model makes them; the schemas' own suit Stable Diffusion's size."""
 
 
 class StageModel(Schema):
@@ -149,15 +139,7 @@ class TextToVideoConfig(Schema):
     def _suit_embedded(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        suited = {}
-        for stage, settings in SUITS_EMBEDDED.items():
-            chosen = data.get(stage)
-            if not isinstance(chosen, dict):
-                continue
-            model = chosen.get("model")
-            if isinstance(model, dict) and str(model.get("base")).startswith(EMBEDDED):
-                suited[stage] = settings | chosen
-        return data | suited
+        return data | {name: suit_embedded(data[name], settings) for name, settings in STAGES.items() if name in data}
 
     @model_validator(mode="after")
     def _check(self) -> "TextToVideoConfig":

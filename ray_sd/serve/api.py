@@ -74,6 +74,9 @@ class ServedBase(NamedTuple):
     """Width and height of its pictures in pixels."""
     factor: int
     """That sizes are multiples of."""
+    num_inference_steps: int
+    """Steps and guidance suit it where nobody says others."""
+    guidance_scale: float
 
 
 class Api:
@@ -161,9 +164,9 @@ class Api:
         """The model that a request is for, and what it has to draw. Raises ApiError for what is not to be had."""
         client: Client = request.scope["state"][CLIENT]
         base, adapters = self._who(body)
-        limits, defaults = self._limits, self._config.defaults
+        limits, served, defaults = self._limits, self._bases[base], self._config.defaults
         width, height = self._size(body, base, image)
-        steps = body.num_inference_steps or defaults.num_inference_steps
+        steps = body.num_inference_steps or defaults.num_inference_steps or served.num_inference_steps
         for param, found, most in (
             ("n", body.n, limits.max_images),
             ("num_inference_steps", steps, limits.max_steps),
@@ -174,7 +177,8 @@ class Api:
             if found > most:
                 raise BadRequestError(f"{param}: {found} is more than the {most} that are allowed", param)
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-        guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
+        scales = (body.guidance_scale, defaults.guidance_scale, served.guidance_scale)
+        guidance = next(scale for scale in scales if scale is not None)
         settings: dict[str, Any] = {
             "prompt": body.prompt,
             "negative_prompt": body.negative_prompt,

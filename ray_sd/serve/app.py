@@ -10,11 +10,13 @@ from ray.serve import Application
 from ray_sd.cluster import connect, quiet_serve
 from ray_sd.config import ServeConfig
 from ray_sd.config.compose import compose_presets, preset_groups
+from ray_sd.config.embedded import PICTURES, is_embedded
 from ray_sd.config.load import load_config, to_dict, validate
 from ray_sd.config.overrides import apply_overrides
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError
+from ray_sd.generate import ImageRequest
 from ray_sd.models import load_model
 from ray_sd.serve.adapters import AdapterFolder
 from ray_sd.serve.api import Api, ServedBase
@@ -73,7 +75,10 @@ def describe(served: ServedModel) -> ServedBase:
     model = load_model(config, {"unet"}, skeleton=True)
     own = model.unet.config.sample_size
     height, width = (own, own) if isinstance(own, int) else own
-    return ServedBase(config.name, (width * model.latent_factor, height * model.latent_factor), model.latent_factor)
+    factor = model.latent_factor
+    suits = ImageRequest("", **PICTURES if is_embedded(config.base) else {})
+    size = (width * factor, height * factor)
+    return ServedBase(config.name, size, factor, suits.num_inference_steps, suits.guidance_scale)
 
 
 def run(config: ServeConfig) -> None:
@@ -100,8 +105,7 @@ def run(config: ServeConfig) -> None:
 
 def greeting(config: ServeConfig) -> str:
     """Where it is served, and a first request by curl and by OpenAI's client."""
-    host = "localhost" if config.http.is_loopback else config.http.host
-    address = f"http://{host}:{config.http.port}"
+    address = config.http.url
     adapters = [entry.name for entry in AdapterFolder(absolute_paths(config).adapters)]
     served = ", ".join(config.models) + (f" with {', '.join(adapters)}" if adapters else "")
     key = "YOUR-KEY" if config.keys else "none"

@@ -68,6 +68,14 @@ def test_a_first_request_is_told():
     assert 'api_key="YOUR-KEY"' in with_key
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://localhost:8000"), ("127.0.0.2", "http://127.0.0.2:8000"), ("::1", "http://[::1]:8000")],
+)
+def test_an_address_is_written_as_it_is_asked_for(host: str, url: str):
+    assert configuration({"serve": "emoji", "http": {"host": host}}).http.url == url
+
+
 @pytest.mark.parametrize("block", [block["args"] for block in BLOCKS if "args" in block])
 def test_the_guides_settings_are_settings(block: dict[str, Any]):
     config = validate({"models": {"emoji": {"settings": ["model=emoji"]}}} | block, ServeConfig)
