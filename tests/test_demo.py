@@ -26,6 +26,7 @@ def settings(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_draws_before_and_after(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

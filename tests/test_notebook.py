@@ -23,6 +23,7 @@ def test_the_inference_notebook_runs_and_shows_pictures(notebook: nbformat.Noteb
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_inference_notebook_go_together(
     notebook: nbformat.NotebookNode, monkeypatch: pytest.MonkeyPatch
 ):

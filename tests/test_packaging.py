@@ -80,6 +80,7 @@ def test_package_carries_presets_models_and_layouts(monkeypatch: pytest.MonkeyPa
         assert carried, f"{path} would not be installed"
 
 
+@pytest.mark.slow
 def test_no_skip_is_let_through_where_none_is_allowed(tmp_path: Path):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text("import pytest\ndef test_it():\n    pytest.skip('no reason')\n")

@@ -45,6 +45,7 @@ def test_without_a_gpu_it_says_in_one_line_that_it_needs_one(
     assert line.startswith("svd_gpu: needs a CUDA GPU")
 
 
+@pytest.mark.slow
 def test_a_steps_operations_are_counted_without_weights_and_grow_with_its_clips(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):

@@ -84,7 +84,10 @@ def test_the_foreground_of_a_picture_is_always_the_same():
     assert find({}, rocket, coffee)[1:] == first
 
 
-@pytest.mark.parametrize(("scale", "mirrored"), [(0.5, True), (1.0, False), (3.0, True)])
+@pytest.mark.parametrize(
+    ("scale", "mirrored"),
+    [pytest.param(0.5, True, marks=pytest.mark.slow), (1.0, False), pytest.param(3.0, True, marks=pytest.mark.slow)],
+)
 def test_the_face_of_a_cat_is_found(scale: float, mirrored: bool):
     cat = photograph("chelsea.png")
     eyes_and_nose = [(175, 96), (315, 130), (262, 228)]
@@ -96,6 +99,7 @@ def test_the_face_of_a_cat_is_found(scale: float, mirrored: bool):
     assert holds(subject.box, *((x * scale, y * scale) for x, y in eyes_and_nose))
 
 
+@pytest.mark.slow
 def test_the_face_of_a_person_is_found():
     (subject,) = find({"finder": "cascade"}, photograph("astronaut.png"))
     assert subject.label == "face"
@@ -103,6 +107,7 @@ def test_the_face_of_a_person_is_found():
     assert overlap(subject.box, (175, 65, 275, 165)) > 0.7
 
 
+@pytest.mark.slow
 def test_only_the_faces_that_were_asked_for_count():
     both = Image.new("RGB", (800, 300), GREY)
     both.paste(photograph("chelsea.png"))

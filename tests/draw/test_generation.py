@@ -96,6 +96,7 @@ def test_new_pictures_are_numbered_on_and_overwrite_nothing(base: Path, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_is_drawn_by_a_pool_like_one_by_one(
     base: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):

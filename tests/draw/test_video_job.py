@@ -284,15 +284,17 @@ def test_without_a_stage_that_decodes_frames_are_decoded_each_by_itself(configur
             {PICTURE: 4, KEY_FRAMES: 3, DECODED: 3, UPSCALED: 3},
             {PICTURE: 1, KEY_FRAMES: 3, DECODED: 3, UPSCALED: 3},
         ),
-        (
+        pytest.param(
             {"decode"},
             {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4, UPSCALED: 5},
             {PICTURE: 1, KEY_FRAMES: 3, INTERPOLATED: 5, UPSCALED: 5},
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             {"upscale"},
             {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 4, DECODED: 5},
             {PICTURE: 1, KEY_FRAMES: 3, INTERPOLATED: 5, DECODED: 5},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda part: "-".join(sorted(part)) if isinstance(part, set) else "",

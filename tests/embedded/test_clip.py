@@ -52,7 +52,8 @@ def shipped_spins():
         yield Example(path.stem.replace("_", " "), colour, Image.fromarray(decode(path, frames=1)[0]).reduce(2))
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 5])
 @torch.no_grad()
 def test_pictures_find_their_name_among_all_names(shipped, tokenizer, every):
     """Among the first five of about a thousand, or of a fifth of these; many look alike: a dragon and a dragon's face."""
@@ -71,11 +72,13 @@ def test_pictures_find_their_name_among_all_names(shipped, tokenizer, every):
     assert np.mean([name == likely[0] for name, likely in found.items()]) > 0.5, found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pictures_find_their_colour(shipped, tokenizer):
     assert retrieval(shipped, tokenizer, list(shipped_spins()))[1] > 0.8
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_image_tower_alone_embeds_as_the_whole_does(shipped):
     tower = CLIPVisionModelWithProjection.from_pretrained(FOLDER).float()

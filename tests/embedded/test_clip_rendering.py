@@ -107,6 +107,7 @@ def test_a_spin_is_clockwise():
     assert np.abs(frames[28].astype(int) - frames[0]).mean() > 10
 
 
+@pytest.mark.slow
 def test_shipped_spins_match_their_captions_and_stay_small():
     folder = Path(ray_sd.embedded.__file__).parent / "clips" / "spin"
     videos = sorted(folder.glob("*.mp4"))

@@ -1,6 +1,7 @@
 import io
 
 import numpy as np
+import pytest
 from drawn_sprites import disc, flag
 from PIL import Image
 
@@ -25,6 +26,7 @@ def test_a_row_does_not_depend_on_what_else_there_is():
     assert list(large_rows([disc()], seed=0)) == list(large_rows([flag(), disc()], seed=0))[1 + WINDOWS :]
 
 
+@pytest.mark.slow
 def test_sprites_are_whole_within_pictures_and_in_many_places():
     whole = pictures([next(iter(large_rows([disc()], seed))) for seed in range(40)])  # windows come behind it
     found = []

@@ -94,6 +94,7 @@ def test_a_few_wrong_frames_do_not_count():
     assert rotation.scores[6] < 0.4
 
 
+@pytest.mark.slow
 def test_figures_that_are_not_the_first_one_turned_have_no_velocity():
     others = as_a_model_sees_it(np.concatenate([decode(path, frames=1) for path in SPINS[:7]]))
     rotation = measure_rotation(np.concatenate([spin(0)[:1], others]), 7)

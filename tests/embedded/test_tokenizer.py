@@ -27,6 +27,7 @@ def words_of(tokenizer, text):
     return [token.removesuffix("</w>") for token in tokens[1:-1]]
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_saved_tokenizer(saved, built):
     assert built.get_vocab() == saved.get_vocab()
     assert built(NAMES).input_ids == saved(NAMES).input_ids
@@ -64,8 +65,8 @@ def test_any_prompt_survives_the_round_trip(saved, prompt):
     assert saved.decode(ids).replace(" ", "") == prompt.replace(" ", "")
 
 
-def test_a_new_token_is_added_behind_the_vocabulary(built):
-    tokenizer = copy.deepcopy(built)
+def test_a_new_token_is_added_behind_the_vocabulary(saved):
+    tokenizer = copy.deepcopy(saved)
     size = len(tokenizer)
     assert tokenizer.add_tokens(["<owl-toy>"]) == 1
     assert tokenizer("a <owl-toy> on a red background").input_ids[2] == size

@@ -19,7 +19,7 @@ from ray_sd.models import load_model
 FAMILIES = {"sd15": ("tiny", tiny_config), "sdxl": ("tiny_xl", tiny_xl_config)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_lora_draws_alike_after_every_conversion_and_back(
     request: pytest.FixtureRequest, job: Callable, tmp_path: Path, name: str
 ):

@@ -36,6 +36,7 @@ def test_a_lora_is_extracted_from_a_model_that_it_was_fused_into(
     assert "text_encoder" not in less
 
 
+@pytest.mark.slow
 def test_a_lora_is_extracted_from_an_xl_model_with_both_its_text_encoders(tiny_xl: Path, job: Callable, tmp_path: Path):
     model = load_model(tiny_xl_config(tiny_xl))
     write_diffusers(random_updates(model, convolutions=True), tmp_path / "x.safetensors")
@@ -48,6 +49,7 @@ def test_a_lora_is_extracted_from_an_xl_model_with_both_its_text_encoders(tiny_x
         assert difference(picture(tiny_xl, output, config=tiny_xl_config), expected) <= 1, output
 
 
+@pytest.mark.slow
 def test_a_full_rank_extraction_of_a_fully_tuned_model_is_exact_but_for_what_a_lora_cannot_hold(
     tiny: Path,
     adapters: dict[str, Path],

@@ -22,8 +22,15 @@ from ray_sd.methods.weights import save_component
 from ray_sd.models import load_model
 
 
-@pytest.mark.parametrize("output", ["folder", "model.safetensors"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "output"),
+    [
+        ("float32", "folder"),
+        ("float16", "model.safetensors"),
+        pytest.param("float32", "model.safetensors", marks=pytest.mark.slow),
+        pytest.param("float16", "folder", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fused_model_draws_what_its_adapters_draw(
     tiny: Path,
     adapters: dict[str, Path],
@@ -73,6 +80,7 @@ def load_in_plain_diffusers(file: Path, layout: Path) -> StableDiffusionPipeline
     return StableDiffusionPipeline.from_single_file(file, config=str(layout), local_files_only=True)
 
 
+@pytest.mark.slow
 def test_an_xl_model_fuses_into_a_folder_that_draws_alike(tiny_xl: Path, job: Callable, tmp_path: Path):
     write_diffusers(random_updates(load_model(tiny_xl_config(tiny_xl))), tmp_path / "x.safetensors")
     expected = picture(tiny_xl, "x.safetensors", config=tiny_xl_config)
@@ -137,6 +145,7 @@ def test_an_adapter_of_another_base_does_not_fuse(adapters: dict[str, Path], ref
     assert "was made for the base 'tiny'" in words
 
 
+@pytest.mark.slow
 def test_a_video_models_adapter_is_fused_into_a_folder_that_the_plain_pipeline_loads(tiny_video: Path, tmp_path: Path):
     adapter = tmp_path / "adapter"
     trained = load_model(tiny_video_config(tiny_video)).unet

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from pictures import KINDS, picture
 from random_loras import random_updates
 from safetensors.torch import load_file
@@ -40,6 +41,7 @@ def test_a_merge_draws_what_the_weighted_adapters_draw_together(
     assert ranks == {2}
 
 
+@pytest.mark.slow
 def test_merged_xl_loras_draw_what_they_draw_together(tiny_xl: Path, job: Callable, tmp_path: Path):
     model = load_model(tiny_xl_config(tiny_xl))
     write_kohya(random_updates(model, alike=False), tmp_path / "one.safetensors", LoraNames(model))

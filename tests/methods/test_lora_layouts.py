@@ -84,7 +84,9 @@ def test_full_size_models_have_the_published_numbers_of_parameters_and_spellings
     assert len(spelled) == len(set(spelled)) == len(names.spellings())
 
 
-@pytest.mark.parametrize("layout", FAMILIES)
+@pytest.mark.parametrize(
+    "layout", ["sd15", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("sd21", "sdxl"))]
+)
 def test_a_lora_has_the_keys_of_kohyas_default_and_of_its_conv_dim(layout: str, tmp_path: Path):
     """Of all linear layers the one, of convolutions the other."""
     model = skeleton(layout, tmp_path)

@@ -255,7 +255,7 @@ def test_a_lora_on_a_quantised_base_learns_nearly_as_on_the_base(measured, kind,
     assert losses[0] != pytest.approx(losses[-1], abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_the_scale_of_the_fp16_loss_falls_with_each_overflow(measured, stage):
     found = measured[f"overflow-{stage}"]
     assert found["scale"] == 2.0**60 / 2**FEW_STEPS

@@ -24,6 +24,7 @@ from ray_sd.train.resume import SNAPSHOT
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_list_of_checkpoints_is_cut_off_is_exported_again(configure, tmp_path):
     first = fit_without_ray(configure("name=finished"))
     run = Path(first.run)
@@ -58,6 +59,7 @@ def test_nothing_has_to_be_built_before_workers_sum_gradients(configure):
     assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
+@pytest.mark.slow
 def test_the_unet_is_compiled_where_that_is_asked_for(configure, monkeypatch):
     compiled: list[UNet2DConditionModel] = []
     monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: compiled.append(unet))

@@ -52,17 +52,21 @@ def parts(config: ExperimentConfig) -> Parts:
     return estimates(config).parts(config)
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param("false", marks=pytest.mark.slow), "true"])
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("checkpointing", [slow("false"), "true"])
 @pytest.mark.parametrize(
     "settings",
     [
         ["model=emoji", "method=lora"],
-        ["model=emoji", "method=full", "dataset.resolution=128"],
-        ["model=emoji", "method=full", "method.text_encoder=true"],
-        ["model=emoji", "method=textual_inversion", "method.placeholder_token=<x>"],
+        slow(["model=emoji", "method=full", "dataset.resolution=128"]),
+        slow(["model=emoji", "method=full", "method.text_encoder=true"]),
+        slow(["model=emoji", "method=textual_inversion", "method.placeholder_token=<x>"]),
         ["model=emoji", "method=autoencoder"],
         ["model=tiny_random", "method=dreambooth", "method.class_prompt=a cat"],
-        ["model=tiny_random_xl", "method=pivotal", "method.tokens.placeholder_token=<x>"],
+        slow(["model=tiny_random_xl", "method=pivotal", "method.tokens.placeholder_token=<x>"]),
         ["model=tiny_random_upscale", "method=full"],
     ],
     ids=lambda settings: "-".join(setting.partition("=")[2] for setting in settings[:2]),
@@ -131,7 +135,13 @@ def _allocations(event: Any, operation: int | None) -> Iterator[tuple[Any, int |
         yield from _allocations(child, operation)
 
 
-@pytest.mark.parametrize("name", preset_groups("train")["method"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("lora", "textual_inversion", "temporal_lora") else slow(name)
+        for name in preset_groups("train")["method"]
+    ],
+)
 def test_every_method_has_an_estimate(name: str):
     words = {"textual_inversion": "method.", "pivotal": "method.tokens."}
     if name == "inflate":
@@ -148,6 +158,7 @@ def test_every_method_has_an_estimate(name: str):
     assert found["activations"] > 0
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_halves_but_for_norms(full_size):
     whole, halves = (
         full_size("sd15", "method=lora", "trainer.batch_size=1", f"trainer.precision={precision}")
@@ -170,6 +181,7 @@ def test_an_autoencoder_that_asks_for_single_precision_takes_as_much():
     assert asked["frozen weights"] == whole["frozen weights"]
 
 
+@pytest.mark.slow
 def test_attention_keeps_no_matrix_of_all_places_with_all(full_size):
     """4096 places in 8 heads would make 0.25 GiB a layer."""
     small, large = (
@@ -182,14 +194,10 @@ def test_attention_keeps_no_matrix_of_all_places_with_all(full_size):
     ("settings", "published"),
     [
         (["trainer.optimizer=adamw_8bit", "trainer.gradient_checkpointing=true", "trainer.batch_size=1"], 9.92),
-        pytest.param(
-            ["trainer.optimizer=adamw_8bit", "trainer.gradient_checkpointing=true", "trainer.batch_size=2"],
-            10.4,
-            marks=pytest.mark.slow,
-        ),
-        (["trainer.optimizer=adamw_8bit", "trainer.batch_size=1"], 11.17),
-        (["trainer.optimizer=adamw_8bit", "trainer.batch_size=2"], 13.67),
-        (["trainer.gradient_checkpointing=true", "trainer.batch_size=1"], 15.79),
+        slow(["trainer.optimizer=adamw_8bit", "trainer.gradient_checkpointing=true", "trainer.batch_size=2"], 10.4),
+        slow(["trainer.optimizer=adamw_8bit", "trainer.batch_size=1"], 11.17),
+        slow(["trainer.optimizer=adamw_8bit", "trainer.batch_size=2"], 13.67),
+        slow(["trainer.gradient_checkpointing=true", "trainer.batch_size=1"], 15.79),
         (["trainer.batch_size=1"], 17.7),
     ],
 )
@@ -232,7 +240,7 @@ def test_offloaded_state_takes_no_gpu_memory(full_size):
     assert sum(offloaded.values()) < sum(here.values())
 
 
-@pytest.mark.parametrize(("model", "linear"), [("sd15", 0.31), pytest.param("sdxl", 0.87, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("model", "linear"), [("sd15", 0.31), slow("sdxl", 0.87)])
 def test_a_quantised_base_takes_less(full_size, model, linear):
     """Of its linear layers, where SD 1.5's U-Net has 31 % of its parameters and SDXL's 87 %, nf4 keeps 4.5 bits."""
     settings = ["method=lora", "trainer.use_gpu=true", "trainer.batch_size=1"]
@@ -254,6 +262,7 @@ def test_accumulated_gradients_stay_beside_activations(full_size):
     assert backward["activations"] < parts(at_once)["activations"]
 
 
+@pytest.mark.slow
 def test_a_batch_is_as_large_as_the_largest_bucket(full_size):
     square, wide = (
         full_size("sd15", "trainer.batch_size=1", *settings)
@@ -280,13 +289,16 @@ def test_memory_that_stays_has_no_entry_for_what_is_not_there():
     ("words", "model", "settings"),
     [
         ("a LoRA of SD 1.5 at 512 pixels", "sd15", ["method=lora"]),
-        ("all weights of SD 1.5, 8-bit AdamW", "sd15", ["method=full", "trainer/optimizer=adamw_8bit", "trainer.zero.stage=0"]),
-        pytest.param("a LoRA of SDXL at 1024 pixels", "sdxl", ["method=lora"], marks=pytest.mark.slow),
-        pytest.param(
+        slow(
+            "all weights of SD 1.5, 8-bit AdamW",
+            "sd15",
+            ["method=full", "trainer/optimizer=adamw_8bit", "trainer.zero.stage=0"],
+        ),
+        slow("a LoRA of SDXL at 1024 pixels", "sdxl", ["method=lora"]),
+        slow(
             "all weights of SDXL on four GPUs, ZeRO 2",
             "sdxl",
             ["method=full", "trainer.num_workers=4", "trainer.zero.stage=2"],
-            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip

@@ -125,6 +125,7 @@ def test_what_was_read_from_8_bits_gives_the_same_8_bits(signed: bool):
     torch.testing.assert_close(absmax, state.absmax, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_the_documents_tell_what_each_keeps():
     table = (ROOT / "docs" / "training.md").read_text()
     with torch.device("meta"):

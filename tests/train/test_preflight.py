@@ -72,6 +72,7 @@ def test_a_refusal_names_the_settings_that_need_less_and_how_much():
     assert "adamw_8bit" not in str(refused.value), "saves nothing to speak of"
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_go_with_the_others_are_not_named():
     settings = ["method=full", "trainer/optimizer=prodigy", "trainer.gpu_memory=0.1"]
     with pytest.raises(ConfigError) as refused:
@@ -80,7 +81,9 @@ def test_settings_that_do_not_go_with_the_others_are_not_named():
     assert "adamw_8bit" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("share", "warned"), [(0.95, True), (1.05, True), (2.0, False)])
+@pytest.mark.parametrize(
+    ("share", "warned"), [(0.95, True), pytest.param(1.05, True, marks=pytest.mark.slow), (2.0, False)]
+)
 def test_a_run_that_may_not_fit_is_warned_about(caplog, capsys, share: float, warned: bool):
     memory = share * needed()
     with caplog.at_level(logging.WARNING):

@@ -76,6 +76,7 @@ def test_a_run_that_begins_with_anothers_weights_is_described_once(tmp_path):
     assert len(described) == 1
 
 
+@pytest.mark.slow
 def test_mlflow_goes_on_with_the_same_run(tmp_path, picture):
     mlflow = pytest.importorskip("mlflow")
     config = _config("tracker=mlflow", "tracker.group=rates")
@@ -92,6 +93,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, picture):
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 2
 
 
+@pytest.mark.slow
 def test_wandb_works_offline(tmp_path, picture):
     pytest.importorskip("wandb")
     config = _config("tracker=wandb", "tracker.wandb.mode=offline", "tracker.group=rates")

@@ -479,6 +479,7 @@ def browse(tmp_path: Path) -> Callable[[str, str], tuple[dict, str]]:
     return run
 
 
+@pytest.mark.slow
 def test_a_browser_draws_every_chart_lays_the_grid_and_sorts_the_table(tmp_path: Path, browse: Callable):
     sweep = drawn_sweep(14, tmp_path, objectives=(LOSS, ANSWER), num_seeds=2)
     told, _ = browse(
