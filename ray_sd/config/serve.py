@@ -44,6 +44,32 @@ class BatchingConfig(Schema):
     """Pictures of the model's own size that are decoded together; fewer larger ones."""
 
 
+class Replicas(Schema):
+    """How many replicas serve a model."""
+
+    shorthand = "min"
+    min: int = Field(1, ge=1)
+    """Always there."""
+    max: int | None = Field(None, ge=1)
+    """Most that there may be; null takes `min`, and their number stays."""
+    steps: int = Field(2000, ge=1)
+    """Denoising steps that each may have before it until another is started; a picture with guidance counts twice."""
+    upscale_delay: float = Field(10, ge=0)
+    """Seconds for which more are wanted until they are started."""
+    downscale_delay: float = Field(300, ge=0)
+    """Seconds for which fewer are enough until one goes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Replicas":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max: {self.max} is less than the {self.min} of min")
+        return self
+
+    @property
+    def most(self) -> int:
+        return self.min if self.max is None else self.max
+
+
 class ServedModel(Schema):
     """A base model and its deployment."""
 
@@ -58,6 +84,8 @@ class ServedModel(Schema):
     """CPU threads of a step where there is no GPU; null takes all cores."""
     adapter_memory: int = Field(2048, ge=0)
     """MiB that adapters may take in a replica together."""
+    replicas: Replicas = Replicas()
+    """How many there are."""
     batching: BatchingConfig = BatchingConfig()
     """How pictures share steps."""
 

@@ -20,7 +20,9 @@ from ray_sd.generate import ImageRequest
 from ray_sd.models import load_model
 from ray_sd.serve.adapters import AdapterFolder
 from ray_sd.serve.api import Api, ServedBase
+from ray_sd.serve.live import merged
 from ray_sd.serve.replica import ModelReplica
+from ray_sd.serve.scaling import replica_options
 
 MOST_AT_ONCE = 1000
 """Requests that Serve hands a replica at once: the engine itself says when there are too many."""
@@ -39,6 +41,7 @@ def build(args: dict[str, Any]) -> Application:
             graceful_shutdown_timeout_s=config.limits.deadline,
             health_check_period_s=5,
             ray_actor_options={"num_gpus": served.num_gpus},
+            **replica_options(served.replicas),
         ).bind(name, to_dict(served), config.adapters)
         for name, served in config.models.items()
     }
@@ -57,16 +60,9 @@ def configuration(args: Mapping[str, Any]) -> ServeConfig:
     preset = given.pop(GROUP, None)
     data = {} if preset is None else compose_presets(GROUP, {GROUP: str(preset)})
     written = {path: given.pop(path) for path in list(given) if isinstance(given[path], str)}
-    data = _merged(data, given)
+    data = merged(data, given)
     apply_overrides(data, written, ServeConfig)
     return validate(data, ServeConfig, groups)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {
-        name: _merged(base[name], value) for name, value in over.items() if isinstance(value, Mapping) and name in base
-    }
-    return {**base, **over, **both}
 
 
 def describe(served: ServedModel) -> ServedBase:

@@ -79,9 +79,7 @@ class Engine:
     def __init__(self, model: DiffusionModel, adapters: LoadedAdapters, batching: BatchingConfig | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.adapters = adapters
-        self.batching = batching or BatchingConfig()
         self.figures = EngineFigures()
-        self._max_rows = self.batching.max_rows
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, Ticket]] = []
         """Orders that are not begun, and the one that is being prepared."""
@@ -92,13 +90,13 @@ class Engine:
         self._batches: dict[tuple[int, ...], Batch] = {}
         """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
-        self._results: LRUCache[Hashable, Image.Image] = LRUCache(self.batching.result_cache * 2**20, _image_bytes)
-        self._prompts: LRUCache[Hashable, dict[str, Tensor]] = LRUCache(self.batching.prompt_cache * 2**20, _text_bytes)
+        self._results: LRUCache[Hashable, Image.Image]
+        self._prompts: LRUCache[Hashable, dict[str, Tensor]]
         self._count = 0
         self._closing = False
         own = self.model.unet.config.sample_size
         self._own_area = own * own if isinstance(own, int) else own[0] * own[1]
-        self._turns = Turns(self.batching.policy, self.batching.patience, self._own_area)
+        self.reconfigure(batching or BatchingConfig())
         self._threads = [
             threading.Thread(target=self._run, args=(work, threads), name=f"engine-{work.__name__}", daemon=True)
             for work, threads in ((self._prepare, 1), (self._step, torch.get_num_threads()), (self._decode, 1))
@@ -106,6 +104,15 @@ class Engine:
         self._broken: BaseException | None = None
         for thread in self._threads:
             thread.start()
+
+    def reconfigure(self, batching: BatchingConfig) -> None:
+        """Share steps in another way from the next one on. What is under way stays, what caches held does not."""
+        with self._changed:
+            self.batching = batching
+            self._max_rows = batching.max_rows
+            self._turns = Turns(batching.policy, batching.patience, self._own_area)
+            self._results = LRUCache(batching.result_cache * 2**20, _image_bytes)
+            self._prompts = LRUCache(batching.prompt_cache * 2**20, _text_bytes)
 
     @property
     def healthy(self) -> bool:
@@ -115,6 +122,16 @@ class Engine:
     def waiting(self) -> int:
         """Pictures that have taken no step yet."""
         return len(self._waiting) + sum(not picture.drawing.taken for picture in list(self._pictures))
+
+    @property
+    def steps_left(self) -> int:
+        """Steps still to be taken, of each row of each picture."""
+        waiting = sum(
+            ticket.order.request.steps_taken * len(ticket.order.request.prompts) for _, ticket in list(self._waiting)
+        )
+        return waiting + sum(
+            (picture.drawing.steps - picture.drawing.taken) * picture.drawing.rows for picture in list(self._pictures)
+        )
 
     @property
     def busy(self) -> bool:

@@ -13,15 +13,17 @@ from PIL import Image
 
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
-from ray_sd.errors import RaySdError
+from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.shapes import picture_size
 from ray_sd.media.pictures import ImageFormat, image_bytes
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
 from ray_sd.serve.engine import Engine
+from ray_sd.serve.live import with_changes
 from ray_sd.serve.metrics import ReplicaMetrics
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
+from ray_sd.serve.scaling import QUEUED_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class ModelReplica:
     """One of a base model's replicas."""
 
     def __init__(self, name: str, served: dict[str, Any], adapters: str | None) -> None:
-        settings = validate(served, ServedModel)
+        self._settings = settings = validate(served, ServedModel)
         config = load_config(list(settings.settings), ServedPreset).model
         began = time.perf_counter()
         self._name = name
@@ -157,6 +159,22 @@ class ModelReplica:
             "adapters_found": adapters.hits,
             "adapters_loaded": adapters.misses,
         }
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve with `user_config` of the deployment: other `batching`, without a restart.
+
+        What is wrong in it is told in the log, and the replica goes on as it was.
+        """
+        try:
+            batching = with_changes(self._settings, user_config, ("batching",)).batching
+        except ConfigError as error:
+            logger.error("model %s goes on as it was: %s", self._name, error)
+        else:
+            self._engine.reconfigure(batching)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the number of replicas is to follow."""
+        return {QUEUED_STEPS: self._engine.steps_left}
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds. Raises RuntimeError where this replica is to be replaced."""

@@ -333,6 +333,35 @@ def test_a_picture_that_two_want_goes_on_when_one_leaves(build):
     assert isinstance(client.finish()[1], Drawn)
 
 
+def test_a_replica_counts_every_row_of_what_waits_and_of_what_is_under_way(build):
+    engine = build(max_rows=2, patience=10_000)
+    assert engine.steps_left == 0
+    client = Client(engine)
+    for order in (Order(LONG), Order(replace(LONG, seed=1, guidance_scale=1.0))):
+        client.order(order)
+    client.wait_for_step(0)
+    assert 2 * 900 < engine.steps_left < 3 * 900
+    for ticket in client.tickets:
+        ticket.cancel()
+    wait_for(lambda: engine.steps_left == 0)
+
+
+def test_how_steps_are_shared_may_change_while_pictures_are_under_way(build):
+    engine = build(max_rows=2, max_waiting=1, patience=10_000)
+    client = Client(engine)
+    client.order(Order(LONG))
+    client.wait_for_step(0)
+    client.order(Order(replace(LONG, seed=1)))
+    with pytest.raises(EngineBusyError):
+        client.order(Order(replace(LONG, seed=2)))
+    engine.reconfigure(BatchingConfig(max_rows=32, max_waiting=8))
+    client.order(Order(replace(LONG, seed=2)))
+    for number in (1, 2):
+        client.wait_for_step(number)  # beside the first, which alone would take all steps
+    for ticket in client.tickets:
+        ticket.cancel()
+
+
 def test_too_many_are_told_when_to_come_back(build):
     # The first takes all the steps; none of the others ever waits long enough to go before it.
     engine = build(max_waiting=3, max_rows=2, patience=10_000)
