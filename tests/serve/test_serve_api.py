@@ -4,7 +4,6 @@ import base64
 import http.client
 import io
 import json
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from serving import serving
 from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
@@ -51,10 +51,6 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
     """Address of a server of the tiny model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = [f"model.base={tiny}", "model.name=tiny_served", "model.scheduler.sampler=ddim"]
     arguments = {
         "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8, "patience": PATIENCE}}},
@@ -62,9 +58,8 @@ def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
         "limits": LIMITS,
         "defaults": {"num_inference_steps": 4, "guidance_scale": 3.0},
     }
-    serve.run(build(arguments), name="ray_sd", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serving(build(arguments)) as address:
+        yield address
 
 
 @pytest.fixture
@@ -215,7 +210,7 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ({"prompt": "a", "adapters": ["strange"]}, 400, "adapters", "is for the base 'another', not for 'tiny'"),
         ({"prompt": "a", "adapters": ["word"], "model": "word"}, 400, "adapters", "each may be named once"),
         ({"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]}, 400, None, "is a word, which has no strength"),
-        ({"prompt": "a", "response_format": "url"}, 400, "response_format", "b64_json"),
+        ({"prompt": "a", "response_format": "file"}, 400, "response_format", "b64_json"),
         ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
     ],
 )
