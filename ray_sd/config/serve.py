@@ -31,7 +31,7 @@ class BatchingConfig(Schema):
     max_rows: int = Field(16, ge=1)
     """Rows of the U-Net at once at the model's own size, two a picture with guidance; fewer of larger pictures."""
     max_waiting: int = Field(64, ge=1)
-    """Pictures that may wait for their first step; what comes then is told to come back."""
+    """Pictures that may wait in one replica for their first step, whatever `limits.max_queue` leaves room for."""
     policy: Literal["shortest", "fair"] = "shortest"
     """Who goes first: what has the fewest steps left, or who has had the least."""
     patience: int = Field(16, ge=1)
@@ -91,7 +91,7 @@ class ServedModel(Schema):
 
 
 class RequestLimits(Schema):
-    """What one request may ask for."""
+    """What one request may ask for, and how much all of them together."""
 
     max_pixels: int = Field(1024 * 1024, ge=64)
     """Height times width."""
@@ -109,6 +109,25 @@ class RequestLimits(Schema):
     """Of an uploaded picture, once it is decoded."""
     deadline: float = Field(300, gt=0)
     """Seconds after which a request that is not done fails."""
+    max_queue: int = Field(256, ge=1)
+    """Pictures of a base model that wait or are drawn at once, over all of its replicas; what comes then is told to come back."""
+    idempotency_seconds: float = Field(600, gt=0)
+    """How long the answer to a request with an `Idempotency-Key` is kept for who asks again."""
+    idempotency_memory: int = Field(128, ge=0)
+    """MiB of such answers, of all HTTP replicas together."""
+    url_seconds: float = Field(3600, gt=0)
+    """How long a picture is kept behind a link (`response_format: url`)."""
+    url_memory: int = Field(512, ge=0)
+    """MiB of such pictures, of all HTTP replicas together; the least recently asked for go first."""
+
+    @model_validator(mode="after")
+    def _check_queue(self) -> "RequestLimits":
+        if self.max_queue < self.max_images:
+            raise ValueError(
+                f"max_queue {self.max_queue} is less than max_images {self.max_images}, which one request may ask for; "
+                f"set max_queue to {self.max_images} or more, or max_images lower"
+            )
+        return self
 
 
 class ApiKey(Schema):
@@ -118,9 +137,9 @@ class ApiKey(Schema):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of the key; `python -m ray_sd.serve.gate` makes one."""
     requests_per_minute: int | None = Field(None, ge=1)
-    """Most requests that draw in any minute."""
+    """Most requests that draw in any minute, over all HTTP replicas."""
     concurrent: int | None = Field(None, ge=1)
-    """Most requests that draw at once."""
+    """Most requests that draw at once, over all HTTP replicas."""
 
 
 class Defaults(Schema):
@@ -169,7 +188,7 @@ class ServeConfig(Schema):
     keys: dict[str, ApiKey] = Field(default_factory=dict)
     """Keys by the names of their holders, who share the models fairly by `policy: fair`; without any, everybody may ask."""
     limits: RequestLimits = RequestLimits()
-    """What one request may ask for."""
+    """What one request may ask for, and how much all of them together."""
     defaults: Defaults = Defaults()
     """What is drawn with where a request does not say."""
     http: HttpConfig = HttpConfig()

@@ -90,6 +90,7 @@ def test_the_guides_settings_are_settings(block: dict[str, Any]):
         ({"serve": "emojy"}, "serve: no preset 'emojy'; did you mean 'emoji'?"),
         ({"serve": "emoji", "limit": {}}, "limit: no such setting; did you mean 'limits'?"),
         ({"serve": "emoji", "limits.max_steps": "many"}, "limits.max_steps: "),
+        ({"serve": "emoji", "limits.max_queue": "3"}, "limits: max_queue 3 is less than max_images 10"),
         ({"serve": "emoji", "http": {"host": "nowhere"}}, "http.host: 'nowhere' "),
         ({"models": {}}, "models: "),
         ({"models": {"a": "model=emoji"}, "adapter": "x"}, "adapter: no such setting; did you mean 'adapters'?"),
