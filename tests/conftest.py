@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two t
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # as ray_sd.cluster.connect does
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S", "1")  # what waits for another waits no longer
 
 NO_RIGHT = "this machine does not allow"
 """Begins the reason of the only skip that is none of a missing program, which could be installed."""
@@ -77,6 +78,7 @@ LONG = {
     "train/test_memory.py": 45,
     "methods/test_lora_layouts.py": 35,
     "serve/test_serve_api.py": 35,
+    "serve/test_serve_limits.py": 20,
     "data/test_prepare.py": 30,
     "data/test_clip_rows.py": 30,
     "draw/test_video_job.py": 25,

@@ -3,18 +3,38 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+NAME = "ray_sd"
 
 
 @contextmanager
 def serving(application: Application) -> Iterator[str]:
     """Its address."""
+    with _started() as address:
+        serve.run(application, name=NAME, route_prefix="/")
+        yield address
+
+
+@contextmanager
+def deploying(application: dict[str, Any]) -> Iterator[str]:
+    """As `serve deploy` does with what a `serve_config.yaml` says of an application."""
+    application = {"name": NAME, "route_prefix": "/", "import_path": "ray_sd.serve.app:build"} | application
+    with _started() as address:
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+        yield address
+
+
+@contextmanager
+def _started() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(application, name="ray_sd", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

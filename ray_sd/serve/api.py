@@ -5,12 +5,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from pydantic import ValidationError
 from ray.serve.handle import DeploymentHandle
@@ -21,6 +23,7 @@ from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
 from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapters import NAME, AdapterEntry, AdapterFolder, UnknownAdapterError
+from ray_sd.serve.admission import Admitted, Visit
 from ray_sd.serve.errors import (
     REASON,
     ApiError,
@@ -33,7 +36,10 @@ from ray_sd.serve.errors import (
     of_failure,
 )
 from ray_sd.serve.gate import CLIENT, Client, Gate
+from ray_sd.serve.links import FILES, file_response, link, new_file_name
+from ray_sd.serve.repeats import REPLAYED, repeat_of
 from ray_sd.serve.replica import PictureEvent, PictureJob
+from ray_sd.serve.shared import Answer, SharedAdmission
 from ray_sd.serve.uploads import edit_mask, read_picture
 from ray_sd.serve.wire import (
     EditSettings,
@@ -53,7 +59,7 @@ logger = logging.getLogger(__name__)
 SEEDS = 2**32
 """Seeds that are drawn where a request names none lie below."""
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
 }
 
 FILE = {"type": "string", "format": "binary"}
@@ -88,6 +94,7 @@ class Api:
         self._bases = bases
         self._handles = handles
         self._folder = AdapterFolder(self._config.adapters)
+        self._admission = SharedAdmission()
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> Gate:
@@ -102,6 +109,8 @@ class Api:
         app.get("/v1/models/{model}", responses=ERRORS)(self.show_model)
         app.post("/v1/images/generations", **drawn)(self.generate)
         app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
+        app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
+        app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
         return Gate(app, self._config.keys, self._limits.max_upload_bytes)
 
     async def list_models(self) -> ModelList:
@@ -121,7 +130,7 @@ class Api:
     async def generate(self, body: GenerationRequest, request: Request) -> Any:
         """Draw pictures of a prompt."""
         base, job = self._job(body, request)
-        return await self._answer(base, job, body, "image_generation", request)
+        return await self._answer(base, job, body, "image_generation", request, {})
 
     async def edit(self, request: Request) -> Any:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
@@ -136,7 +145,14 @@ class Api:
         if unknown := pictures.keys() - {"image", "mask"}:
             raise BadRequestError(f"{min(unknown)}: no such field", min(unknown), "unknown_parameter")
         base, job = self._job(body, request, pictures["image"], pictures.get("mask"), body.strength)
-        return await self._answer(base, job, body, "image_edit", request)
+        return await self._answer(base, job, body, "image_edit", request, files)
+
+    async def show_file(self, name: str) -> Response:
+        """A picture behind a link."""
+        content = await self._admission.file(name)
+        if content is None:
+            raise NotFoundError("no such picture; links are kept for a while only", code="file_not_found")
+        return file_response(name, content)
 
     def _cards(self) -> Iterator[ModelCard]:
         for name in self._bases:
@@ -255,10 +271,47 @@ class Api:
             raise BadRequestError(f"size: {width}x{height} is more than {self._limits.max_pixels} pixels", "size")
         return width, height
 
-    async def _answer(self, base: str, job: PictureJob, body: PictureSettings, kind: str, request: Request) -> Any:
-        events = self._handles[base].options(stream=True).draw.remote(job)
+    async def _answer(
+        self,
+        base: str,
+        job: PictureJob,
+        body: PictureSettings,
+        kind: str,
+        request: Request,
+        uploads: Mapping[str, bytes],
+    ) -> Response:
+        client: Client = request.scope["state"][CLIENT]
+        if body.stream and body.response_format == "url":
+            raise BadRequestError("response_format: a stream sends its pictures; leave out url", "response_format")
+        repeat = repeat_of(request, client.name, body, uploads)
+        visit = Visit(secrets.token_hex(8), client.name, base, len(job.requests), repeat)
         if body.stream:
-            return StreamingResponse(_stream(events, job, kind, request), media_type="text/event-stream")
+            entered = await self._admission.enter(visit)
+            ahead = entered.ahead if isinstance(entered, Admitted) else None
+            told = _stream(self._events(base, job), job, kind, request, ahead)
+            return StreamingResponse(self._leaving(visit, told), media_type="text/event-stream")
+
+        async def draw(seconds: float) -> Answer:
+            return await self._drawn(base, replace(job, seconds=seconds), body, request)
+
+        content, replayed = await self._admission.answer(visit, job.seconds, draw)
+        return Response(content, media_type="application/json", headers=REPLAYED if replayed else None)
+
+    def _events(self, base: str, job: PictureJob) -> Any:
+        return self._handles[base].options(stream=True).draw.remote(job)
+
+    async def _leaving(self, visit: Visit, told: AsyncGenerator[str]) -> AsyncIterator[str]:
+        """What is told, and then the visit's place given back."""
+        try:
+            async with aclosing(told):
+                async for one in told:
+                    yield one
+        finally:
+            self._admission.leave(visit)
+
+    async def _drawn(self, base: str, job: PictureJob, body: PictureSettings, request: Request) -> Answer:
+        """A job's pictures, as OpenAI's client reads them. Raises ApiError."""
+        events = self._events(base, job)
         pictures: dict[int, PictureEvent] = {}
         try:
             async for event in events:
@@ -268,23 +321,35 @@ class Api:
                     pictures[event.number] = event
         finally:
             events.cancel()  # of what is still to be drawn where the client has gone
-        data = [
-            ImageData(b64_json=base64.b64encode(pictures[number].content).decode(), seed=request.seed)
-            for number, request in enumerate(job.requests)
-        ]
-        return ImagesResponse(
+        files: dict[str, bytes] = {}
+        data = []
+        for number, one in enumerate(job.requests):
+            event = pictures[number]
+            if body.response_format == "url":
+                name = new_file_name(job.format)
+                files[name] = event.content
+                data.append(ImageData(url=link(request, name), seed=one.seed))
+            else:
+                data.append(ImageData(b64_json=_b64(event), seed=one.seed))
+        response = ImagesResponse(
             created=int(time.time()),
             data=data,
             output_format=job.format,
             size=_size_of(pictures[0]),
             usage=usage(len(data)),
         )
+        return Answer(response.model_dump_json().encode(), files)
 
 
-async def _stream(events: Any, job: PictureJob, kind: str, request: Request) -> AsyncIterator[str]:
-    """Server-sent events of a job's pictures, as OpenAI's client reads them."""
+async def _stream(events: Any, job: PictureJob, kind: str, request: Request, ahead: int | None) -> AsyncGenerator[str]:
+    """Server-sent events of a job's pictures, as OpenAI's client reads them.
+
+    ahead: pictures before them in all replicas; None where only the replica's own queue is known.
+    """
     try:
         async for event in events:
+            if event.kind == "queued" and ahead is not None:
+                event = replace(event, values={"position": ahead + event.number})
             yield _told(event, job, kind)
             if event.kind == "failed":
                 setattr(request.state, REASON, of_failure(event.values).reason)

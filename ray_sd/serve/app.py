@@ -23,6 +23,7 @@ from ray_sd.serve.api import Api, ServedBase
 from ray_sd.serve.live import merged
 from ray_sd.serve.replica import ModelReplica
 from ray_sd.serve.scaling import replica_options
+from ray_sd.serve.shared import admission_actor
 
 MOST_AT_ONCE = 1000
 """Requests that Serve hands a replica at once: the engine itself says when there are too many."""
@@ -46,7 +47,9 @@ def build(args: dict[str, Any]) -> Application:
         for name, served in config.models.items()
     }
     bases = {name: describe(served) for name, served in config.models.items()}
-    api = serve.deployment(serve.ingress()(Api)).options(name="api", max_ongoing_requests=MOST_AT_ONCE)
+    api = serve.deployment(serve.ingress()(Api)).options(
+        name="api", max_ongoing_requests=MOST_AT_ONCE, deployment_actors=[admission_actor(config)]
+    )
     return api.bind(to_dict(config), bases, models)
 
 

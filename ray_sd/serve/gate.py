@@ -1,14 +1,10 @@
-"""What every request passes first: who asks, how much they may, and how large it is."""
+"""What every request passes first: who asks, and how large it is."""
 
 import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from time import monotonic
-from typing import Any
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -16,27 +12,24 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import REASON, ApiError, BusyError
+from ray_sd.serve.errors import REASON, ApiError
+from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 
 GUARDED = "/v1/"
-"""Paths that a key is needed for, where there are keys."""
-MINUTE = 60.0
+"""Paths that a key is needed for, where there are keys; but for FILES."""
 CLIENT = "client"
 """Key of the request's state that holds the client."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Client:
-    """Who asks, and what they have asked for of late."""
+    """Who asks."""
 
     name: str
     key: ApiKey
-    under_way: int = 0
-    recent: list[float] = field(default_factory=list)
-    """When the last minute's requests came."""
 
 
 ANYBODY = Client("", ApiKey(sha256="0" * 64))
@@ -49,7 +42,7 @@ def hash_of(key: str) -> str:
 
 
 class Gate:
-    """An ASGI application before another. Quotas are kept by each replica of the HTTP side for itself."""
+    """An ASGI application before another."""
 
     def __init__(self, app: ASGIApp, keys: dict[str, ApiKey], max_body: int) -> None:
         """keys: by the names of their holders; max_body: bytes of a request."""
@@ -77,8 +70,7 @@ class Gate:
             client = self._identify(scope)
             scope["state"][CLIENT] = client
             self._check_length(scope)
-            with _quota(client) if scope["method"] == "POST" else _free():
-                await self._app(scope, self._counted(receive), send_with_id)
+            await self._app(scope, self._counted(receive), send_with_id)
         except ApiError as error:
             scope["state"][REASON] = error.reason
             await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send_with_id)
@@ -100,7 +92,8 @@ class Gate:
             )
 
     def _identify(self, scope: Scope) -> Client:
-        if not self._clients or not scope["path"].startswith(GUARDED):
+        path = scope["path"]
+        if not self._clients or not path.startswith(GUARDED) or path.startswith(FILES):
             return ANYBODY
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
@@ -136,31 +129,6 @@ class Gate:
 def _route(scope: Scope) -> str:
     """The path as the application declares it, since those that clients make up are without number."""
     return getattr(scope.get("route"), "path", "")
-
-
-@contextmanager
-def _quota(client: Client) -> Iterator[None]:
-    """Raises BusyError for a client that has asked for its share."""
-    now = monotonic()
-    key = client.key
-    if key.concurrent is not None and client.under_way >= key.concurrent:
-        raise BusyError(f"{client.under_way} of your requests are under way, as many as may be", retry_after=1)
-    if key.requests_per_minute is not None:
-        client.recent = [one for one in client.recent if one > now - MINUTE]
-        if len(client.recent) >= key.requests_per_minute:
-            message = f"you have made {len(client.recent)} requests in a minute, as many as may be"
-            raise BusyError(message, retry_after=client.recent[0] + MINUTE - now)
-        client.recent.append(now)
-    client.under_way += 1
-    try:
-        yield
-    finally:
-        client.under_way -= 1
-
-
-@contextmanager
-def _free() -> Iterator[Any]:
-    yield
 
 
 def main() -> None:

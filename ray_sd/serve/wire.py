@@ -37,7 +37,7 @@ class PictureSettings(BaseModel):
     size: str = Field("auto", max_length=16, description="WIDTHxHEIGHT, or auto for the model's own.")
     output_format: Literal["png", "webp", "jpeg"] = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality of webp and jpeg; 100 loses nothing.")
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
     negative_prompt: str = ""
@@ -94,7 +94,8 @@ def edit_form_schema(files: dict[str, Any]) -> dict[str, Any]:
 
 
 class ImageData(BaseModel):
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     revised_prompt: str | None = None
     seed: int
 

@@ -1,4 +1,4 @@
-"""Keys, quotas and sizes, before an application that reads what it is sent."""
+"""Keys and sizes, before an application that reads what it is sent."""
 
 import asyncio
 import logging
@@ -12,29 +12,27 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve import gate
 from ray_sd.serve.errors import answer_http
 from ray_sd.serve.gate import CLIENT, Gate, hash_of
+from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
 KEYS = {
     "ann": ApiKey(sha256=hash_of("sd-ann")),
-    "bob": ApiKey(sha256=hash_of("sd-bob"), concurrent=2, requests_per_minute=4),
+    "bob": ApiKey(sha256=hash_of("sd-bob")),
 }
 
 
-def client(
-    keys: dict[str, ApiKey] | None = None, max_body: int = 100, barrier: asyncio.Barrier | None = None
-) -> httpx.AsyncClient:
-    """barrier: what each answer waits at."""
-
+def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100) -> httpx.AsyncClient:
     async def answer(request: Request) -> PlainTextResponse:
         body = await request.body()
-        if barrier is not None:
-            await barrier.wait()
         return PlainTextResponse(f"{request.scope['state'][CLIENT].name} {len(body)}")
 
-    routes = [Route("/v1/draw", answer, methods=["GET", "POST"]), Route("/health", answer)]
+    routes = [
+        Route("/v1/draw", answer, methods=["POST"]),
+        Route(f"{FILES}{{name}}", answer),
+        Route("/health", answer),
+    ]
     inner = Starlette(routes=routes, exception_handlers={HTTPException: answer_http})
     application = Gate(inner, KEYS if keys is None else keys, max_body)
     return httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here")
@@ -79,6 +77,7 @@ def test_who_is_known_is_told_to_the_application():
     assert asyncio.run(ask(client(), headers=as_("ann"))).text == "ann 0"
     assert asyncio.run(ask(client(keys={}))).text == " 0"
     assert asyncio.run(client().get("/health")).text == " 0"
+    assert asyncio.run(client().get(f"{FILES}1234.png")).text == " 0"
 
 
 def test_requests_that_are_too_large_are_ended_whatever_they_say():
@@ -91,42 +90,6 @@ def test_requests_that_are_too_large_are_ended_whatever_they_say():
         response = asyncio.run(ask(client(), headers=as_("ann"), content=content))
         assert response.status_code == 413
         assert response.json()["error"]["message"] == "a request has at most 100 bytes"
-
-
-def test_no_more_run_at_once_than_a_key_allows():
-    async def several() -> list[httpx.Response]:
-        barrier = asyncio.Barrier(3)
-        async with client(barrier=barrier) as http:
-            first = [asyncio.create_task(http.post("/v1/draw", headers=as_("bob"))) for _ in range(2)]
-            while barrier.n_waiting < 2:
-                await asyncio.sleep(0.001)
-            refused = await http.post("/v1/draw", headers=as_("bob"))
-            await barrier.wait()
-            return [*await asyncio.gather(*first), refused]
-
-    responses = asyncio.run(several())
-    assert [response.status_code for response in responses] == [200, 200, 429]
-
-
-def test_no_more_come_in_a_minute_than_a_key_allows(monkeypatch: pytest.MonkeyPatch):
-    now = 1000.0
-    monkeypatch.setattr(gate, "monotonic", lambda: now)
-
-    async def several() -> list[httpx.Response]:
-        nonlocal now
-        responses = []
-        async with client() as http:
-            for _ in range(6):
-                responses.append(await http.post("/v1/draw", headers=as_("bob")))
-                now += 10
-            now += 21
-            responses.append(await http.post("/v1/draw", headers=as_("bob")))
-            responses.append(await http.get("/v1/draw", headers=as_("bob")))
-        return responses
-
-    responses = asyncio.run(several())
-    assert [response.status_code for response in responses] == [200] * 4 + [429] * 2 + [200] * 2
-    assert responses[4].headers["retry-after"] == "20"
 
 
 def test_every_answer_has_an_id_that_the_log_has(caplog: pytest.LogCaptureFixture):
