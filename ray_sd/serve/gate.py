@@ -12,11 +12,12 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import REASON, ApiError, BusyError
+from ray_sd.serve.errors import REASON, ApiError, BusyError, ForbiddenError
 from ray_sd.serve.metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ class Client:
     """When the last minute's requests came."""
 
 
-ANYBODY = Client("", ApiKey(sha256="0" * 64))
+ANYBODY = Client("", ApiKey(sha256="0" * 64, role="admin"))
 """Where there are no keys."""
+NOBODY = Client("", ApiKey(sha256="0" * 64))
+"""On a path that no key is needed for."""
 
 
 def hash_of(key: str) -> str:
@@ -100,8 +103,11 @@ class Gate:
             )
 
     def _identify(self, scope: Scope) -> Client:
-        if not self._clients or not scope["path"].startswith(GUARDED):
+        if not self._clients:
             return ANYBODY
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is not at /
+        if not path.startswith(GUARDED):
+            return NOBODY
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
         if client is None:
@@ -131,6 +137,13 @@ class Gate:
             return message
 
         return counted
+
+
+async def only_admins(request: Request) -> None:
+    """Raises ForbiddenError for who has a user's key."""
+    client: Client = request.scope["state"][CLIENT]
+    if client.key.role != "admin":
+        raise ForbiddenError(f"the key of '{client.name}' is a user's; this is for those of an admin (role: admin)")
 
 
 def _route(scope: Scope) -> str:
