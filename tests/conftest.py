@@ -34,6 +34,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "tune/test_killed_sweep.py": 220,
         "train/test_fit_function.py": 110,
         "serve/test_serve_job.py": 40,
+        "serve/test_serve_engine.py": 30,
     },
     {
         "train/test_engine.py": 170,
@@ -60,6 +61,7 @@ LONG = {
     "train/test_memory.py": 45,
     "methods/test_lora_layouts.py": 35,
     "serve/test_serve_api.py": 35,
+    "serve/test_serve_adapters_api.py": 35,
     "data/test_prepare.py": 30,
     "data/test_clip_rows.py": 30,
     "draw/test_video_job.py": 25,

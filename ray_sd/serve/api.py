@@ -20,8 +20,10 @@ from ray_sd import __version__
 from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
 from ray_sd.generate import EditRequest, ImageRequest
-from ray_sd.serve.adapters import NAME, AdapterEntry, AdapterFolder, UnknownAdapterError
+from ray_sd.serve.adapter_folder import NAME, AdapterEntry, AdapterFolder, BrokenAdapterError, UnknownAdapterError
+from ray_sd.serve.adapter_routes import AdapterRoutes
 from ray_sd.serve.errors import (
+    NOT_FOUND,
     REASON,
     ApiError,
     BadRequestError,
@@ -30,6 +32,7 @@ from ray_sd.serve.errors import (
     answer_http,
     answer_invalid,
     first_problem,
+    of_adapter,
     of_failure,
 )
 from ray_sd.serve.gate import CLIENT, Client, Gate
@@ -99,6 +102,7 @@ class Api:
         app.get("/v1/models/{model}", responses=ERRORS)(self.show_model)
         app.post("/v1/images/generations", **drawn)(self.generate)
         app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
+        AdapterRoutes(self._folder, self._handles, self._base_of).add_to(app)
         return Gate(app, self._config.keys, self._limits.max_upload_bytes)
 
     async def list_models(self) -> ModelList:
@@ -109,7 +113,7 @@ class Api:
         for card in self._cards():
             if card.id == model:
                 return card
-        raise NotFoundError(f"no model '{model}'", "model", "model_not_found")
+        raise NotFoundError(f"no model '{model}'", "model", NOT_FOUND)
 
     async def health(self) -> dict[str, str]:
         """Whether the HTTP side is there; replicas that are not well are replaced by Ray Serve."""
@@ -230,11 +234,12 @@ class Api:
         try:
             return self._folder.find(name)
         except UnknownAdapterError:
-            known = [*self._bases, *(entry.name for entry in self._folder)]
+            known = [*self._bases, *self._folder.names]
             shown = name if NAME.fullmatch(name) else "of that name"
-            raise NotFoundError(
-                f"no model '{shown}'; there are {', '.join(known[:20])}", param, "model_not_found"
-            ) from None
+            message = f"no model '{shown}'; there are {', '.join(known[:20])}"
+            raise NotFoundError(message, param, NOT_FOUND) from None
+        except BrokenAdapterError as error:
+            raise of_adapter(str(error), error.code, param) from None
 
     def _size(self, body: PictureSettings, base: str, image: Image.Image | None) -> tuple[int, int]:
         """Width and height; an edited picture's own by default, as near as the model can."""
@@ -254,12 +259,12 @@ class Api:
     async def _answer(self, base: str, job: PictureJob, body: PictureSettings, kind: str, request: Request) -> Any:
         events = self._handles[base].options(stream=True).draw.remote(job)
         if body.stream:
-            return StreamingResponse(_stream(events, job, kind, request), media_type="text/event-stream")
+            return StreamingResponse(_stream(events, job, body, kind, request), media_type="text/event-stream")
         pictures: dict[int, PictureEvent] = {}
         try:
             async for event in events:
                 if event.kind == "failed":
-                    raise of_failure(event.values)
+                    raise of_failure(event.values, model=body.model)
                 if event.kind == "done":
                     pictures[event.number] = event
         finally:
@@ -277,14 +282,18 @@ class Api:
         )
 
 
-async def _stream(events: Any, job: PictureJob, kind: str, request: Request) -> AsyncIterator[str]:
+async def _stream(
+    events: Any, job: PictureJob, body: PictureSettings, kind: str, request: Request
+) -> AsyncIterator[str]:
     """Server-sent events of a job's pictures, as OpenAI's client reads them."""
     try:
         async for event in events:
-            yield _told(event, job, kind)
             if event.kind == "failed":
-                setattr(request.state, REASON, of_failure(event.values).reason)
+                error = of_failure(event.values, model=body.model)
+                yield _sent({"type": "error", **error.body})
+                setattr(request.state, REASON, error.reason)
                 return
+            yield _told(event, job, kind)
     finally:
         events.cancel()
 
@@ -299,8 +308,6 @@ def _told(event: PictureEvent, job: PictureJob, kind: str) -> str:
         "image_index": number,
     }
     match event.kind:
-        case "failed":
-            return _sent({"type": "error", **of_failure(event.values).body})
         case "partial":
             values = {"partial_image_index": event.values["look"], "size": _size_of(event), "b64_json": _b64(event)}
             return _sent({"type": f"{kind}.partial_image", **common, **values})

@@ -16,7 +16,7 @@ from ray_sd.config.paths import absolute_paths
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError
 from ray_sd.models import load_model
-from ray_sd.serve.adapters import AdapterFolder
+from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.api import Api, ServedBase
 from ray_sd.serve.replica import ModelReplica
 

@@ -1,4 +1,7 @@
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import export_adapter, tiny
@@ -25,3 +28,30 @@ def adapter_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, method in ADAPTERS.items():
         export_adapter(tiny, folder / name, method)
     return folder
+
+
+@pytest.fixture(scope="module")
+def start_server(ray_cluster: None) -> Iterator[Callable[..., str]]:
+    """Starts a server with so many replicas of each model, and says its address. It ends with the file's tests."""
+    from ray import serve
+
+    from ray_sd.serve.app import build
+    from ray_sd.serve.replica import ModelReplica
+
+    deployment = serve.deployment
+
+    def start(arguments: dict[str, Any], replicas: int = 1) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        with pytest.MonkeyPatch.context() as patch:  # as a file's `deployments` would say it
+            patch.setattr(
+                serve, "deployment", lambda kind: deployment(num_replicas=replicas if kind is ModelReplica else 1)(kind)
+            )
+            application = build(arguments)
+        serve.run(application, name="ray_sd", route_prefix="/")
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    serve.shutdown()

@@ -4,8 +4,7 @@ import base64
 import http.client
 import io
 import json
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from waiting import wait_for
 from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
-from ray_sd.serve.app import build
 
 LIMITS = {"max_pixels": 256 * 256, "max_steps": 900, "max_images": 3, "max_upload_bytes": 100_000, "deadline": 600}
 PATIENCE = 10_000
@@ -49,22 +47,19 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
+def server(tiny: Path, folder: Path, start_server: Callable[..., str]) -> str:
     """Address of a server of the tiny model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = [f"model.base={tiny}", "model.name=tiny_served", "model.scheduler.sampler=ddim"]
-    arguments = {
-        "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8, "patience": PATIENCE}}},
-        "adapters": str(folder),
-        "limits": LIMITS,
-        "defaults": {"num_inference_steps": 4, "guidance_scale": 3.0},
-    }
-    serve.run(build(arguments), name="ray_sd", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    return start_server(
+        {
+            "models": {
+                "tiny": {"settings": settings, "threads": 1, "batching": {"max_waiting": 8, "patience": PATIENCE}}
+            },
+            "adapters": str(folder),
+            "limits": LIMITS,
+            "defaults": {"num_inference_steps": 4, "guidance_scale": 3.0},
+        }
+    )
 
 
 @pytest.fixture
@@ -214,7 +209,12 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ({"prompt": "a", "adapters": ["pet", "pet"]}, 400, "adapters", "each may be named once"),
         ({"prompt": "a", "adapters": ["strange"]}, 400, "adapters", "is for the base 'another', not for 'tiny'"),
         ({"prompt": "a", "adapters": ["word"], "model": "word"}, 400, "adapters", "each may be named once"),
-        ({"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]}, 400, None, "is a word, which has no strength"),
+        (
+            {"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]},
+            400,
+            "adapters",
+            "is a word, which has no strength",
+        ),
         ({"prompt": "a", "response_format": "url"}, 400, "response_format", "b64_json"),
         ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
     ],
