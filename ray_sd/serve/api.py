@@ -257,7 +257,9 @@ class Api:
         return width, height
 
     async def _answer(self, base: str, job: PictureJob, body: PictureSettings, kind: str, request: Request) -> Any:
-        events = self._handles[base].options(stream=True).draw.remote(job)
+        # Requests with the same adapters go where these are in memory.
+        adapters = ",".join(sorted(name for name, _ in job.requests[0].adapters))
+        events = self._handles[base].options(stream=True, session_id=adapters).draw.remote(job)
         if body.stream:
             return StreamingResponse(_stream(events, job, body, kind, request), media_type="text/event-stream")
         pictures: dict[int, PictureEvent] = {}

@@ -1,4 +1,4 @@
-"""Adapters over HTTP, with two replicas of a model: listed, loaded, unloaded and refused."""
+"""Adapters over HTTP, with two replicas of a model: listed, loaded, unloaded, refused, and drawn with where they are."""
 
 import shutil
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray import serve
 from safetensors.torch import load_file, save_file
 from tiny_models import export_adapter
 from waiting import wait_for
@@ -182,6 +183,27 @@ def test_what_pictures_need_is_not_unloaded(admin: httpx.Client, user: httpx.Cli
         assert refused.json()["error"]["code"] == "adapter_in_use"
         assert "pictures under way in 1 of the 1 replicas" in refused.json()["error"]["message"]
     assert wait_for(lambda: (answer := admin.delete("/v1/adapters/file")).status_code == 200 and answer.json())
+
+
+def test_an_adapters_requests_go_to_one_replica_and_others_to_both(admin: httpx.Client, user: httpx.Client):
+    handle = serve.get_deployment_handle("model-tiny", "ray_sd")
+
+    def figures(name: str) -> list[Any]:
+        return [told[name] for told in handle.broadcast("figures").results()]
+
+    for name in ("pet", "word"):
+        admin.delete(f"/v1/adapters/{name}")
+        before = figures("pictures")
+        for seed in range(6):
+            assert user.post(GENERATIONS, json={"prompt": "a", "model": name, "seed": seed}).status_code == 200
+        drawn = [after - count for after, count in zip(figures("pictures"), before, strict=True)]
+        assert sorted(drawn) == [0, 6]
+        assert [name in names for names in figures("adapters")] == [count == 6 for count in drawn]
+        assert listed(user)[name]["loaded"] == 1
+    before = figures("pictures")
+    for seed in range(16):
+        assert user.post(GENERATIONS, json={"prompt": "b", "seed": seed}).status_code == 200
+    assert all(after > count for after, count in zip(figures("pictures"), before, strict=True))
 
 
 def test_every_field_is_in_the_openapi_document(server: str):
