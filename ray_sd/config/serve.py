@@ -92,9 +92,9 @@ class ApiKey(Schema):
     role: Literal["user", "admin"] = "user"
     """An admin loads and unloads adapters, too."""
     requests_per_minute: int | None = Field(None, ge=1)
-    """Most requests that draw in any minute."""
+    """Most requests that draw or load in any minute."""
     concurrent: int | None = Field(None, ge=1)
-    """Most requests that draw at once."""
+    """Most requests that draw or load at once."""
 
 
 class Defaults(Schema):
