@@ -142,24 +142,7 @@ class ModelReplica:
                 values = {"seconds": seconds, "waited": waited, "size": image.size}
                 return PictureEvent("done", number, values, content)
             case Failed(error):
-                return PictureEvent("failed", number, self._failure(error))
-
-    def _failure(self, error: Exception) -> dict[str, Any]:
-        """What a client is told of an error."""
-        match error:
-            case AdapterError():
-                return _failure("adapter", str(error), name=error.name, code=error.code)
-            case AdaptersInUseError():
-                seconds = self._engine.seconds_for(1)
-                message = "memory is full of adapters that pictures under way are drawn with"
-                return _failure("in_use", f"{message}; try again in {seconds:.0f} s", retry_after=seconds)
-            case DeadlineError():
-                return _failure("deadline", str(error))
-            case RaySdError():
-                return _failure("invalid", str(error))
-            case _:
-                logger.error("what %s was asked failed: %s", self._name, error)
-                return _failure("internal", "this could not be done; the log of the server says why")
+                return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
 
     def _encoded(self, job: PictureJob, number: int, image: Image.Image) -> bytes:
         return image_bytes(image, job.format, self._parameters(job, job.requests[number]), job.quality)
@@ -188,7 +171,7 @@ class ModelReplica:
         try:
             await asyncio.wrap_future(self._engine.load(name))
         except Exception as error:  # noqa: BLE001  told to who asked
-            return self._failure(error)
+            return failure_of(error, self._name, self._engine.seconds_for(1))
         return None
 
     async def unload_adapter(self, name: str) -> Unloaded:
@@ -226,6 +209,23 @@ def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
     else:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     return model
+
+
+def failure_of(error: Exception, model: str, retry_after: float) -> dict[str, Any]:
+    """What a client is told of an error; retry_after: seconds until a picture under way may be done."""
+    match error:
+        case AdapterError():
+            return _failure("adapter", str(error), name=error.name, code=error.code)
+        case AdaptersInUseError():
+            message = "memory is full of adapters that pictures under way are drawn with"
+            return _failure("in_use", f"{message}; try again in {retry_after:.0f} s", retry_after=retry_after)
+        case DeadlineError():
+            return _failure("deadline", str(error))
+        case RaySdError():
+            return _failure("invalid", str(error))
+        case _:
+            logger.error("what %s was asked failed: %s", model, error)
+            return _failure("internal", "this could not be done; the log of the server says why")
 
 
 def _failure(kind: FailureKind, message: str, **values: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny: Path, folder: Path, start_server: Callable[..., str]) -> str:
     settings = [f"model.base={tiny}", "model.name=tiny_served"]
     arguments = {
-        "models": {"tiny": {"settings": settings, "threads": 1}},
+        "models": {"tiny": {"settings": settings, "threads": 1, "batching": {"max_rows": 4}}},
         "adapters": str(folder),
         "keys": {"ann": {"sha256": hash_of("sd-ann"), "role": "admin"}, "bob": hash_of("sd-bob")},
         "limits": {"max_steps": 900},
@@ -204,6 +205,25 @@ def test_an_adapters_requests_go_to_one_replica_and_others_to_both(admin: httpx.
     for seed in range(16):
         assert user.post(GENERATIONS, json={"prompt": "b", "seed": seed}).status_code == 200
     assert all(after > count for after, count in zip(figures("pictures"), before, strict=True))
+
+
+def test_a_replica_with_a_batch_to_draw_gives_an_adapters_requests_to_the_other(
+    admin: httpx.Client, user: httpx.Client
+):
+    admin.delete("/v1/adapters/file")
+    with ExitStack() as streams:
+        for seed in range(2):
+            response = streams.enter_context(
+                user.stream("POST", GENERATIONS, json=LONG | {"model": "file", "seed": seed})
+            )
+            lines = response.iter_lines()
+            streams.callback(lines.close)  # kept until then: an iterator that is let go closes its connection
+            assert any('"step": 1' in line for line in lines)
+            assert listed(admin)["file"]["loaded"] == 1
+        assert user.post(GENERATIONS, json={"prompt": "a", "model": "file"}).status_code == 200
+        assert listed(admin)["file"]["loaded"] == 2
+        assert admin.delete("/v1/adapters/file").status_code == 409
+        assert listed(admin)["file"]["loaded"] == 1  # where no picture needs it, it is gone
 
 
 def test_every_field_is_in_the_openapi_document(server: str):

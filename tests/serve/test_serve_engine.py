@@ -31,9 +31,11 @@ from ray_sd.methods.lora import LORA_FILE
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
 from ray_sd.serve.adapter_folder import AdapterFolder, BrokenAdapterError, UnknownAdapterError
-from ray_sd.serve.adapters import LoadedAdapters
+from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.engine import Engine
+from ray_sd.serve.errors import of_failure
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Queued, Shown, Stepped, Ticket
+from ray_sd.serve.replica import failure_of
 
 PLENTY = 2**30
 SAME = 2
@@ -497,6 +499,20 @@ def with_other_values(content: bytes, seed: int) -> bytes:
     return save(
         {name: tensor.std() * torch.randn(tensor.shape, generator=generator) for name, tensor in load(content).items()}
     )
+
+
+def test_what_has_no_room_is_not_loaded_before_it_is_asked_for(build, tiny: Path, adapter_folder: Path):
+    probe = LoadedAdapters(load_model(tiny_config(tiny)), AdapterFolder(adapter_folder), PLENTY)
+    probe.acquire((("lora", 1.0),))
+    engine = build(memory_limit=probe.bytes)
+    client = Client(engine)
+    ticket = client.order(Order(replace(LONG, adapters=(("lora", 1.0),))))
+    client.wait_for_step(0)
+    with pytest.raises(AdaptersInUseError) as caught:
+        engine.load("reads").result(60)
+    told = of_failure(failure_of(caught.value, "tiny", retry_after=3.0))
+    assert (told.status, told.headers, told.code) == (409, {"Retry-After": "3"}, "adapters_in_use")
+    ticket.cancel()
 
 
 def test_adapters_wait_for_room(build, tiny: Path, adapter_folder: Path):
