@@ -136,6 +136,8 @@ class ApiKey(Schema):
     shorthand = "sha256"
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of the key; `python -m ray_sd.serve.gate` makes one."""
+    role: Literal["user", "admin"] = "user"
+    """An admin loads and unloads adapters, too."""
     requests_per_minute: int | None = Field(None, ge=1)
     """Most requests that draw in any minute, over all HTTP replicas."""
     concurrent: int | None = Field(None, ge=1)
@@ -186,7 +188,7 @@ class ServeConfig(Schema):
     adapters: str | None = None
     """Folder of adapters, by whose names requests ask for them; new ones are found as they come."""
     keys: dict[str, ApiKey] = Field(default_factory=dict)
-    """Keys by the names of their holders, who share the models fairly by `policy: fair`; without any, everybody may ask."""
+    """Keys by the names of their holders, who share the models fairly by `policy: fair`; without any, everybody is an admin."""
     limits: RequestLimits = RequestLimits()
     """What one request may ask for, and how much all of them together."""
     defaults: Defaults = Defaults()

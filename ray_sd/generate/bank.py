@@ -44,6 +44,10 @@ class LoraBank:
     @property
     def bytes(self) -> int:
         """What the pages of all adapters take."""
+        with self._lock:
+            return self._bytes()
+
+    def _bytes(self) -> int:
         return sum(layer.page_bytes for layer in self._banked.values()) * (self._made - len(self._free))
 
     def bytes_with(self, updates: Updates) -> int:
@@ -143,7 +147,7 @@ class BankedLayer:
         """
         short = made - len(self._down)
         if short > 0:
-            more = max(short, len(self._down))  # doubled, so that growing is rare
+            more = max(short, len(self._down) // 4)  # so that growing is rare, and little of it lies idle
             self._down, self._up = (functional.pad(stack, (0, 0, 0, 0, 0, more)) for stack in (self._down, self._up))
         for place, page in enumerate(pages):
             self._down[page].zero_()

@@ -1,22 +1,17 @@
 """The adapters that a model serves: those of a folder, loaded when a picture asks for one, and forgotten when memory is short."""
 
-import hashlib
-import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ray_sd.adapter import MANIFEST, read_manifest
-from ray_sd.config.paths import local_path
-from ray_sd.errors import ArtifactError, RequestError
+from ray_sd.adapter import read_manifest
+from ray_sd.errors import ArtifactError
 from ray_sd.generate.adapters import Adapters, stacks
 from ray_sd.generate.requests import Mix
 from ray_sd.methods import check_base
@@ -27,81 +22,13 @@ from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.methods.weights import read_weights
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import parameters_without_words
+from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, AdapterFolder, BrokenAdapterError
 
 logger = logging.getLogger(__name__)
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names of adapters: nothing that could lead out of their folder."""
-
-
-class UnknownAdapterError(RequestError):
-    """No adapter of that name is there."""
 
 
 class AdaptersInUseError(Exception):
     """Memory is full of adapters that pictures under way are drawn with; some will end."""
-
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """An adapter as its folder tells it, without loading it."""
-
-    name: str
-    path: Path
-    kind: str
-    """Method that made it; `file` of another tool's file."""
-    rotates: bool
-    """Whether it has no strength, because it rotates weights (OFT)."""
-    base: str | None
-    """Name of the model that it was made for; None where nothing says so."""
-    tokens: tuple[str, ...]
-    """Words that it adds."""
-    version: str
-    """Changes with its content."""
-
-
-class AdapterFolder:
-    """A folder whose subfolders and `.safetensors` files are adapters, by their names. Read anew whenever it is asked."""
-
-    def __init__(self, path: Path | str | None) -> None:
-        self.path = None if path is None else local_path(str(path))
-
-    def __iter__(self) -> Iterator[AdapterEntry]:
-        if self.path is None or not self.path.is_dir():
-            return
-        for path in sorted(self.path.iterdir()):
-            name = path.name.removesuffix(".safetensors")
-            if NAME.fullmatch(name) and (path.suffix == ".safetensors" or (path / MANIFEST).is_file()):
-                try:
-                    yield _entry(name, path)
-                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    logger.warning("%s is left out: %s", path, error)
-
-    def find(self, name: str) -> AdapterEntry:
-        """Raises UnknownAdapterError."""
-        if self.path is not None and NAME.fullmatch(name):
-            for path in (self.path / name, self.path / f"{name}.safetensors"):
-                if (path / MANIFEST).is_file() or path.is_file():
-                    return _entry(name, path)
-        known = [entry.name for entry in self]
-        raise UnknownAdapterError(
-            f"no adapter '{name}'; " + (f"there are {', '.join(known[:20])}" if known else "there are none")
-        )
-
-
-def _entry(name: str, path: Path) -> AdapterEntry:
-    if path.is_file():
-        stat = path.stat()
-        version = hashlib.sha256(f"{stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()
-        return AdapterEntry(name, path, "file", False, None, (), version[:12])
-    raw = (path / MANIFEST).read_bytes()  # which lists the SHA-256 of every file
-    manifest = json.loads(raw)
-    method = manifest["config"]["method"]
-    tokens = (method.get("tokens") or method).get("placeholder_token", ())
-    tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
-    version = hashlib.sha256(raw).hexdigest()
-    rotates = (method.get("adapter") or method)["name"] == "oft"
-    return AdapterEntry(name, path, manifest["kind"], rotates, manifest["base"]["name"], tokens, version[:12])
 
 
 @dataclass
@@ -109,7 +36,7 @@ class Loaded:
     """An adapter in memory."""
 
     key: str
-    """Name and version."""
+    """Name and version, as its entry's."""
     banked: bool = False
     """Whether it has a LoRA that stacks with others."""
     changes: dict[str, dict[str, Tensor | LowRank]] = field(default_factory=dict)
@@ -119,6 +46,10 @@ class Loaded:
     used: float = 0.0
     _values: dict[str, tuple[float, dict[str, Tensor]]] = field(default_factory=dict)
     """Of each component what it was last put in with, and at which strength."""
+
+    @property
+    def name(self) -> str:
+        return self.key.partition("@")[0]
 
     @property
     def alone(self) -> bool:
@@ -174,25 +105,40 @@ class LoadedAdapters:
         self.stacked = Adapters(model)
         """Those of them that stack, and the words of all, by key."""
         self._loaded: dict[str, Loaded] = {}
+        self._failures: dict[str, tuple[str, str]] = {}
+        """Key and reason of what could not be loaded the last time, by name."""
         self._lock = threading.Lock()
         self.hits = self.misses = 0
 
     @property
     def bytes(self) -> int:
-        return self.stacked.loras.bytes + sum(one.bytes_alone for one in self._loaded.values())
+        with self._lock:
+            return self.stacked.loras.bytes + sum(one.bytes_alone for one in self._loaded.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Of those in memory, the last used first."""
+        with self._lock:
+            ordered = sorted(self._loaded.values(), key=lambda one: -one.used)
+        return [one.name for one in ordered]
 
     @property
     def keys(self) -> list[str]:
-        """Names of those in memory, the last used first."""
+        """Of those in memory."""
         with self._lock:
-            ordered = sorted(self._loaded.values(), key=lambda one: -one.used)
-        return [one.key.partition("@")[0] for one in ordered]
+            return list(self._loaded)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why adapters could not be loaded, by their keys."""
+        with self._lock:
+            return dict(self._failures.values())
 
     def acquire(self, mix: Mix) -> list[Loaded]:
         """Have adapters in memory, and keep them there until they are released.
 
-        For one thread at a time. Raises UnknownAdapterError, ArtifactError for what does not fit the model, RequestError for
-        what cannot be mixed, and AdaptersInUseError where there is no room now.
+        For one thread at a time, as `forget` is. Raises AdapterError for what is not there, is broken, does not fit the model or
+        cannot be mixed, and AdaptersInUseError where there is no room now.
         """
         taken: list[Loaded] = []
         try:
@@ -200,12 +146,15 @@ class LoadedAdapters:
                 one = self._find(name)
                 taken.append(one)
                 if weight != 1 and one.rotates:
-                    raise RequestError(f"adapter '{name}' rotates weights, which has no strength; give it the weight 1")
+                    reason = f"adapter '{name}' rotates weights, which has no strength; give it the weight 1"
+                    raise AdapterError(name, reason)
                 if weight != 1 and not one.banked and not one.alone:
-                    raise RequestError(f"adapter '{name}' is a word, which has no strength; give it the weight 1")
+                    reason = f"adapter '{name}' is a word, which has no strength; give it the weight 1"
+                    raise AdapterError(name, reason)
             alone = [name for (name, _), one in zip(mix, taken, strict=True) if one.alone]
             if len(alone) > 1:
-                raise RequestError(f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them")
+                reason = f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them"
+                raise AdapterError(alone[-1], reason)
         except BaseException:
             self.release(taken)
             raise
@@ -217,20 +166,41 @@ class LoadedAdapters:
                 one.pins -= 1
                 one.used = time.monotonic()
 
+    def forget(self, name: str) -> tuple[int, int]:
+        """Forget an adapter in all its versions: how many were, and how many are not, since pictures need them.
+
+        For the thread that acquires.
+        """
+        with self._lock:
+            versions = [one for one in self._loaded.values() if one.name == name]
+            idle = [one for one in versions if not one.pins]
+            for one in idle:
+                del self._loaded[one.key]
+        for one in idle:
+            self.stacked.remove(one.key)
+            logger.info("forgot adapter %s, as was asked", one.key)
+        return len(idle), len(versions) - len(idle)
+
     def _find(self, name: str) -> Loaded:
         entry = self._folder.find(name)
-        key = f"{entry.name}@{entry.version}"
         with self._lock:
-            one = self._loaded.get(key)
+            one = self._loaded.get(entry.key)
             if one is not None:
                 one.pins += 1
                 self.hits += 1
                 return one
         self.misses += 1
-        one = self._load(entry, key)
+        try:
+            one = self._load(entry, entry.key)
+        except (ArtifactError, OSError) as error:
+            reason = self._folder.told(error)
+            with self._lock:
+                self._failures[name] = (entry.key, reason)
+            raise BrokenAdapterError(name, reason) from error
         one.pins = 1
         with self._lock:
-            self._loaded[key] = one
+            self._loaded[entry.key] = one
+            self._failures.pop(name, None)
         return one
 
     def _load(self, entry: AdapterEntry, key: str) -> Loaded:
@@ -256,7 +226,7 @@ class LoadedAdapters:
         contents = read_contents(entry.path, self._model)
         if contents.weights and not (entry.path / PEFT).is_dir():
             parts = ", ".join(contents.weights)
-            raise ArtifactError(f"adapter '{entry.name}' is all weights of the {parts}; serve it as a model of its own")
+            raise ArtifactError(f"it is all weights of the {parts}; serve it as a model of its own")
         return contents
 
     def _changes(self, contents: Contents) -> dict[str, dict[str, Tensor | LowRank]]:
@@ -289,7 +259,7 @@ class LoadedAdapters:
                     if self._loaded:
                         raise AdaptersInUseError
                     raise ArtifactError(
-                        f"adapter '{name}' takes {needed / 2**20:.0f} MiB, more than the {self._limit / 2**20:.0f} for all"
+                        f"it takes {needed / 2**20:.0f} MiB, more than the {self._limit / 2**20:.0f} of adapter_memory"
                     )
                 victim = min(idle, key=lambda one: one.used)
                 del self._loaded[victim.key]

@@ -15,6 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from pydantic import ValidationError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -22,10 +24,13 @@ from ray_sd import __version__
 from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
 from ray_sd.generate import EditRequest, ImageRequest
-from ray_sd.serve.adapters import NAME, AdapterEntry, AdapterFolder, UnknownAdapterError
+from ray_sd.serve.adapter_folder import NAME, AdapterEntry, AdapterFolder, BrokenAdapterError, UnknownAdapterError
+from ray_sd.serve.adapter_routes import AdapterRoutes
 from ray_sd.serve.admission import Admitted, Visit
 from ray_sd.serve.errors import (
+    NOT_FOUND,
     REASON,
+    SOON,
     ApiError,
     BadRequestError,
     NotFoundError,
@@ -33,6 +38,7 @@ from ray_sd.serve.errors import (
     answer_http,
     answer_invalid,
     first_problem,
+    of_adapter,
     of_failure,
 )
 from ray_sd.serve.gate import CLIENT, Client, Gate
@@ -111,6 +117,7 @@ class Api:
         app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
         app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
         app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
+        AdapterRoutes(self._folder, self._handles, self._base_of).add_to(app)
         return Gate(app, self._config.keys, self._limits.max_upload_bytes)
 
     async def list_models(self) -> ModelList:
@@ -121,7 +128,7 @@ class Api:
         for card in self._cards():
             if card.id == model:
                 return card
-        raise NotFoundError(f"no model '{model}'", "model", "model_not_found")
+        raise NotFoundError(f"no model '{model}'", "model", NOT_FOUND)
 
     async def health(self) -> dict[str, str]:
         """Whether the HTTP side is there; replicas that are not well are replaced by Ray Serve."""
@@ -250,11 +257,12 @@ class Api:
         try:
             return self._folder.find(name)
         except UnknownAdapterError:
-            known = [*self._bases, *(entry.name for entry in self._folder)]
+            known = [*self._bases, *self._folder.names]
             shown = name if NAME.fullmatch(name) else "of that name"
-            raise NotFoundError(
-                f"no model '{shown}'; there are {', '.join(known[:20])}", param, "model_not_found"
-            ) from None
+            message = f"no model '{shown}'; there are {', '.join(known[:20])}"
+            raise NotFoundError(message, param, NOT_FOUND) from None
+        except BrokenAdapterError as error:
+            raise of_adapter(str(error), error.code, param) from None
 
     def _size(self, body: PictureSettings, base: str, image: Image.Image | None) -> tuple[int, int]:
         """Width and height; an edited picture's own by default, as near as the model can."""
@@ -288,7 +296,7 @@ class Api:
         if body.stream:
             entered = await self._admission.enter(visit)
             ahead = entered.ahead if isinstance(entered, Admitted) else None
-            told = _stream(self._events(base, job), job, kind, request, ahead)
+            told = _stream(self._events(base, job), job, body, kind, request, ahead)
             return StreamingResponse(self._leaving(visit, told), media_type="text/event-stream")
 
         async def draw(seconds: float) -> Answer:
@@ -297,8 +305,20 @@ class Api:
         content, replayed = await self._admission.answer(visit, job.seconds, draw)
         return Response(content, media_type="application/json", headers=REPLAYED if replayed else None)
 
-    def _events(self, base: str, job: PictureJob) -> Any:
-        return self._handles[base].options(stream=True).draw.remote(job)
+    async def _events(self, base: str, job: PictureJob) -> AsyncGenerator[PictureEvent]:
+        """What a replica tells of a job, which is drawn no further once this is closed. Raises ApiError where it is lost."""
+        # Requests with the same adapters go where these are in memory.
+        adapters = ",".join(sorted(name for name, _ in job.requests[0].adapters))
+        events = self._handles[base].options(stream=True, session_id=adapters).draw.remote(job)
+        try:
+            async for event in events:
+                yield event
+        except (RayActorError, DeploymentUnavailableError) as error:
+            logger.warning("a replica of %s was lost: %s", base, error)
+            message = f"the replica of '{base}' that was asked is gone, and another one comes; ask again"
+            raise ApiError(503, message, "server_error", code="replica_lost", retry_after=SOON) from error
+        finally:
+            events.cancel()
 
     async def _leaving(self, visit: Visit, told: AsyncGenerator[str]) -> AsyncIterator[str]:
         """What is told, and then the visit's place given back."""
@@ -311,16 +331,13 @@ class Api:
 
     async def _drawn(self, base: str, job: PictureJob, body: PictureSettings, request: Request) -> Answer:
         """A job's pictures, as OpenAI's client reads them. Raises ApiError."""
-        events = self._events(base, job)
         pictures: dict[int, PictureEvent] = {}
-        try:
+        async with aclosing(self._events(base, job)) as events:
             async for event in events:
                 if event.kind == "failed":
-                    raise of_failure(event.values)
+                    raise of_failure(event.values, model=body.model)
                 if event.kind == "done":
                     pictures[event.number] = event
-        finally:
-            events.cancel()  # of what is still to be drawn where the client has gone
         files: dict[str, bytes] = {}
         data = []
         for number, one in enumerate(job.requests):
@@ -341,21 +358,29 @@ class Api:
         return Answer(response.model_dump_json().encode(), files)
 
 
-async def _stream(events: Any, job: PictureJob, kind: str, request: Request, ahead: int | None) -> AsyncGenerator[str]:
+async def _stream(
+    events: AsyncGenerator[PictureEvent],
+    job: PictureJob,
+    body: PictureSettings,
+    kind: str,
+    request: Request,
+    ahead: int | None,
+) -> AsyncGenerator[str]:
     """Server-sent events of a job's pictures, as OpenAI's client reads them.
 
     ahead: pictures before them in all replicas; None where only the replica's own queue is known.
     """
-    try:
-        async for event in events:
-            if event.kind == "queued" and ahead is not None:
-                event = replace(event, values={"position": ahead + event.number})
-            yield _told(event, job, kind)
-            if event.kind == "failed":
-                setattr(request.state, REASON, of_failure(event.values).reason)
-                return
-    finally:
-        events.cancel()
+    async with aclosing(events):
+        try:
+            async for event in events:
+                if event.kind == "failed":
+                    raise of_failure(event.values, model=body.model)
+                if event.kind == "queued" and ahead is not None:
+                    event = replace(event, values={"position": ahead + event.number})
+                yield _told(event, job, kind)
+        except ApiError as error:
+            yield _sent({"type": "error", **error.body})
+            setattr(request.state, REASON, error.reason)
 
 
 def _told(event: PictureEvent, job: PictureJob, kind: str) -> str:
@@ -368,8 +393,6 @@ def _told(event: PictureEvent, job: PictureJob, kind: str) -> str:
         "image_index": number,
     }
     match event.kind:
-        case "failed":
-            return _sent({"type": "error", **of_failure(event.values).body})
         case "partial":
             values = {"partial_image_index": event.values["look"], "size": _size_of(event), "b64_json": _b64(event)}
             return _sent({"type": f"{kind}.partial_image", **common, **values})

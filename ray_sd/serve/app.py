@@ -6,6 +6,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from ray_sd.cluster import connect, quiet_serve
 from ray_sd.config import ServeConfig
@@ -18,7 +19,7 @@ from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError
 from ray_sd.generate import ImageRequest
 from ray_sd.models import load_model
-from ray_sd.serve.adapters import AdapterFolder
+from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.api import Api, ServedBase
 from ray_sd.serve.live import merged
 from ray_sd.serve.replica import ModelReplica
@@ -27,6 +28,8 @@ from ray_sd.serve.shared import admission_actor
 
 MOST_AT_ONCE = 1000
 """Requests that Serve hands a replica at once: the engine itself says when there are too many."""
+ROWS = 2
+"""Of a picture with guidance."""
 NAME = "ray_sd"
 GROUP = "serve"
 
@@ -43,6 +46,10 @@ def build(args: dict[str, Any]) -> Application:
             health_check_period_s=5,
             ray_actor_options={"num_gpus": served.num_gpus},
             **replica_options(served.replicas),
+            request_router_config=RequestRouterConfig(
+                request_router_class="ray_sd.serve.router.AdapterRouter",
+                request_router_kwargs={"batch": max(1, served.batching.max_rows // ROWS)},
+            ),
         ).bind(name, to_dict(served), config.adapters)
         for name, served in config.models.items()
     }

@@ -8,7 +8,9 @@ their way. So a picture under way waits for none of a new one's preparations.
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +85,8 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, Ticket]] = []
         """Orders that are not begun, and the one that is being prepared."""
+        self._errands: deque[tuple[Callable[[], Any], Future]] = deque()
+        """What else the thread that prepares pictures has to do."""
         self._pictures: list[Picture] = []
         """Ready for a step, or at one."""
         self._to_decode: list[Undecoded] = []
@@ -143,12 +147,20 @@ class Engine:
         with self._changed:
             waiting = self.waiting
             if waiting >= self.batching.max_waiting:
-                raise EngineBusyError(waiting, self._seconds_for(waiting))
+                raise EngineBusyError(waiting, self.seconds_for(waiting))
             self._count += 1
             self._waiting.append((self._count, ticket))
             self._changed.notify_all()
         ticket.tell(Queued(waiting))
         return ticket
+
+    def load(self, name: str) -> Future[None]:
+        """Have an adapter in memory before a picture asks for it. Fails as `LoadedAdapters.acquire` does."""
+        return self._send(lambda: self.adapters.release(self.adapters.acquire(((name, 1.0),))))
+
+    def unload(self, name: str) -> Future[tuple[int, int]]:
+        """`LoadedAdapters.forget`"""
+        return self._send(lambda: self.adapters.forget(name))
 
     def close(self) -> None:
         """Stop; what is under way fails."""
@@ -157,8 +169,9 @@ class Engine:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._fail_errands(RaySdError("the model is stopped"))
 
-    def _seconds_for(self, pictures: int) -> float:
+    def seconds_for(self, pictures: int) -> float:
         """How long so many pictures take, by what the last took; a second where nothing is known."""
         if not self.figures.pictures:
             return 1.0
@@ -179,12 +192,46 @@ class Engine:
 
     # Preparing
 
+    def _send(self, work: Callable[[], Any]) -> Future:
+        """Have something done by the thread that prepares pictures, before the next one."""
+        future: Future = Future()
+        with self._changed:
+            self._errands.append((work, future))
+            self._changed.notify_all()
+        if self._closing:
+            self._fail_errands(RaySdError("the model is stopped"))
+        return future
+
+    def _run_errand(self, work: Callable[[], Any], future: Future) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001  told to who waits for it
+            future.set_exception(error)
+
+    def _fail_errands(self, error: Exception) -> None:
+        with self._changed:
+            errands = list(self._errands)
+            self._errands.clear()
+        for _, future in errands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
     def _prepare(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._waiting)
+            self._changed.wait_for(lambda: self._closing or self._errands or self._waiting)
             if self._closing:
                 return
-            number, ticket = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+            errand = self._errands.popleft() if self._errands else None
+            if errand is None:
+                number, ticket = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+        if errand is not None:
+            self._run_errand(*errand)
+        else:
+            self._begin(number, ticket)
+
+    def _begin(self, number: int, ticket: Ticket) -> None:
         picture = None
         if ticket.cancelled:
             self.figures.cancelled += 1
@@ -442,6 +489,7 @@ class Engine:
             self._changed.notify_all()
         stopped = RaySdError(f"the model has stopped: {error}")
         self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
+        self._fail_errands(stopped)
 
 
 def _too_late(ticket: Ticket) -> DeadlineError:

@@ -8,6 +8,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 INVALID = "invalid_request_error"
+NOT_FOUND = "model_not_found"
+SOON = 5.0
+"""Seconds after which a replica that is not there may be."""
 REASON = "reason"
 """Key of the request's state that says why it was refused."""
 
@@ -52,14 +55,37 @@ class NotFoundError(ApiError):
         super().__init__(404, message, INVALID, param, code)
 
 
+class ForbiddenError(ApiError):
+    def __init__(self, message: str) -> None:
+        super().__init__(403, message, "permission_error", code="insufficient_permissions")
+
+
+class ConflictError(ApiError):
+    def __init__(self, message: str, code: str, retry_after: float) -> None:
+        super().__init__(409, message, "conflict_error", code=code, retry_after=retry_after)
+
+
 class BusyError(ApiError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
 
 
-def of_failure(values: dict[str, Any]) -> ApiError:
-    """The answer to a picture that a replica could not draw."""
+def of_adapter(message: str, code: str | None, param: str) -> ApiError:
+    """The answer to who names an adapter that is not there, or that cannot be used."""
+    kind = NotFoundError if code == NOT_FOUND else BadRequestError
+    return kind(message, param, code)
+
+
+def of_failure(values: dict[str, Any], param: str = "adapters", model: str | None = None) -> ApiError:
+    """The answer where a replica could not do what was asked.
+
+    param: the field that names adapters, where `model` does not.
+    """
     match values["kind"]:
+        case "adapter":
+            return of_adapter(values["message"], values["code"], "model" if values["name"] == model else param)
+        case "in_use":
+            return ConflictError(values["message"], "adapters_in_use", values["retry_after"])
         case "busy":
             return BusyError(values["message"], values["retry_after"])
         case "deadline":

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import REASON, ApiError
+from ray_sd.serve.errors import REASON, ApiError, ForbiddenError
 from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
@@ -32,8 +33,10 @@ class Client:
     key: ApiKey
 
 
-ANYBODY = Client("", ApiKey(sha256="0" * 64))
+ANYBODY = Client("", ApiKey(sha256="0" * 64, role="admin"))
 """Where there are no keys."""
+NOBODY = Client("", ApiKey(sha256="0" * 64))
+"""On a path that no key is needed for."""
 
 
 def hash_of(key: str) -> str:
@@ -92,9 +95,11 @@ class Gate:
             )
 
     def _identify(self, scope: Scope) -> Client:
-        path = scope["path"]
-        if not self._clients or not path.startswith(GUARDED) or path.startswith(FILES):
+        if not self._clients:
             return ANYBODY
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is not at /
+        if not path.startswith(GUARDED) or path.startswith(FILES):
+            return NOBODY
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
         if client is None:
@@ -124,6 +129,13 @@ class Gate:
             return message
 
         return counted
+
+
+async def only_admins(request: Request) -> None:
+    """Raises ForbiddenError for who has a user's key."""
+    client: Client = request.scope["state"][CLIENT]
+    if client.key.role != "admin":
+        raise ForbiddenError(f"the key of '{client.name}' is a user's; this is for those of an admin (role: admin)")
 
 
 def _route(scope: Scope) -> str:

@@ -18,7 +18,8 @@ from ray_sd.generate import ImageRequest
 from ray_sd.generate.shapes import picture_size
 from ray_sd.media.pictures import ImageFormat, image_bytes
 from ray_sd.models import DiffusionModel, load_model
-from ray_sd.serve.adapters import AdapterFolder, LoadedAdapters
+from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder
+from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.engine import Engine
 from ray_sd.serve.live import with_changes
 from ray_sd.serve.metrics import ReplicaMetrics
@@ -27,7 +28,7 @@ from ray_sd.serve.scaling import QUEUED_STEPS
 
 logger = logging.getLogger(__name__)
 
-FailureKind = Literal["invalid", "busy", "deadline", "internal"]
+FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "internal"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,25 @@ class PictureEvent:
     values: dict[str, Any] = field(default_factory=dict)
     content: bytes = b""
     """Of the picture's file."""
+
+
+@dataclass(frozen=True)
+class AdaptersTold:
+    """What a replica says of its adapters."""
+
+    loaded: tuple[str, ...]
+    """Keys of those in memory."""
+    failures: dict[str, str]
+    """Why others could not be loaded, by key."""
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """What came of forgetting an adapter: how many of its versions were, and how many pictures still need."""
+
+    forgotten: int
+    in_use: int
+    retry_after: float
 
 
 class ModelReplica:
@@ -87,7 +107,7 @@ class ModelReplica:
                     tickets.append(self._engine.order(order, listen))
                 except EngineBusyError as error:
                     message = f"{error.waiting} pictures are waiting already; try again in {error.retry_after:.0f} s"
-                    yield _failed(number, "busy", message, retry_after=error.retry_after)
+                    yield PictureEvent("failed", number, _failure("busy", message, retry_after=error.retry_after))
                     return
             open_ones = len(job.requests)
             while open_ones:
@@ -123,13 +143,8 @@ class ModelReplica:
                 content = await asyncio.to_thread(self._encoded, job, number, image)
                 values = {"seconds": seconds, "waited": waited, "size": image.size}
                 return PictureEvent("done", number, values, content)
-            case Failed(DeadlineError() as error):
-                return _failed(number, "deadline", str(error))
-            case Failed(RaySdError() as error):
-                return _failed(number, "invalid", str(error))
             case Failed(error):
-                logger.error("picture of %s failed: %s", self._name, error)
-                return _failed(number, "internal", "the picture could not be drawn")
+                return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
 
     def _encoded(self, job: PictureJob, number: int, image: Image.Image) -> bytes:
         return image_bytes(image, job.format, self._parameters(job, job.requests[number]), job.quality)
@@ -148,13 +163,31 @@ class ModelReplica:
             "adapters": [{"name": name, "weight": weight} for name, weight in request.adapters],
         }
 
+    async def adapters(self) -> AdaptersTold:
+        """Which are in memory, and which could not be loaded."""
+        loaded = self._engine.adapters
+        return AdaptersTold(tuple(loaded.keys), loaded.failures)
+
+    async def load_adapter(self, name: str) -> dict[str, Any] | None:
+        """Have an adapter in memory before a picture asks for it; what failed, if it did."""
+        try:
+            await asyncio.wrap_future(self._engine.load(name))
+        except Exception as error:  # noqa: BLE001  told to who asked
+            return failure_of(error, self._name, self._engine.seconds_for(1))
+        return None
+
+    async def unload_adapter(self, name: str) -> Unloaded:
+        """Forget an adapter, unless a picture needs it."""
+        forgotten, in_use = await asyncio.wrap_future(self._engine.unload(name))
+        return Unloaded(forgotten, in_use, self._engine.seconds_for(1))
+
     async def figures(self) -> dict[str, Any]:
         """What the engine has done so far."""
         adapters = self._engine.adapters
         return vars(self._engine.figures) | {
             "busy": self._engine.busy,
             "waiting": self._engine.waiting,
-            "adapters": adapters.keys,
+            "adapters": adapters.names,
             "adapter_bytes": adapters.bytes,
             "adapters_found": adapters.hits,
             "adapters_loaded": adapters.misses,
@@ -196,5 +229,22 @@ def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
     return model
 
 
-def _failed(number: int, kind: FailureKind, message: str, **values: Any) -> PictureEvent:
-    return PictureEvent("failed", number, {"kind": kind, "message": message, **values})
+def failure_of(error: Exception, model: str, retry_after: float) -> dict[str, Any]:
+    """What a client is told of an error; retry_after: seconds until a picture under way may be done."""
+    match error:
+        case AdapterError():
+            return _failure("adapter", str(error), name=error.name, code=error.code)
+        case AdaptersInUseError():
+            message = "memory is full of adapters that pictures under way are drawn with"
+            return _failure("in_use", f"{message}; try again in {retry_after:.0f} s", retry_after=retry_after)
+        case DeadlineError():
+            return _failure("deadline", str(error))
+        case RaySdError():
+            return _failure("invalid", str(error))
+        case _:
+            logger.error("what %s was asked failed: %s", model, error)
+            return _failure("internal", "this could not be done; the log of the server says why")
+
+
+def _failure(kind: FailureKind, message: str, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "message": message, **values}

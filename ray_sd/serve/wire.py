@@ -127,6 +127,40 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class AdapterCard(BaseModel):
+    """An adapter of the folder. Of one with a `problem` nothing may be known but its name and its size."""
+
+    name: str
+    object: Literal["adapter"] = "adapter"
+    kind: str | None = Field(None, description="The method that made it; `file` of another tool's file.")
+    base: str | None = Field(None, description="The served model that it is for.")
+    tokens: list[str] = Field([], description="Words that it adds.")
+    version: str | None = Field(None, description="Changes with its content.")
+    bytes: int = Field(description="On the disk.")
+    created: int
+    loaded: int = Field(0, description="Replicas that have this version of it in memory now.")
+    problem: str | None = Field(None, description="Why it cannot be used.")
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterCard]
+
+
+class AdapterToLoad(BaseModel):
+    """`POST /v1/adapters`"""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(None, max_length=128, description="What to load; without it, all are listed anew.")
+
+
+class AdapterUnloaded(BaseModel):
+    name: str
+    object: Literal["adapter.unloaded"] = "adapter.unloaded"
+    replicas: int = Field(description="Those that had it in memory.")
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str

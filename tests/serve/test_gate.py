@@ -12,30 +12,38 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import answer_http
-from ray_sd.serve.gate import CLIENT, Gate, hash_of
+from ray_sd.serve.errors import ApiError, answer_api_error, answer_http
+from ray_sd.serve.gate import CLIENT, Gate, hash_of, only_admins
 from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
 KEYS = {
     "ann": ApiKey(sha256=hash_of("sd-ann")),
     "bob": ApiKey(sha256=hash_of("sd-bob")),
+    "cleo": ApiKey(sha256=hash_of("sd-cleo"), role="admin"),
 }
 
 
-def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100) -> httpx.AsyncClient:
+def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100, root_path: str = "") -> httpx.AsyncClient:
     async def answer(request: Request) -> PlainTextResponse:
         body = await request.body()
         return PlainTextResponse(f"{request.scope['state'][CLIENT].name} {len(body)}")
 
+    async def load(request: Request) -> PlainTextResponse:
+        await only_admins(request)
+        return PlainTextResponse("loaded")
+
     routes = [
-        Route("/v1/draw", answer, methods=["POST"]),
+        Route("/v1/draw", answer, methods=["GET", "POST"]),
+        Route("/v1/load", load, methods=["POST"]),
         Route(f"{FILES}{{name}}", answer),
         Route("/health", answer),
+        Route("/careless", load),
     ]
-    inner = Starlette(routes=routes, exception_handlers={HTTPException: answer_http})
+    handlers = {HTTPException: answer_http, ApiError: answer_api_error}
+    inner = Starlette(routes=routes, exception_handlers=handlers)
     application = Gate(inner, KEYS if keys is None else keys, max_body)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(application, root_path=root_path), base_url="http://here")
 
 
 def as_(name: str) -> dict[str, str]:
@@ -52,6 +60,22 @@ def test_who_is_not_known_is_not_let_in(headers: dict):
     response = asyncio.run(ask(client(), headers=headers))
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_a_key_is_needed_wherever_the_application_is():
+    at = {"root_path": "/pictures"}
+    assert asyncio.run(ask(client(**at), "/pictures/v1/draw")).status_code == 401
+    assert asyncio.run(ask(client(**at), "/pictures/v1/draw", headers=as_("ann"))).text == "ann 0"
+
+
+def test_some_of_it_is_for_admins():
+    refused = asyncio.run(ask(client(), "/v1/load", headers=as_("ann")))
+    assert refused.status_code == 403
+    assert refused.json()["error"]["type"] == "permission_error"
+    assert "the key of 'ann' is a user's" in refused.json()["error"]["message"]
+    assert asyncio.run(ask(client(), "/v1/load", headers=as_("cleo"))).text == "loaded"
+    assert asyncio.run(ask(client(keys={}), "/v1/load")).text == "loaded"
+    assert asyncio.run(client().get("/careless")).status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tiny_models import export_adapter, save_tiny_model, tiny_config
 
-from ray_sd.errors import ArtifactError, RequestError
+from ray_sd.errors import RequestError
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.models import load_model
-from ray_sd.serve.adapters import AdapterFolder, AdaptersInUseError, LoadedAdapters, UnknownAdapterError
+from ray_sd.serve.adapter_folder import AdapterFolder, BrokenAdapterError, BrokenEntry, UnknownAdapterError
+from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 
 PLENTY = 2**30
 
@@ -20,25 +21,58 @@ def loaded(tiny: Path, folder: Path, memory_limit: int = PLENTY) -> LoadedAdapte
     return LoadedAdapters(model, AdapterFolder(folder), memory_limit)
 
 
-def test_a_folder_tells_what_is_in_it(adapter_folder: Path, tmp_path: Path):
-    shutil.copytree(adapter_folder, tmp_path / "adapters")
-    shutil.copy(
-        tmp_path / "adapters" / "lora" / "kohya" / "lora.safetensors", tmp_path / "adapters" / "file.safetensors"
-    )
-    (tmp_path / "adapters" / "empty").mkdir()
-    (tmp_path / "adapters" / ".hidden").mkdir()
-    (tmp_path / "adapters" / "broken").mkdir()
-    (tmp_path / "adapters" / "broken" / "manifest.json").write_text("{")
-    found = {entry.name: entry for entry in AdapterFolder(tmp_path / "adapters")}
-    assert set(found) == {"lora", "wide", "reads", "dora", "loha", "oft", "word", "other-word", "whole", "file"}
+def test_a_folder_tells_what_is_in_it_and_what_is_wrong_with_the_rest(adapter_folder: Path, tmp_path: Path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapter_folder, folder)
+    file = folder / "lora" / "kohya" / "lora.safetensors"
+    for name in ("file", "lora", "a name"):
+        shutil.copy(file, folder / f"{name}.safetensors")
+    shutil.copytree(folder / "lora", tmp_path / "elsewhere")
+    for name, content in {"broken": "{", "strange": "[]", "poor": "{}", ".hidden": "{"}.items():
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(content)
+    (folder / "empty").mkdir()
+    (folder / "cut.safetensors").write_bytes(file.read_bytes()[:100])
+    (folder / "pickled.bin").write_bytes(b"cos")
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    (folder / "within").symlink_to(folder / "lora")
+    shutil.copytree(folder / "lora", folder / "leaks")
+    (folder / "leaks" / "weights.safetensors").symlink_to(tmp_path / "elsewhere" / "kohya" / "lora.safetensors")
+    (folder / "circle").symlink_to(folder / "circle")
+    (folder / "notes.md").write_text("no adapter")
+    found = {entry.name: entry for entry in AdapterFolder(folder)}
+    assert set(found) == {
+        *("lora", "wide", "reads", "dora", "loha", "oft", "word", "other-word", "whole", "file", "within")
+    }
     assert found["word"].tokens == ("<cat>",)
     assert found["lora"].base == "tiny"
     assert (found["lora"].kind, found["file"].kind, found["file"].base) == ("lora", "file", None)
     assert list(AdapterFolder(None)) == list(AdapterFolder(tmp_path / "none")) == []
+    broken = [entry for entry in AdapterFolder(folder).survey() if isinstance(entry, BrokenEntry)]
+    words = {
+        "broken": "its manifest.json cannot be read: Expecting property name",
+        "strange": "its manifest.json cannot be read: list indices",
+        "poor": "its manifest.json lacks 'config'",
+        "empty": "it has no manifest.json",
+        "cut": "cut.safetensors cannot be read as .safetensors",
+        "pickled.bin": "pickled.bin is no .safetensors file; pickled weights are not read",
+        "lora": "there is a folder of the same name, which is taken",
+        "a name": "its name has other characters than",
+        "out": "out is a link that leads out of the folder; put what it leads to in its place",
+        "leaks": "leaks/weights.safetensors is a link that leads out of the folder",
+        "circle": "Symlink loop",
+    }
+    assert {entry.name for entry in broken} == set(words)
+    for entry in broken:
+        assert entry.reason.startswith(words[entry.name])
+        assert str(tmp_path) not in entry.reason
+        if entry.name not in ("lora", "a name"):
+            with pytest.raises(BrokenAdapterError, match=f"^adapter '{entry.name}' cannot be used: "):
+                AdapterFolder(folder).find(entry.name)
 
 
 @pytest.mark.parametrize(
-    "name", ["../lora", "lora/../lora", "/etc/passwd", "", "lora/kohya/lora", ".", "a" * 200, "lora\n"]
+    "name", ["../lora", "lora/../lora", "/etc/passwd", "", "lora/kohya/lora", ".", "..", "a" * 200, "lora\n"]
 )
 def test_names_lead_nowhere_else(adapter_folder: Path, name: str):
     with pytest.raises(UnknownAdapterError, match="no adapter"):
@@ -75,15 +109,15 @@ def test_the_least_recently_used_goes_and_what_is_needed_stays(tiny: Path, adapt
     held = adapters.acquire((("pet0", 1.0),))
     for name in ("pet1", "pet2", "pet1", "pet3"):
         adapters.release(adapters.acquire(((name, 1.0),)))
-    assert set(adapters.keys) == {"pet0", "pet1", "pet3"}
+    assert set(adapters.names) == {"pet0", "pet1", "pet3"}
     assert adapters.bytes <= sizes[-1]
     held += adapters.acquire((("pet1", 1.0), ("pet3", 1.0)))
     with pytest.raises(AdaptersInUseError):
         adapters.acquire((("pet2", 1.0),))
     adapters.release(held)
     adapters.release(adapters.acquire((("pet2", 1.0),)))
-    assert "pet2" in adapters.keys
-    with pytest.raises(ArtifactError, match="adapter 'pet0' takes .* MiB, more than the"):
+    assert "pet2" in adapters.names
+    with pytest.raises(BrokenAdapterError, match="adapter 'pet0' cannot be used: it takes .* MiB, more than the"):
         loaded(tiny, tmp_path, memory_limit=1000).acquire((("pet0", 1.0),))
 
 
@@ -114,17 +148,34 @@ def test_what_cannot_be_mixed_is_told_and_let_go(tiny: Path, adapter_folder: Pat
 
 def test_what_is_no_adapter_of_the_model_is_refused(tiny: Path, adapter_folder: Path, tmp_path: Path):
     with pytest.raises(
-        ArtifactError, match="adapter 'whole' is all weights of the unet; serve it as a model of its own"
+        BrokenAdapterError,
+        match="adapter 'whole' cannot be used: it is all weights of the unet; serve it as a model of its own",
     ):
         loaded(tiny, adapter_folder).acquire((("whole", 1.0),))
     save_tiny_model(tmp_path / "other", seed=5)
-    with pytest.raises(ArtifactError, match="was made for the base"):
+    with pytest.raises(BrokenAdapterError, match="was made for the base"):
         loaded(tmp_path / "other", adapter_folder).acquire((("lora", 1.0),))
     shutil.copytree(adapter_folder / "lora", tmp_path / "adapters" / "lora")
     manifest = tmp_path / "adapters" / "lora" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": {"gone.safetensors": "0"}}))
-    with pytest.raises(ArtifactError, match="lacks gone.safetensors"):
-        loaded(tiny, tmp_path / "adapters").acquire((("lora", 1.0),))
+    adapters = loaded(tiny, tmp_path / "adapters")
+    with pytest.raises(BrokenAdapterError, match="lacks gone.safetensors") as caught:
+        adapters.acquire((("lora", 1.0),))
+    assert str(tmp_path) not in str(caught.value)
+    assert adapters.failures == {AdapterFolder(tmp_path / "adapters").find("lora").key: caught.value.reason}
+    shutil.copytree(adapter_folder / "lora", tmp_path / "adapters" / "lora", dirs_exist_ok=True)
+    adapters.acquire((("lora", 1.0),))
+    assert adapters.failures == {}
+
+
+def test_what_is_forgotten_is_what_no_picture_needs(tiny: Path, adapter_folder: Path):
+    adapters = loaded(tiny, adapter_folder)
+    before = adapters.bytes
+    held = adapters.acquire((("lora", 1.0), ("dora", 1.0)))
+    assert [adapters.forget(name) for name in ("lora", "dora", "nobody")] == [(0, 1), (0, 1), (0, 0)]
+    adapters.release(held)
+    assert [adapters.forget(name) for name in ("lora", "dora")] == [(1, 0), (1, 0)]
+    assert (adapters.names, adapters.bytes) == ([], before)
 
 
 @pytest.mark.parametrize("name", ["dora", "loha", "oft"])

@@ -209,7 +209,12 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ({"prompt": "a", "adapters": ["pet", "pet"]}, 400, "adapters", "each may be named once"),
         ({"prompt": "a", "adapters": ["strange"]}, 400, "adapters", "is for the base 'another', not for 'tiny'"),
         ({"prompt": "a", "adapters": ["word"], "model": "word"}, 400, "adapters", "each may be named once"),
-        ({"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]}, 400, None, "is a word, which has no strength"),
+        (
+            {"prompt": "a", "adapters": [{"name": "word", "weight": 0.5}]},
+            400,
+            "adapters",
+            "is a word, which has no strength",
+        ),
         ({"prompt": "a", "response_format": "file"}, 400, "response_format", "b64_json"),
         ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
     ],

@@ -21,6 +21,8 @@ from waiting import wait_for
 
 from ray_sd.serve.gate import hash_of
 
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/images/generations"
 LONG = {"prompt": "leaves", "num_inference_steps": 900, "size": "256x256"}
 """Takes far longer than a test does anything with it."""

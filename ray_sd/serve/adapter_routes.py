@@ -1,0 +1,141 @@
+"""`/v1/adapters`: the adapters of the folder, and which of them replicas have in memory."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, AdapterFolder, BrokenEntry, bytes_of
+from ray_sd.serve.errors import (
+    NOT_FOUND,
+    SOON,
+    ApiError,
+    BadRequestError,
+    ConflictError,
+    NotFoundError,
+    of_adapter,
+    of_failure,
+)
+from ray_sd.serve.gate import only_admins
+from ray_sd.serve.replica import AdaptersTold, Unloaded
+from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUnloaded, ErrorResponse
+
+logger = logging.getLogger(__name__)
+
+PATH = "/v1/adapters"
+REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 409, 429, 503)
+}
+
+
+class AdapterRoutes:
+    def __init__(
+        self,
+        folder: AdapterFolder,
+        handles: dict[str, DeploymentHandle],
+        base_of: Callable[[AdapterEntry], str | None],
+    ) -> None:
+        """handles: of the served models; base_of: the one that an adapter is for."""
+        self._folder = folder
+        self._handles = handles
+        self._base_of = base_of
+
+    def add_to(self, app: FastAPI) -> None:
+        guarded: dict[str, Any] = {"dependencies": [Depends(only_admins)], "responses": REFUSED}
+        app.get(PATH, responses={401: REFUSED[401]})(self.list_adapters)
+        app.post(PATH, **guarded)(self.load_adapter)
+        app.delete(f"{PATH}/{{name}}", **guarded)(self.unload_adapter)
+
+    async def list_adapters(self) -> AdapterList:
+        """All adapters of the folder as it is now, those that cannot be used with the reason."""
+        told = [answer for base in self._handles for answer in await self._ask(base, "adapters")]
+        return AdapterList(data=await asyncio.to_thread(self._cards, told))
+
+    async def load_adapter(self, body: AdapterToLoad | None = None) -> AdapterCard | AdapterList:
+        """Load an adapter into every replica of its base, before a picture asks for it.
+
+        Without a name nothing is loaded: the folder is listed, which is read anew whenever anything is asked.
+        """
+        if body is None or body.name is None:
+            return await self.list_adapters()
+        try:
+            entry = await asyncio.to_thread(self._folder.find, body.name)
+        except AdapterError as error:
+            raise of_adapter(str(error), error.code, "name") from None
+        base = self._base_of(entry)
+        if base is None:
+            raise BadRequestError(_not_served(entry), "name")
+        failures = await self._ask(base, "load_adapter", entry.name)
+        if not failures:
+            message = f"no replica of '{base}' is there now; a request for a picture starts one"
+            raise ApiError(503, message, "server_error", code="no_replica", retry_after=SOON)
+        for failure in failures:
+            if failure is not None:
+                raise of_failure(failure, param="name")
+        return self._card(entry, await self._ask(base, "adapters"))
+
+    async def unload_adapter(self, name: str) -> AdapterUnloaded:
+        """Forget an adapter in all replicas. It stays in the folder, and is loaded again when it is asked for."""
+        answers: list[Unloaded] = []
+        for base in self._handles:
+            answers += await self._ask(base, "unload_adapter", name)
+        having = [answer for answer in answers if answer.forgotten or answer.in_use]
+        in_use = [answer for answer in having if answer.in_use]
+        if in_use:
+            message = (
+                f"pictures under way in {len(in_use)} of the {len(having)} replicas that have it need adapter '{name}'"
+            )
+            rest = ", the others have forgotten it" if len(having) > len(in_use) else ""
+            raise ConflictError(f"{message}{rest}; try again", "adapter_in_use", max(one.retry_after for one in in_use))
+        if not having and name not in self._folder.names:
+            raise NotFoundError("no adapter of that name is loaded, nor in the folder", "name", NOT_FOUND)
+        return AdapterUnloaded(name=name, replicas=len(having))
+
+    async def _ask(self, base: str, method: str, *arguments: Any) -> list[Any]:
+        """What each replica of a model answers; one that dies meanwhile has nothing to say."""
+        try:
+            answers = self._handles[base].broadcast(method, *arguments)
+            results = await answers.results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        for result in results:
+            if isinstance(result, RayActorError):
+                logger.warning("a replica of %s did not answer: %s", base, result)
+            elif isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, RayActorError)]
+
+    def _cards(self, told: list[AdaptersTold]) -> list[AdapterCard]:
+        cards = []
+        for entry in self._folder.survey():
+            with suppress(FileNotFoundError):  # it was taken away meanwhile
+                cards.append(self._card(entry, told))
+        return cards
+
+    def _card(self, entry: AdapterEntry | BrokenEntry, told: list[AdaptersTold]) -> AdapterCard:
+        created = int(entry.path.lstat().st_mtime)
+        about: dict[str, Any] = {"name": entry.name, "bytes": bytes_of(entry), "created": created}
+        if isinstance(entry, BrokenEntry):
+            return AdapterCard(**about, problem=entry.reason)
+        base = self._base_of(entry)
+        failures = [answer.failures[entry.key] for answer in told if entry.key in answer.failures]
+        return AdapterCard(
+            **about,
+            kind=entry.kind,
+            base=base,
+            tokens=list(entry.tokens),
+            version=entry.version,
+            loaded=Counter(key for answer in told for key in answer.loaded)[entry.key],
+            problem=_not_served(entry) if base is None else next(iter(failures), None),
+        )
+
+
+def _not_served(entry: AdapterEntry) -> str:
+    return f"adapter '{entry.name}' is for the base '{entry.base}', which is not served"
