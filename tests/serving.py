@@ -23,11 +23,16 @@ def serving(application: Application) -> Iterator[str]:
 
 @contextmanager
 def deploying(application: dict[str, Any]) -> Iterator[str]:
-    """As `serve deploy` does with what a `serve_config.yaml` says of an application."""
-    application = {"name": NAME, "route_prefix": "/", "import_path": "ray_sd.serve.app:build"} | application
+    """The address of what is deployed."""
     with _started() as address:
-        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+        deploy(application)
         yield address
+
+
+def deploy(application: dict[str, Any]) -> None:
+    """As `serve deploy` does with what a `serve_config.yaml` says of an application. Returns once it is there."""
+    application = {"name": NAME, "route_prefix": "/", "import_path": "ray_sd.serve.app:build"} | application
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
 
 
 @contextmanager
@@ -36,5 +41,7 @@ def _started() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()

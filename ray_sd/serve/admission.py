@@ -38,6 +38,12 @@ class Visit:
     """Holder of its key; empty where nobody needs one."""
     model: str
     pictures: int
+    max_queue: int
+    """Pictures of the model that may wait or be drawn."""
+    seconds: float
+    """Until its deadline."""
+    key: ApiKey | None = None
+    """Whose quotas hold; None where there are none."""
     repeat: Repeat | None = None
 
 
@@ -101,11 +107,9 @@ class _Freed:
 class Admission:
     """For one event loop. Methods are coroutines because an actor's have to be; but for `wait` none of them waits."""
 
-    def __init__(
-        self, limits: RequestLimits, keys: Mapping[str, ApiKey], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """keys: by the names of their holders."""
-        self._limits, self._keys, self._clock = limits, keys, clock
+    def __init__(self, limits: RequestLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        """limits: of what is kept; all others come with each visit, since they change while others are under way."""
+        self._clock = clock
         self._places: dict[str, _Place] = {}
         """By the visit's id, the oldest first."""
         self._asked: dict[str, deque[float]] = defaultdict(deque)
@@ -125,7 +129,7 @@ class Admission:
         if found:
             return found
         ahead = sum(place.visit.pictures for place in self._places.values() if place.visit.model == visit.model)
-        refused = self._over_quota(visit.client) or self._over_queue(visit, ahead)
+        refused = self._over_quota(visit) or self._over_queue(visit, ahead)
         if refused:
             return refused
         now = self._clock()
@@ -160,7 +164,7 @@ class Admission:
         now = self._clock()
         self._answers.expire()
         self._files.expire()
-        gone = [id for id, place in self._places.items() if place.since + self._limits.deadline + GRACE < now]
+        gone = [id for id, place in self._places.items() if place.since + place.visit.seconds + GRACE < now]
         for id in gone:
             self._end(id, None)
         for times in self._asked.values():
@@ -181,8 +185,8 @@ class Admission:
             return None
         return Answered(content) if fingerprint == repeat.fingerprint else Reused()
 
-    def _over_quota(self, client: str) -> Refused | None:
-        key = self._keys.get(client)
+    def _over_quota(self, visit: Visit) -> Refused | None:
+        client, key = visit.client, visit.key
         if key is None:
             return None
         under_way = sum(place.visit.client == client for place in self._places.values())
@@ -195,12 +199,12 @@ class Admission:
         return None
 
     def _over_queue(self, visit: Visit, ahead: int) -> Refused | None:
-        over = ahead + visit.pictures - self._limits.max_queue
+        over = ahead + visit.pictures - visit.max_queue
         if over <= 0:
             return None
         seconds = self._seconds_until_free(visit.model, over)
         return Refused(
-            f"{ahead} pictures of '{visit.model}' wait or are drawn already, and at most {self._limits.max_queue} may; "
+            f"{ahead} pictures of '{visit.model}' wait or are drawn already, and at most {visit.max_queue} may; "
             f"try again in {seconds:.0f} s",
             seconds,
         )

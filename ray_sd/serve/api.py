@@ -1,5 +1,6 @@
 """The HTTP side: the OpenAI images API over models' replicas."""
 
+import asyncio
 import base64
 import json
 import logging
@@ -23,6 +24,7 @@ from starlette.exceptions import HTTPException
 from ray_sd import __version__
 from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
+from ray_sd.errors import ConfigError
 from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapter_folder import NAME, AdapterEntry, AdapterFolder, BrokenAdapterError, UnknownAdapterError
 from ray_sd.serve.adapter_routes import AdapterRoutes
@@ -35,6 +37,7 @@ from ray_sd.serve.errors import (
     BadRequestError,
     NotFoundError,
     answer_api_error,
+    answer_defect,
     answer_http,
     answer_invalid,
     first_problem,
@@ -43,6 +46,7 @@ from ray_sd.serve.errors import (
 )
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
+from ray_sd.serve.live import with_changes
 from ray_sd.serve.repeats import REPLAYED, repeat_of
 from ray_sd.serve.replica import PictureEvent, PictureJob
 from ray_sd.serve.shared import Answer, SharedAdmission
@@ -62,6 +66,8 @@ from ray_sd.serve.wire import (
 
 logger = logging.getLogger(__name__)
 
+READY_SECONDS = 5.0
+"""In which a replica answers that is ready."""
 SEEDS = 2**32
 """Seeds that are drawn where a request names none lie below."""
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -95,7 +101,7 @@ class Api:
     def __init__(
         self, config: dict[str, Any], bases: dict[str, ServedBase], handles: dict[str, DeploymentHandle]
     ) -> None:
-        self._config = validate(config, ServeConfig)
+        self._given = self._config = validate(config, ServeConfig)
         self._limits = self._config.limits
         self._bases = bases
         self._handles = handles
@@ -109,8 +115,10 @@ class Api:
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(RequestValidationError, answer_invalid)
         app.add_exception_handler(HTTPException, answer_http)
+        app.add_exception_handler(Exception, answer_defect)
         drawn: dict[str, Any] = {"response_model": ImagesResponse, "responses": ERRORS}
         app.get("/health")(self.health)
+        app.get("/ready", responses={503: {"model": ErrorResponse}})(self.ready)
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{model}", responses=ERRORS)(self.show_model)
         app.post("/v1/images/generations", **drawn)(self.generate)
@@ -118,14 +126,28 @@ class Api:
         app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
         app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
         AdapterRoutes(self._folder, self._handles, self._base_of).add_to(app)
-        return Gate(app, self._config.keys, self._limits.max_upload_bytes)
+        self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes)
+        return self._gate
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve with `user_config` of the deployment: other limits, defaults and keys, without a restart.
+
+        What is wrong in it is told in the log, and all goes on as it was.
+        """
+        try:
+            self._config = with_changes(self._given, user_config, ("limits", "defaults", "keys"))
+        except ConfigError as error:
+            logger.error("the HTTP side goes on as it was: %s", error)
+        else:
+            self._limits = self._config.limits
+            self._gate.take(self._config.keys, self._limits.max_upload_bytes)
 
     async def list_models(self) -> ModelList:
         """Base models and adapters."""
-        return ModelList(data=list(self._cards()))
+        return ModelList(data=await asyncio.to_thread(lambda: list(self._cards())))
 
     async def show_model(self, model: str) -> ModelCard:
-        for card in self._cards():
+        for card in (await self.list_models()).data:
             if card.id == model:
                 return card
         raise NotFoundError(f"no model '{model}'", "model", NOT_FOUND)
@@ -133,6 +155,22 @@ class Api:
     async def health(self) -> dict[str, str]:
         """Whether the HTTP side is there; replicas that are not well are replaced by Ray Serve."""
         return {"status": "ok", "version": __version__}
+
+    async def ready(self) -> dict[str, str]:
+        """Whether every model has a replica that answers; 503 until then."""
+        found = await asyncio.gather(*(self._answers(name) for name in self._handles))
+        if missing := [name for name, answers in zip(self._handles, found, strict=True) if not answers]:
+            message = f"no replica of {', '.join(missing)} answers"
+            raise ApiError(503, message, "server_error", code="not_ready", retry_after=SOON)
+        return {"status": "ready"}
+
+    async def _answers(self, base: str) -> bool:
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self._handles[base].figures.remote()
+        except (TimeoutError, RayActorError, DeploymentUnavailableError):
+            return False
+        return True
 
     async def generate(self, body: GenerationRequest, request: Request) -> Any:
         """Draw pictures of a prompt."""
@@ -143,14 +181,20 @@ class Api:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
         form = await request.form(max_files=4, max_fields=40)
         body = _edit_settings({name: value for name, value in form.multi_items() if isinstance(value, str)})
-        files = {name: await value.read() for name, value in form.multi_items() if not isinstance(value, str)}
-        pictures = {
-            name.removesuffix("[]"): read_picture(content, self._limits, name) for name, content in files.items()
-        }
-        if "image" not in pictures:
+        files: dict[str, bytes] = {}
+        for name, value in form.multi_items():
+            if not isinstance(value, str):
+                field = name.removesuffix("[]")
+                if field in files:
+                    raise BadRequestError(f"{field}: one is drawn with, and several were sent", field)
+                files[field] = await value.read()
+        if "image" not in files:
             raise BadRequestError("image: is missing", "image")
-        if unknown := pictures.keys() - {"image", "mask"}:
+        if unknown := files.keys() - {"image", "mask"}:
             raise BadRequestError(f"{min(unknown)}: no such field", min(unknown), "unknown_parameter")
+        pictures = {
+            name: await asyncio.to_thread(read_picture, content, self._limits, name) for name, content in files.items()
+        }
         base, job = self._job(body, request, pictures["image"], pictures.get("mask"), body.strength)
         return await self._answer(base, job, body, "image_edit", request, files)
 
@@ -292,7 +336,16 @@ class Api:
         if body.stream and body.response_format == "url":
             raise BadRequestError("response_format: a stream sends its pictures; leave out url", "response_format")
         repeat = repeat_of(request, client.name, body, uploads)
-        visit = Visit(secrets.token_hex(8), client.name, base, len(job.requests), repeat)
+        visit = Visit(
+            secrets.token_hex(8),
+            client.name,
+            base,
+            len(job.requests),
+            self._limits.max_queue,
+            job.seconds,
+            self._config.keys.get(client.name),
+            repeat,
+        )
         if body.stream:
             entered = await self._admission.enter(visit)
             ahead = entered.ahead if isinstance(entered, Admitted) else None

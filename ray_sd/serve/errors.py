@@ -128,6 +128,13 @@ async def answer_http(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
+async def answer_defect(request: Request, error: Exception) -> JSONResponse:
+    """What went wrong is for the log, to which the error goes on from here."""
+    return _answer(
+        request, ApiError(500, "the server has a defect, which its log tells", "server_error", code="internal_error")
+    )
+
+
 def _answer(request: Request, error: ApiError) -> JSONResponse:
     setattr(request.state, REASON, error.reason)
     return JSONResponse(error.body, error.status, headers=error.headers)

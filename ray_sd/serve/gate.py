@@ -50,9 +50,13 @@ class Gate:
     def __init__(self, app: ASGIApp, keys: dict[str, ApiKey], max_body: int) -> None:
         """keys: by the names of their holders; max_body: bytes of a request."""
         self._app = app
+        self.take(keys, max_body)
+        self._metrics = RequestMetrics()
+
+    def take(self, keys: dict[str, ApiKey], max_body: int) -> None:
+        """Other keys and another limit, for requests from now on."""
         self._clients = {key.sha256: Client(name, key) for name, key in keys.items()}
         self._max_body = max_body
-        self._metrics = RequestMetrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -38,8 +38,7 @@ class AdmissionActor(Admission):
 
     def __init__(self, config: dict[str, Any]) -> None:
         """config: plain, since Ray Serve makes mappings of schemas where `deployments` change something."""
-        served = validate(config, ServeConfig)
-        super().__init__(served.limits, served.keys)
+        super().__init__(validate(config, ServeConfig).limits)
 
 
 def admission_actor(config: ServeConfig) -> DeploymentActorConfig:

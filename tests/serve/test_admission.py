@@ -39,7 +39,7 @@ class Clock:
 
 
 def visit(id: str, pictures: int = 1, client: str = "", model: str = "tiny", repeat: Repeat | None = None) -> Visit:
-    return Visit(id, client, model, pictures, repeat)
+    return Visit(id, client, model, pictures, LIMITS["max_queue"], LIMITS["deadline"], KEYS.get(client), repeat)
 
 
 def tried(story: Callable[[Admission, Clock], Awaitable[T]], **limits: Any) -> T:
@@ -47,7 +47,7 @@ def tried(story: Callable[[Admission, Clock], Awaitable[T]], **limits: Any) -> T
 
     async def told() -> T:
         clock = Clock()
-        return await story(Admission(RequestLimits(**LIMITS | limits), KEYS, clock), clock)
+        return await story(Admission(RequestLimits(**LIMITS | limits), clock), clock)
 
     return asyncio.run(told())
 

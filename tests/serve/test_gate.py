@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from ray_sd.config.serve import ApiKey
-from ray_sd.serve.errors import ApiError, answer_api_error, answer_http
+from ray_sd.serve.errors import ApiError, answer_api_error, answer_defect, answer_http
 from ray_sd.serve.gate import CLIENT, Gate, hash_of, only_admins
 from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
@@ -123,3 +123,14 @@ def test_every_answer_has_an_id_that_the_log_has(caplog: pytest.LogCaptureFixtur
     records = {record.request_id: record for record in caplog.records}
     assert records[response.headers["x-request-id"]].client == "ann"
     assert records[refused.headers["x-request-id"]].status == 401
+
+
+def test_a_defect_is_told_without_what_it_was():
+    async def fail(request: Request) -> PlainTextResponse:
+        raise RuntimeError("the secret of the house")
+
+    app = Starlette(routes=[Route("/v1/fail", fail)], exception_handlers={Exception: answer_defect})
+    transport = httpx.ASGITransport(Gate(app, {}, 100), raise_app_exceptions=False)
+    answer = asyncio.run(httpx.AsyncClient(transport=transport, base_url="http://here").get("/v1/fail"))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in answer.text

@@ -237,6 +237,8 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
     with pytest.raises(openai.APIStatusError, match="a request has at most 100000 bytes") as caught:
         client.images.edit(image=b"0" * 100_001, prompt="a cat")
     assert caught.value.status_code == 413
+    with pytest.raises(openai.BadRequestError, match="image: one is drawn with, and several were sent"):
+        client.images.edit(image=[png(photo()), png(photo())], prompt="a cat")
     response = httpx.post(f"{server}/v1/images/edits", data={"prompt": "a"}, timeout=60)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
 

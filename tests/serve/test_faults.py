@@ -1,0 +1,104 @@
+"""A server under load whose replica is killed, and one that is deployed anew."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from serving import deploy, deploying
+from waiting import wait_for
+
+from ray_sd.serve.gate import hash_of
+
+pytestmark = pytest.mark.slow
+
+LOAD = 3
+"""Clients that ask for one picture after another."""
+PATH = "/v1/images/generations"
+
+
+@pytest.fixture
+def arguments(tiny: Path) -> dict[str, Any]:
+    settings = [f"model.base={tiny}", "model.name=tiny_served"]
+    return {"models": {"tiny": {"settings": settings, "threads": 1}}, "defaults": {"num_inference_steps": 4}}
+
+
+@contextmanager
+def load(address: str) -> Iterator[list[httpx.Response]]:
+    """What clients are answered meanwhile."""
+    answers: list[httpx.Response] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=300) as client:
+            while not ended.is_set():
+                answers.append(client.post(f"{address}{PATH}", json={"prompt": "a cat"}))
+
+    with ThreadPoolExecutor(LOAD) as clients:
+        asking = [clients.submit(ask) for _ in range(LOAD)]
+        try:
+            yield answers
+        finally:
+            ended.set()
+    for one in asking:
+        one.result()  # raises where a connection broke
+
+
+def replicas() -> list[psutil.Process]:
+    """Processes of the model's replicas."""
+    return [process for process in psutil.process_iter() if "ServeReplica:ray_sd:model-tiny" in process.name()]
+
+
+def drawn(answers: list[httpx.Response]) -> int:
+    return sum(answer.status_code == 200 for answer in answers)
+
+
+def test_a_killed_replica_comes_back_and_who_asked_is_told_to_ask_again(arguments: dict[str, Any], ray_cluster: None):
+    with deploying({"args": arguments}) as address, load(address) as answers:
+        wait_for(lambda: drawn(answers) > 3)
+        [killed] = replicas()
+        killed.kill()
+        wait_for(lambda: [one for one in replicas() if one.pid != killed.pid])
+        before = drawn(answers)
+        wait_for(lambda: drawn(answers) > before + LOAD)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) <= {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json()["error"]["type"] == "server_error"
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_change_is_deployed_without_a_failed_request(arguments: dict[str, Any], ray_cluster: None):
+    with deploying({"args": arguments}) as address, load(address) as answers:
+        wait_for(lambda: drawn(answers) > 3)
+        before = {one.pid for one in replicas()}
+        deploy({"args": arguments | {"defaults": {"num_inference_steps": 2}}})
+        wait_for(lambda: before.isdisjoint(one.pid for one in replicas()))
+        since = drawn(answers)
+        wait_for(lambda: drawn(answers) > since + LOAD)
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def test_limits_and_the_sharing_of_steps_change_without_a_restart(arguments: dict[str, Any], ray_cluster: None):
+    body = {"prompt": "a cat", "num_inference_steps": 3}
+    live = [
+        {"name": "api", "user_config": {"limits": {"max_steps": 2}, "keys": {"ann": hash_of("sd-ann")}}},
+        {"name": "model-tiny", "user_config": {"batching": {"max_rows": 4}}},
+    ]
+    with deploying({"args": arguments}) as address:
+        assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
+        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 200
+        before = {one.pid for one in replicas()}
+        deploy({"args": arguments, "deployments": live})
+        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 401
+        header = {"Authorization": "Bearer sd-ann"}
+        answer = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "num_inference_steps")
+        assert {one.pid for one in replicas()} == before
