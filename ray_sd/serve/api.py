@@ -267,6 +267,7 @@ class Api:
         return base, PictureJob(
             requests,
             partial_images=body.partial_images if body.stream else 0,
+            progress=body.stream,
             seconds=limits.deadline,
             owner=client.name or body.user or "",
             format=body.output_format,

@@ -37,6 +37,8 @@ class PictureJob:
 
     requests: tuple[ImageRequest, ...]
     partial_images: int = 0
+    progress: bool = False
+    """Whether places in the queue and steps are told, too: each costs a message from the replica to the HTTP side."""
     seconds: float = 300.0
     """Until its deadline."""
     owner: str = ""
@@ -101,7 +103,8 @@ class ModelReplica:
                 order = Order(request, job.partial_images, deadline, job.owner)
 
                 def listen(event: Event, number: int = number) -> None:
-                    loop.call_soon_threadsafe(events.put_nowait, (number, event))
+                    if job.progress or not isinstance(event, Queued | Stepped):
+                        loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
                 try:
                     tickets.append(self._engine.order(order, listen))
