@@ -135,10 +135,10 @@ def with_and_without_adapters(model: DiffusionModel, rows: int) -> dict[str, Way
     return {"adapters": stepping(model, own, adapters), "plain": stepping(model, plain, adapters)}
 
 
-def random_lora(model: DiffusionModel, rank: int, seed: int) -> Contents:
-    """A LoRA on the attention layers of the U-Net, as the default of method=lora has them."""
+def random_lora(model: DiffusionModel, rank: int, seed: int, scale: float = 0.01) -> Contents:
+    """A LoRA on the attention layers of the U-Net, as the default of method=lora has them. scale: of both its factors."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: 0.01 * torch.randn(shape, generator=generator)  # noqa: E731
+    draw = lambda *shape: scale * torch.randn(shape, generator=generator)  # noqa: E731
     updates = {
         name: LowRank(draw(rank, layer.weight.shape[1]), draw(len(layer.weight), rank), float(rank))
         for (component, name), layer in LoraNames(model).layers.items()
