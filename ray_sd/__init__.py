@@ -8,8 +8,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # diffusers imports bitsandbytes where it is installed, which warns of a missing kernel for 4-bit layers on some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Imports of torch, diffusers and DeepSpeed make millions of objects that stay. To look through them after every 700 new ones, as
-# Python does by itself, takes a sixth of the time in which a worker starts.
-gc.set_threshold(50_000, 20, 50)
+# Imports of torch, diffusers and DeepSpeed make millions of objects that stay. To look for garbage among them after every 700 new
+# ones, as Python does by itself, takes a sixth of the time in which a worker starts.
+gc.set_threshold(10_000)
 
 __version__ = "0.1.0"

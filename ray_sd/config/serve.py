@@ -47,7 +47,6 @@ class BatchingConfig(Schema):
 class Replicas(Schema):
     """How many replicas serve a model."""
 
-    shorthand = "min"
     min: int = Field(1, ge=1)
     """Always there."""
     max: int | None = Field(None, ge=1)

@@ -52,7 +52,8 @@ def load(address: str) -> Iterator[list[httpx.Response]]:
 
 def replicas() -> list[psutil.Process]:
     """Processes of the model's replicas."""
-    return [process for process in psutil.process_iter() if "ServeReplica:ray_sd:model-tiny" in process.name()]
+    found = psutil.process_iter(["name"])  # read at once, since others end meanwhile
+    return [process for process in found if "ServeReplica:ray_sd:model-tiny" in (process.info["name"] or "")]
 
 
 def drawn(answers: list[httpx.Response]) -> int:

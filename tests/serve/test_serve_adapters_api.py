@@ -49,7 +49,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny: Path, folder: Path, ray_cluster: None) -> Iterator[str]:
     settings = [f"model.base={tiny}", "model.name=tiny_served"]
     arguments = {
-        "models": {"tiny": {"settings": settings, "threads": 1, "replicas": 2, "batching": {"max_rows": 4}}},
+        "models": {"tiny": {"settings": settings, "threads": 1, "replicas": {"min": 2}, "batching": {"max_rows": 4}}},
         "adapters": str(folder),
         "keys": {"ann": {"sha256": hash_of("sd-ann"), "role": "admin"}, "bob": hash_of("sd-bob")},
         "limits": {"max_steps": 900},
