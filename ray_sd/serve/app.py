@@ -55,7 +55,10 @@ def build(args: dict[str, Any]) -> Application:
     }
     bases = {name: describe(served) for name, served in config.models.items()}
     api = serve.deployment(serve.ingress()(Api)).options(
-        name="api", max_ongoing_requests=MOST_AT_ONCE, deployment_actors=[admission_actor(config)]
+        name="api",
+        max_ongoing_requests=MOST_AT_ONCE,
+        graceful_shutdown_timeout_s=config.limits.deadline,  # a request may wait for a model's next replica
+        deployment_actors=[admission_actor(config)],
     )
     return api.bind(to_dict(config), bases, models)
 
