@@ -19,7 +19,7 @@ from report import print_table, write_result
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
 from ray_sd.models import load_model
-from ray_sd.train.engine import attention_kernels
+from ray_sd.train.precision import attention_kernels
 
 CPU = torch.device("cpu")
 BARS = {"bf16_over_fp32": 1.3, "products_over_fused": 1.0}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError
-from ray_sd.train.engine import EMA, PARAMETER, Engine
+from ray_sd.train.optimizers import EMA, PARAMETER
+
+if TYPE_CHECKING:
+    from ray_sd.train.engine import Engine
 
 INDEX = "index.json"
 FORMAT = 2
 
 
-def save(engine: Engine, folder: Path, *, step: int, rank: int, world_size: int, config: ExperimentConfig) -> None:
+def save(engine: "Engine", folder: Path, *, step: int, rank: int, world_size: int, config: ExperimentConfig) -> None:
     """Write this rank's share of the state to `folder`. Collective. Raises ArtifactError when storage is full."""
     owner = _owners(engine.shapes, world_size)
     mine: dict[str, Tensor] = {}
@@ -59,7 +63,7 @@ def storage_errors(step: int, where: str) -> Iterator[None]:
         ) from error
 
 
-def restore(engine: Engine, folder: Path) -> int:
+def restore(engine: "Engine", folder: Path) -> int:
     """Load a checkpoint into `engine` on every rank and return its step."""
     index = read_index(folder)
     _check_names(set(engine.parameters), set(index["files"]), folder)

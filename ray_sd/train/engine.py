@@ -10,14 +10,20 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found by itself, but with a warning in every process
 
+# Its autotuner, which nothing here uses, imports MLflow where that is installed: half a second of each worker's start.
+if "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import fails, as where it is not installed
 import deepspeed
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -28,22 +34,16 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_sd.config import TrainerConfig
 from ray_sd.errors import ConfigError
-from ray_sd.models import DiffusionModel
-from ray_sd.train.optimizers import AdamW, State, build_rule
+from ray_sd.train.optimizers import EMA, PARAMETER, AdamW, State, build_rule
+from ray_sd.train.precision import attention_kernels, cast_frozen, compute_dtype
+from ray_sd.train.zero import deepspeed_config
 
-PARAMETER = "parameter"
-EMA = "ema"
 FIRST_LOSS_SCALE = 2.0**16
 STEPS_OF_A_LOSS_SCALE = 2000
 """Steps without an overflow after which the scale of the fp16 loss doubles."""
-SMALL = 50_000_000
-"""Up to so many trained elements, a second copy of their gradients costs less than the hooks that would save it."""
-LARGEST_BUCKET = 500_000_000
-"""Elements of gradients that are summed over the workers at once."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It calls every optimizer but Adam untested; which go with which stage is checked before.
@@ -53,8 +53,6 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 deepspeed.ops.__compatible_ops__ = {}
 # DeepSpeed calls collectives by their older names.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -83,7 +81,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=module.to(device),
             optimizer=self._rule.build([{key: group[key] for key in group.keys() - {"name"}} for group in groups]),
-            config=_deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
+            config=deepspeed_config(trainer, self.compute_dtype, sum(p.numel() for p in parameters.values())),
         )
         self._optimizer = self._deepspeed.basic_optimizer
         self._gradient_norm: Tensor | None = None
@@ -277,44 +275,6 @@ class Engine:
             safe_set_local_optimizer_state(parameter, mine, key)
 
 
-def compute_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
-    """`trainer.precision` as a dtype on a device."""
-    match trainer.precision:
-        case "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        case "native":
-            return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
-        case precision:
-            return _DTYPES[precision]
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this machine's CPU has instructions for it."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def attention_kernels(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """In half precision on a CPU, attention by matrix products: the fused kernel of torch 2.13 takes longer there."""
-    if device.type == "cpu" and dtype != torch.float32:
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
-
-
-def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what does not train in the precision that layers compute in, but for a model's parts that need more."""
-    models = [part for part in module.modules() if isinstance(part, DiffusionModel)]
-    whole = {id(weight) for model in models for part in model.float32_parts() for weight in part.parameters()}
-    for parameter in module.parameters():
-        if not (parameter.requires_grad or id(parameter) in whole or isinstance(parameter, _quantised())):
-            parameter.data = parameter.data.to(dtype)
-
-
-def _quantised() -> tuple[type, ...]:
-    """Parameters of bitsandbytes, which quantise themselves when they move to the device."""
-    loaded = sys.modules.get("bitsandbytes")
-    return () if loaded is None else (loaded.nn.Params4bit, loaded.nn.Int8Params)
-
-
 class OffloadedAdamW(AdamW):
     """DeepSpeed's AdamW, which updates in the machine's memory."""
 
@@ -340,34 +300,3 @@ def check_compiler() -> None:
             f"{' and no '.join(missing)}; install them (apt install g++; pip install 'ray-sd[offload]'), or take "
             "trainer.zero.offload=false"
         )
-
-
-def _deepspeed_config(trainer: TrainerConfig, dtype: torch.dtype, elements: int) -> dict:
-    """elements: how many numbers train."""
-    zero: dict = {
-        "stage": trainer.zero_stage,
-        # A buffer of this size is filled during the backward pass; DeepSpeed's default takes 2 GB for any adapter.
-        "reduce_bucket_size": min(elements, LARGEST_BUCKET),
-    }
-    if trainer.zero_stage == 1 and elements <= SMALL:
-        # Stage 1 then reduces after the backward pass instead of from a hook on each of an adapter's many tensors.
-        zero["contiguous_gradients"] = False
-    if trainer.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if trainer.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = trainer.zero.param_persistence_threshold
-    return {
-        "train_batch_size": trainer.batch_size,
-        "train_micro_batch_size_per_gpu": trainer.rows_per_micro_batch,
-        "gradient_accumulation_steps": trainer.accumulation_steps,
-        "gradient_clipping": trainer.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        # Trained weights stay fp32 and so do gradients in flight; layers compute in `dtype`.
-        "torch_autocast": {
-            "enabled": dtype != torch.float32,
-            "dtype": str(dtype).removeprefix("torch."),
-            "lower_precision_safe_modules": [],
-        },
-        "steps_per_print": 2**31,
-    }

@@ -16,9 +16,10 @@ from ray_sd.data import training_batches, validation_batches
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train import checkpoint
-from ray_sd.train.engine import Engine, compute_dtype
+from ray_sd.train.engine import Engine
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
+from ray_sd.train.precision import compute_dtype
 from ray_sd.train.preflight import check_cpu_compiler
 from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.samples import draws

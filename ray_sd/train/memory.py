@@ -11,9 +11,10 @@ from ray_sd.config import ExperimentConfig, TrainerConfig
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
 from ray_sd.train.activations import Activations, fake_batch, measure_activations
-from ray_sd.train.engine import LARGEST_BUCKET, SMALL, cast_frozen, compute_dtype
 from ray_sd.train.optimizers import build_rule
+from ray_sd.train.precision import cast_frozen, compute_dtype
 from ray_sd.train.quantize import frozen_linear_layers
+from ray_sd.train.zero import LARGEST_BUCKET, SMALL
 
 GIB = 2**30
 CUDA = 0.75 * GIB

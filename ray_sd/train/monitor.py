@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.metrics import PREFIX
-from ray_sd.train.engine import Engine
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.memory import GIB
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import open_trackers, recorded_steps
+
+if TYPE_CHECKING:
+    from ray_sd.train.engine import Engine
 
 Batch = dict[str, Tensor]
 
@@ -46,7 +49,7 @@ class Monitor:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: "Engine",
         job: TrainingJob,
         run: RunFolder,
         *,

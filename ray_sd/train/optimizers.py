@@ -23,6 +23,9 @@ from ray_sd.train.blockwise import BLOCK, quantize
 
 State = dict[str, Any]
 """What an optimizer keeps of one tensor."""
+PARAMETER = "parameter"
+EMA = "ema"
+"""Beside it, checkpoints keep the tensor itself, and its moving average."""
 
 
 class UpdateRule(ABC):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.methods import build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train.checkpoint import load_weights
-from ray_sd.train.engine import Engine
+
+if TYPE_CHECKING:
+    from ray_sd.train.engine import Engine
 
 
-def validation_loss(engine: Engine, batches: Iterable[dict[str, Tensor]]) -> float:
+def validation_loss(engine: "Engine", batches: Iterable[dict[str, Tensor]]) -> float:
     """Mean loss over the held-out rows at fixed timesteps and noise. Collective."""
     total = torch.zeros(2, device=engine.device)
     for batch in batches:

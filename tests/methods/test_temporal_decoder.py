@@ -13,7 +13,7 @@ from ray_sd.errors import ArtifactError
 from ray_sd.methods import build_method, load_adapter
 from ray_sd.methods.temporal_decoder import feature_distances
 from ray_sd.models import fingerprint, load_model
-from ray_sd.train.engine import cast_frozen
+from ray_sd.train.precision import cast_frozen
 
 
 def prepared(folder: Path, **settings: object):

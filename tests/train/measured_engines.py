@@ -22,8 +22,9 @@ from ray_sd.methods import build_method
 from ray_sd.models import load_model
 from ray_sd.train import checkpoint
 from ray_sd.train import engine as engine_module
-from ray_sd.train.engine import EMA, PARAMETER, Engine
+from ray_sd.train.engine import Engine
 from ray_sd.train.loop import Objective
+from ray_sd.train.optimizers import EMA, PARAMETER
 from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.validation import validation_loss
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from ray_sd.train.engine import Engine, attention_kernels
+from ray_sd.train.engine import Engine
+from ray_sd.train.precision import attention_kernels
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 

@@ -39,9 +39,9 @@ from transformers.optimization import Adafactor
 
 from ray_sd.config import TrainerConfig
 from ray_sd.train import engine as engine_module
-from ray_sd.train.engine import EMA, PARAMETER
 from ray_sd.train.loop import Objective
 from ray_sd.train.memory import measure_step, resident
+from ray_sd.train.optimizers import EMA, PARAMETER
 
 pytestmark = pytest.mark.cluster
 

@@ -19,8 +19,8 @@ from ray_sd.config.load import load_config
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
 from ray_sd.train.checkpoint import FORMAT, INDEX, trained_parameters
-from ray_sd.train.engine import PARAMETER
 from ray_sd.train.job import TrainingJob
+from ray_sd.train.optimizers import PARAMETER
 from ray_sd.train.run import _export
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import load_trained
