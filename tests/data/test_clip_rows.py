@@ -116,10 +116,16 @@ def test_clips_are_encoded_as_the_model_itself_encodes_them(folder: Path, config
         assert (row["condition_pixels"] == frames[[0, -1]]).all()
 
 
+@pytest.fixture(params=["here", pytest.param("by Ray", marks=pytest.mark.slow)])
+def prepare_anyhow(request: pytest.FixtureRequest) -> Callable[..., PreparedData]:
+    """`ray_sd.data.prepare`, and what does the same in this process."""
+    return prepare if request.param == "here" else prepare_by_ray
+
+
 @pytest.mark.usefixtures("ray_cluster")
-def test_batches_hold_what_a_video_model_takes(folder: Path, configure: Callable):
+def test_batches_hold_what_a_video_model_takes(folder: Path, configure: Callable, prepare_anyhow: Callable):
     config = configure(folder, "trainer.batch_size=3", "dataset.holdout=2", "trainer.validation.num_timesteps=4")
-    data = prepare_by_ray(config, CLIPS)
+    data = prepare_anyhow(config, CLIPS)
     [batch] = training_batches(data, config, CLIPS, 0, 0, 1)
     assert {name: (tuple(values.shape), values.dtype) for name, values in batch.items()} == {
         "latent_mean": ((3, 4, 4, 6, 8), torch.float32),
