@@ -28,6 +28,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_memory.py": 75,
         "train/test_trackers.py": 10,
         "data/test_clip_rows.py": 30,
+        "serve/test_serve_device.py": 60,
         "tune/test_report.py": 5,
         "train/test_optimizers.py": 2,
     },
@@ -53,7 +54,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "export/test_convert.py": 5,
         "export/test_extract.py": 5,
         "export/test_merge.py": 3,
-        "serve/test_serve_engine.py": 30,
+        "serve/test_serve_engine_adapters.py": 30,
     },
     {
         "train/test_engine.py": 230,

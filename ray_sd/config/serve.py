@@ -29,7 +29,8 @@ class BatchingConfig(Schema):
     """How a replica's pictures share its steps."""
 
     max_rows: int = Field(16, ge=1)
-    """Rows of the U-Net at once at the model's own size, two a picture with guidance; fewer of larger pictures."""
+    """Rows of the U-Net at once at the model's own size, two a picture with guidance; fewer of larger pictures. On a GPU also
+    no more than its memory has room for, which is measured at the start."""
     max_waiting: int = Field(64, ge=1)
     """Pictures that may wait in one replica for their first step, whatever `limits.max_queue` leaves room for."""
     policy: Literal["shortest", "fair"] = "shortest"
@@ -81,6 +82,11 @@ class ServedModel(Schema):
     """GPUs of a replica. Less than one lets replicas share a GPU, without keeping them apart."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of a step where there is no GPU; null takes all cores."""
+    channels_last: bool = False
+    """Keep pixels' channels beside each other in memory, which many GPUs convolve faster."""
+    compile: bool = False
+    """Compile the U-Net's transformer blocks by `torch.compile`, in the first steps, which take minutes then. Needs a C++
+    compiler on CPUs."""
     adapter_memory: int = Field(2048, ge=0)
     """MiB that adapters may take in a replica together."""
     replicas: Replicas = Replicas()

@@ -12,23 +12,22 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
 from cachetools import LRUCache
 from PIL import Image
-from torch import Tensor
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RaySdError
-from ray_sd.generate import Batch, ImageRequest
-from ray_sd.generate.decoding import decode_pictures
-from ray_sd.generate.requests import Mix, Prompt
+from ray_sd.generate import Batch
 from ray_sd.generate.start import start_picture
-from ray_sd.generate.text import encode, stack
 from ray_sd.models import DiffusionModel
-from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters
+from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
+from ray_sd.serve.decoding import Decoder, Undecoded
+from ray_sd.serve.figures import EngineFigures
 from ray_sd.serve.order import (
     DeadlineError,
     EngineBusyError,
@@ -40,45 +39,23 @@ from ray_sd.serve.order import (
     Stepped,
     Ticket,
 )
+from ray_sd.serve.prompts import EncodedPrompts
 from ray_sd.serve.turns import Picture, Turns
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class EngineFigures:
-    """What an engine has done so far."""
-
-    steps: int = 0
-    """Calls of the U-Net."""
-    rows: int = 0
-    """Rows that they had, together."""
-    decodes: int = 0
-    """Calls of the autoencoder."""
-    pictures: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    results_found: int = 0
-    """Pictures that were there already."""
-    prompts_found: int = 0
-    prompts_encoded: int = 0
-    stepping_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class Undecoded:
-    """A picture that is done, or one on its way that is to be seen."""
-
-    picture: Picture
-    latents: Tensor
-    look: int | None
-    """Which look at it; None where it is done."""
-
-
 class Engine:
     """Draws pictures of one model. `order` and tickets are for any thread; listeners are called from the engine's own."""
 
-    def __init__(self, model: DiffusionModel, adapters: LoadedAdapters, batching: BatchingConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        adapters: LoadedAdapters,
+        batching: BatchingConfig | None = None,
+        rows_that_fit: float = inf,
+    ) -> None:
+        """rows_that_fit: of a step at the model's own size, which memory has room for."""
         self.model = model.eval().requires_grad_(False)
         self.adapters = adapters
         self.figures = EngineFigures()
@@ -89,21 +66,25 @@ class Engine:
         """What else the thread that prepares pictures has to do."""
         self._pictures: list[Picture] = []
         """Ready for a step, or at one."""
-        self._to_decode: list[Undecoded] = []
-        """Waiting to be decoded, or at it."""
         self._batches: dict[tuple[int, ...], Batch] = {}
         """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: LRUCache[Hashable, Image.Image]
-        self._prompts: LRUCache[Hashable, dict[str, Tensor]]
         self._count = 0
         self._closing = False
+        self._rows_that_fit = rows_that_fit
         own = self.model.unet.config.sample_size
         self._own_area = own * own if isinstance(own, int) else own[0] * own[1]
+        self._prompts = EncodedPrompts(model, adapters, self.figures)
+        self._decoder = Decoder(model, self._own_area, self.figures, self._show, self._left_out)
         self.reconfigure(batching or BatchingConfig())
         self._threads = [
-            threading.Thread(target=self._run, args=(work, threads), name=f"engine-{work.__name__}", daemon=True)
-            for work, threads in ((self._prepare, 1), (self._step, torch.get_num_threads()), (self._decode, 1))
+            threading.Thread(target=self._run, args=(work, threads), name=f"engine-{name}", daemon=True)
+            for name, work, threads in (
+                ("prepare", self._prepare, 1),
+                ("step", self._step, torch.get_num_threads()),
+                ("decode", self._decoder.work, 1),
+            )
         ]
         self._broken: BaseException | None = None
         for thread in self._threads:
@@ -113,10 +94,11 @@ class Engine:
         """Share steps in another way from the next one on. What is under way stays, what caches held does not."""
         with self._changed:
             self.batching = batching
-            self._max_rows = batching.max_rows
+            self._max_rows = min(batching.max_rows, self._rows_that_fit)
             self._turns = Turns(batching.policy, batching.patience, self._own_area)
             self._results = LRUCache(batching.result_cache * 2**20, _image_bytes)
-            self._prompts = LRUCache(batching.prompt_cache * 2**20, _text_bytes)
+            self._prompts.keep(batching.prompt_cache * 2**20)
+            self._decoder.at_once = batching.decoded_at_once
 
     @property
     def healthy(self) -> bool:
@@ -139,7 +121,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._pictures or self._to_decode)
+        return bool(self._waiting or self._pictures or self._decoder.waiting)
 
     def order(self, order: Order, listener: Listener) -> Ticket:
         """Ask for a picture. Raises EngineBusyError where too many wait."""
@@ -167,6 +149,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._decoder.close()
         for thread in self._threads:
             thread.join()
         self._fail_errands(RaySdError("the model is stopped"))
@@ -180,6 +163,8 @@ class Engine:
     def _run(self, work: Callable[[], None], threads: int) -> None:
         if self.model.device.type == "cpu":
             torch.set_num_threads(threads)  # of this thread: the three share the cores
+        # Adapters add to layers by hooks, which come and go: compiled blocks have to see that. Said by each thread for itself.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         try:
             with torch.inference_mode():
                 while not self._closing:
@@ -268,7 +253,7 @@ class Engine:
             pairs = list(zip(adapters, (weight for _, weight in order.request.adapters), strict=True))
             mix = tuple((one.key, weight) for one, weight in pairs)
             alone = next(((one, weight) for one, weight in pairs if one.alone), None)
-            conditions = self._conditions(order.request, mix, alone)
+            conditions = self._prompts.conditions(order.request, mix, alone)
             drawing = start_picture(self.model, replace(order.request, adapters=mix), conditions)
         except BaseException:
             self.adapters.release(adapters)
@@ -292,28 +277,6 @@ class Engine:
             ticket.finish(image)
         return True
 
-    def _conditions(self, request: ImageRequest, mix: Mix, alone: tuple[Loaded, float] | None) -> dict[str, Tensor]:
-        """Text conditions of the request's rows, of which those that were encoded before are kept."""
-        stacked = self.adapters.stacked
-        prompts = request.prompts
-        by = (mix, alone and (alone[0].key, alone[1]))
-        found = {prompt: self._prompts[prompt, by] for prompt in prompts if (prompt, by) in self._prompts}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        self.figures.prompts_encoded += len(missing)
-        self.figures.prompts_found += len(prompts) - len(missing)
-        encoders = {name: encoder for name, (encoder, _) in self.model.text_encoders().items()}
-        with ExitStack() as swaps:
-            for name, encoder in encoders.items():
-                if alone is not None:
-                    swaps.enter_context(alone[0].put_in(name, encoder, alone[1]))
-            for prompt in missing:  # one by one: equal texts are equal to the last bit, whoever asks beside them
-                for name in encoders:
-                    stacked.choose(name, [mix])
-                spelled = Prompt(stacked.spell(prompt.text, mix), prompt.weighted)
-                found[prompt] = encode(self.model, [spelled])[spelled]
-                _keep(self._prompts, (prompt, by), found[prompt])
-        return stack([found[prompt] for prompt in prompts])
-
     # Stepping
 
     def _step(self) -> None:
@@ -336,8 +299,9 @@ class Engine:
                 batch.advance([picture.drawing for picture in chosen])
         except torch.OutOfMemoryError as error:
             if rows > 2:
-                self._max_rows = max(2, rows // 2)
-                logger.warning("out of memory with %d rows; at most %d from now on", rows, self._max_rows)
+                of_own_size = rows * chosen[0].area / self._own_area
+                self._max_rows = self._rows_that_fit = max(2, of_own_size // 2)
+                logger.warning("out of memory with %d rows; half as many from now on", rows)
                 return
             self._drop(chosen, error)
             return
@@ -394,52 +358,13 @@ class Engine:
             elif picture.to_show:
                 to_decode.append(Undecoded(picture, batch.preview([drawing])[0], picture.shown))
                 picture.shown += 1
+        self._decoder.add(to_decode)
         with self._changed:
-            for one in to_decode:
-                if one.look is None:
-                    self._pictures.remove(one.picture)
-            self._to_decode.extend(to_decode)
+            done = {one.picture for one in to_decode if one.look is None}
+            self._pictures = [picture for picture in self._pictures if picture not in done]
             self._changed.notify_all()
 
-    # Decoding
-
-    def _decode(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._to_decode)
-            if self._closing:
-                return
-            first = self._to_decode[0].latents
-            alike = [one for one in self._to_decode if one.latents.shape == first.shape]
-            most = self.batching.decoded_at_once * self._own_area // (first.shape[-2] * first.shape[-1])
-            together = alike[: max(1, most)]
-        self._decode_together(together)
-        with self._changed:
-            self._to_decode = [one for one in self._to_decode if one not in together]
-
-    def _decode_together(self, together: Sequence[Undecoded]) -> None:
-        """Decode what is still wanted, all of one shape."""
-        for one in together:
-            if not one.picture.wanted and one.look is None:
-                self.figures.cancelled += len(one.picture.tickets)
-                self._forget(one.picture)
-        wanted = [one for one in together if one.picture.wanted]
-        if not wanted:
-            return
-        try:
-            images = decode_pictures(self.model, torch.stack([one.latents for one in wanted]))
-        except Exception as error:
-            if len(wanted) > 1:  # who it was is seen when each is decoded alone
-                logger.warning("%d pictures could not be decoded together: %s", len(wanted), error)
-                for one in wanted:
-                    self._decode_together([one])
-                return
-            logger.exception("a picture could not be decoded")
-            if wanted[0].look is None:
-                self._drop([wanted[0].picture], error)
-            return
-        self.figures.decodes += 1
-        for one, image in zip(wanted, images, strict=True):
-            self._show(one, image)
+    # Decoded
 
     def _show(self, one: Undecoded, image: Image.Image) -> None:
         """Tell who wants a picture what it looks like by now, or in the end."""
@@ -455,6 +380,16 @@ class Engine:
         self.figures.pictures += 1
         for ticket in picture.tickets:
             ticket.finish(image)
+
+    def _left_out(self, one: Undecoded, error: Exception | None) -> None:
+        """What was not decoded, since nobody wants it, or since it went wrong. A look that is missing is missed by nobody."""
+        if one.look is not None:
+            return
+        if error is not None:
+            self._drop([one.picture], error)
+        else:
+            self.figures.cancelled += len(one.picture.tickets)
+            self._forget(one.picture)
 
     # Ending
 
@@ -483,10 +418,10 @@ class Engine:
         with self._changed:
             self._closing = True
             waiting = [ticket for _, ticket in self._waiting]
-            pictures = {
-                id(picture): picture for picture in [*self._pictures, *(one.picture for one in self._to_decode)]
-            }
+            pictures = {id(picture): picture for picture in self._pictures}
             self._changed.notify_all()
+        pictures |= {id(picture): picture for picture in self._decoder.waiting}
+        self._decoder.close()
         stopped = RaySdError(f"the model has stopped: {error}")
         self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
         self._fail_errands(stopped)
@@ -504,7 +439,3 @@ def _keep(cache: LRUCache, key: Hashable, value: Any) -> None:
 
 def _image_bytes(image: Image.Image) -> int:
     return image.width * image.height * len(image.getbands())
-
-
-def _text_bytes(text: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in text.values())

@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 
 from ray_sd.config.load import load_config, validate
@@ -17,9 +16,10 @@ from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.shapes import picture_size
 from ray_sd.media.pictures import ImageFormat, image_bytes
-from ray_sd.models import DiffusionModel, load_model
+from ray_sd.models import load_model
 from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder
 from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
+from ray_sd.serve.device import place, rows_that_fit
 from ray_sd.serve.engine import Engine
 from ray_sd.serve.live import with_changes
 from ray_sd.serve.metrics import ReplicaMetrics
@@ -86,10 +86,18 @@ class ModelReplica:
         began = time.perf_counter()
         self._name = name
         model = place(load_model(config), settings)
-        loaded = LoadedAdapters(model, AdapterFolder(adapters), settings.adapter_memory * 2**20)
-        self._engine = Engine(model, loaded, settings.batching)
+        adapter_memory = settings.adapter_memory * 2**20
+        rows = rows_that_fit(model, settings.batching, adapter_memory)
+        loaded = LoadedAdapters(model, AdapterFolder(adapters), adapter_memory)
+        self._engine = Engine(model, loaded, settings.batching, inf if rows is None else rows)
         self._metrics = ReplicaMetrics(name)
-        logger.info("model %s is ready on %s after %.1f s", name, model.device, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        logger.info("model %s is ready on %s after %.1f s", name, model.device, seconds)
+        if rows is not None:
+            asked = settings.batching.max_rows
+            logger.info(
+                "memory has room for %d rows a step of the model's own size; batching.max_rows is %d", rows, asked
+            )
 
     async def draw(self, job: PictureJob) -> AsyncIterator[PictureEvent]:
         """Draw a job's pictures, and tell of them as they go. What the caller no longer reads is drawn no further."""
@@ -217,19 +225,6 @@ class ModelReplica:
         self._metrics.tell(await self.figures())
         if not self._engine.healthy:
             raise RuntimeError(f"the engine of {self._name} has stopped")
-
-
-def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
-    """The model on its device, in the precision that it is served in."""
-    on_gpu = torch.cuda.is_available()
-    precision = settings.precision if settings.precision != "auto" else ("fp16" if on_gpu else "fp32")
-    if precision != "fp32":
-        model.to_half({"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-    if on_gpu:
-        model.to("cuda")
-    else:
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    return model
 
 
 def failure_of(error: Exception, model: str, retry_after: float) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Turns:
         """The lower, the sooner it is the owner's turn."""
         return self._owners[owner] if self._policy == "fair" else 0.0
 
-    def choose(self, pictures: Sequence[Picture], max_rows: int) -> list[Picture]:
+    def choose(self, pictures: Sequence[Picture], max_rows: float) -> list[Picture]:
         """Pictures of one group, of at most `max_rows` rows together, or of one picture. Larger ones count for more."""
         groups: dict[Hashable, list[Picture]] = defaultdict(list)
         for picture in pictures:

@@ -15,12 +15,12 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.data import training_batches, validation_batches
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
+from ray_sd.models.compiler import check_cpu_compiler
 from ray_sd.train import checkpoint
 from ray_sd.train.engine import Engine
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Monitor
 from ray_sd.train.precision import compute_dtype
-from ray_sd.train.preflight import check_cpu_compiler
 from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.samples import draws
 from ray_sd.train.schedule import learning_rate_factor
@@ -57,7 +57,7 @@ def train(job: TrainingJob) -> str | None:
         quantize_frozen(model.unet, trainer.quantize_base, compute_dtype(trainer, device))
     if trainer.compile:
         if device.type == "cpu":
-            check_cpu_compiler()
+            check_cpu_compiler("trainer.compile")
         model.unet.compile()
     parameters, groups = checkpoint.trained_parameters(model), method.parameter_groups(model, trainer)
     engine = Engine(Objective(method, model).train(), parameters, groups, trainer, device)

@@ -1,9 +1,6 @@
 """Whether a run fits its machines, told before Ray starts: their memory, with the settings that need less, and a compiler."""
 
 import logging
-import os
-import shutil
-import sys
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from ray_sd.cluster import names_cluster
 from ray_sd.config import ExperimentConfig, TrainerConfig
 from ray_sd.config.optimizer import AdamWOptimizer
 from ray_sd.errors import ConfigError
+from ray_sd.models.compiler import check_cpu_compiler
 from ray_sd.train.memory import GIB, Estimates, Parts
 
 logger = logging.getLogger(__name__)
@@ -36,7 +34,7 @@ def check_memory(config: ExperimentConfig) -> float:
     # A cluster's head may have no GPU; its workers are not known before Ray is.
     on_gpu = available is not None or names_cluster() if trainer.use_gpu is None else trainer.use_gpu
     if trainer.compile and not on_gpu and not names_cluster():
-        check_cpu_compiler()
+        check_cpu_compiler("trainer.compile")
     estimates = Estimates(on_gpu)
     parts = estimates.parts(config)
     total = sum(parts.values())
@@ -61,16 +59,6 @@ def gpu_memory(trainer: TrainerConfig) -> float | None:
         return trainer.gpu_memory * GIB
     devices = range(torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=None)
-
-
-def check_cpu_compiler() -> None:
-    """Raise ConfigError where torch.compile finds no compiler for CPUs, which it looks for under the same name."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"trainer.compile: on CPUs torch compiles by {compiler}, which this machine does not have; install it "
-            "(apt install g++), name another by the variable CXX, or take trainer.compile=false"
-        )
 
 
 def _table(parts: Parts, available: float | None) -> Table:

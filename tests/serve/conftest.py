@@ -1,7 +1,15 @@
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import export_adapter, tiny
+from orders import PLENTY
+from tiny_models import export_adapter, tiny, tiny_config
+
+from ray_sd.config.serve import BatchingConfig
+from ray_sd.models import load_model
+from ray_sd.serve.adapter_folder import AdapterFolder
+from ray_sd.serve.adapters import LoadedAdapters
+from ray_sd.serve.engine import Engine
 
 __all__ = ["tiny"]
 
@@ -25,3 +33,18 @@ def adapter_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, method in ADAPTERS.items():
         export_adapter(tiny, folder / name, method)
     return folder
+
+
+@pytest.fixture
+def build(tiny: Path, adapter_folder: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def build_one(memory_limit: int = PLENTY, folder: Path = adapter_folder, **limits: object) -> Engine:
+        model = load_model(tiny_config(tiny))
+        adapters = LoadedAdapters(model, AdapterFolder(folder), memory_limit)
+        engines.append(Engine(model, adapters, BatchingConfig(**limits)))
+        return engines[-1]
+
+    yield build_one
+    for engine in engines:
+        engine.close()

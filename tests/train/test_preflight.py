@@ -14,9 +14,10 @@ import pytest
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
+from ray_sd.models.compiler import check_cpu_compiler
 from ray_sd.train import memory
 from ray_sd.train.memory import GIB, Estimates, Step
-from ray_sd.train.preflight import check_cpu_compiler, check_memory
+from ray_sd.train.preflight import check_memory
 from ray_sd.train.run import fit
 
 ON_GPU = ["experiment=smoke", "dataset.resolution=128", "trainer.use_gpu=true", "trainer.batch_size=32"]
@@ -128,7 +129,7 @@ def test_torch_looks_for_the_compiler_that_is_checked(monkeypatch):
             monkeypatch.setenv(name, value)
         asked = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
         with pytest.raises(ConfigError, match=re.escape(f"compiles by {asked.split()[-1]}, which")):
-            check_cpu_compiler()
+            check_cpu_compiler("trainer.compile")
 
 
 def test_without_a_gpu_the_estimate_is_one_line(caplog, capsys):
