@@ -98,6 +98,16 @@ def test_workers_that_only_read_import_no_model():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_rays_own_processes_import_no_model_for_what_they_are_given():
+    """The controller of a run, and the actor that prepares the data of trials."""
+    program = (
+        "import sys; import ray_sd.train.worker, ray_sd.tune.reporter, ray_sd.tune.preparer;"
+        "slow = {'torch', 'diffusers', 'transformers', 'peft', 'optuna'} & set(sys.modules);"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_what_joins_a_cluster_imports_none_of_rays_libraries():
     program = (
         "import sys; import ray_sd.cluster;"

@@ -26,13 +26,14 @@ from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
+from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
 from ray_sd.tune.record import RECORD, Recorder, read_record
 from ray_sd.tune.report import report_html
 from ray_sd.tune.results import Sweep, Trial, trials_table
 from ray_sd.tune.search import SettingsSearch, build_scheduler, open_storage
 from ray_sd.tune.space import Space
-from ray_sd.tune.trial import TRIALS, Preparer, TrialJob, run_trial
+from ray_sd.tune.trial import TRIALS, TrialJob, run_trial
 
 logger = logging.getLogger(__name__)
 

@@ -20,15 +20,13 @@ from ray.util.queue import Queue
 
 from ray_sd.cluster import quiet_checkpoints
 from ray_sd.config import ExperimentConfig, SweepConfig
-from ray_sd.config.rows import RowSpec
-from ray_sd.data import PreparedData, prepare
-from ray_sd.data.sources import Listing
 from ray_sd.errors import RaySdError
 from ray_sd.methods import build_method
 from ray_sd.train.resume import CONFIG, stored_config
 from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
+from ray_sd.tune.reporter import Reporter
 from ray_sd.tune.search import METRICS, SEED, SETTINGS, STEP
 from ray_sd.tune.space import Space
 
@@ -44,13 +42,6 @@ class Pointer:
     path: str | None = None
     seconds: float = 0.0
     """How long its trial had run, over all its starts."""
-
-
-class Preparer:
-    """Encodes data for all trials, one after another, so that none encodes what another is encoding."""
-
-    def prepare(self, config: ExperimentConfig, rows: RowSpec, listing: Listing | None = None) -> PreparedData:
-        return prepare(config, rows, listing)
 
 
 @dataclass(frozen=True)
@@ -156,19 +147,7 @@ def begun_runs(folder: str, trial: str) -> list[RunFolder]:
 def _fit(config: ExperimentConfig, preparer: ActorHandle, reports: Queue) -> TrainingResult:
     """Train on what the trials' preparer encodes. reports: are told of every checkpoint, and of what came of drawing."""
     data = ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
-    return fit(config, data=data, callbacks=[_Reporter(reports)], drawings=reports)
-
-
-class _Reporter(ray.train.UserCallback):
-    """Tells of every checkpoint of a run, by its `step`: the metrics with which training reported it, and its path."""
-
-    def __init__(self, reports: Queue) -> None:
-        self._reports = reports
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
-    ) -> None:
-        self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
+    return fit(config, data=data, callbacks=[Reporter(reports)], drawings=reports)
 
 
 def _whole_reports(

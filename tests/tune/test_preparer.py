@@ -7,7 +7,7 @@ import ray
 
 from ray_sd.data import list_rows
 from ray_sd.methods import build_method
-from ray_sd.tune.trial import Preparer
+from ray_sd.tune.preparer import Preparer
 
 
 @pytest.mark.slow

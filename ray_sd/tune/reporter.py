@@ -1,0 +1,21 @@
+"""What tells a trial of the checkpoints of its run.
+
+Imports no torch: Ray Train's controller, in whose process this is called, would start ten seconds later.
+"""
+
+from typing import Any
+
+import ray.train
+from ray.util.queue import Queue
+
+
+class Reporter(ray.train.UserCallback):
+    """Tells of every checkpoint of a run, by its `step`: the metrics with which training reported it, and its path."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        self._reports.put(metrics[0] | {"checkpoint": None if checkpoint is None else checkpoint.path})
