@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cachetools import TTLCache
 
-from ray_sd.config.serve import ApiKey, RequestLimits
+from ray_sd.config.serve import ApiKey
 
 MINUTE = 60.0
 GRACE = 60.0
@@ -29,7 +29,7 @@ class Repeat:
     """Of everything that is asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Visit:
     """A request that wants to draw."""
 
@@ -107,8 +107,16 @@ class _Freed:
 class Admission:
     """For one event loop. Methods are coroutines because an actor's have to be; but for `wait` none of them waits."""
 
-    def __init__(self, limits: RequestLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        """limits: of what is kept; all others come with each visit, since they change while others are under way."""
+    def __init__(
+        self,
+        *,
+        idempotency_seconds: float,
+        idempotency_memory: int,
+        url_seconds: float,
+        url_memory: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """memory: MiB. Other limits come with each visit, since they change while others are under way."""
         self._clock = clock
         self._places: dict[str, _Place] = {}
         """By the visit's id, the oldest first."""
@@ -117,10 +125,10 @@ class Admission:
         self._freed: dict[str, deque[_Freed]] = defaultdict(deque)
         """The last minute's, by model."""
         self._answers: TTLCache[tuple[str, str], tuple[str, bytes]] = TTLCache(
-            limits.idempotency_memory * 2**20, limits.idempotency_seconds, clock, lambda one: len(one[1])
+            idempotency_memory * 2**20, idempotency_seconds, clock, lambda one: len(one[1])
         )
         """Fingerprint and answer, by client and key."""
-        self._files: TTLCache[str, bytes] = TTLCache(limits.url_memory * 2**20, limits.url_seconds, clock, len)
+        self._files: TTLCache[str, bytes] = TTLCache(url_memory * 2**20, url_seconds, clock, len)
 
     async def enter(self, visit: Visit) -> Entered:
         """Ask for a place. Who is admitted has to leave, and counts until then."""

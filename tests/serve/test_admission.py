@@ -25,7 +25,7 @@ from ray_sd.serve.shared import Answer, SharedAdmission
 
 T = TypeVar("T")
 
-LIMITS = {"max_images": 4, "max_queue": 6, "deadline": 100, "idempotency_seconds": 50, "url_seconds": 40}
+KEPT = {"idempotency_seconds": 50, "idempotency_memory": 128, "url_seconds": 40, "url_memory": 512}
 KEYS = {"bob": ApiKey(sha256="0" * 64, requests_per_minute=3, concurrent=2), "ann": ApiKey(sha256="1" * 64)}
 REPEAT = Repeat("", "again", "a cat")
 
@@ -39,15 +39,24 @@ class Clock:
 
 
 def visit(id: str, pictures: int = 1, client: str = "", model: str = "tiny", repeat: Repeat | None = None) -> Visit:
-    return Visit(id, client, model, pictures, LIMITS["max_queue"], LIMITS["deadline"], KEYS.get(client), repeat)
+    return Visit(
+        id=id,
+        client=client,
+        model=model,
+        pictures=pictures,
+        max_queue=6,
+        seconds=100,
+        key=KEYS.get(client),
+        repeat=repeat,
+    )
 
 
-def tried(story: Callable[[Admission, Clock], Awaitable[T]], **limits: Any) -> T:
+def tried(story: Callable[[Admission, Clock], Awaitable[T]], **kept: Any) -> T:
     """What a story comes to with an admission of its own."""
 
     async def told() -> T:
         clock = Clock()
-        return await story(Admission(RequestLimits(**LIMITS | limits), clock), clock)
+        return await story(Admission(**KEPT | kept, clock=clock), clock)
 
     return asyncio.run(told())
 
