@@ -24,7 +24,7 @@ from ray_sd.serve.errors import (
     of_failure,
 )
 from ray_sd.serve.gate import only_admins
-from ray_sd.serve.replica import AdaptersTold, Unloaded
+from ray_sd.serve.messages import AdaptersTold, Unloaded
 from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUnloaded, ErrorResponse
 
 logger = logging.getLogger(__name__)

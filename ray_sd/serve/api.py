@@ -44,9 +44,9 @@ from ray_sd.serve.errors import (
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
 from ray_sd.serve.live import with_changes
+from ray_sd.serve.messages import PictureEvent, PictureJob
 from ray_sd.serve.picture_job import Edited, build_job
 from ray_sd.serve.repeats import REPLAYED, repeat_of
-from ray_sd.serve.replica import PictureEvent, PictureJob
 from ray_sd.serve.shared import Answer, SharedAdmission
 from ray_sd.serve.uploads import read_picture
 from ray_sd.serve.wire import (

@@ -17,8 +17,8 @@ from ray_sd.config.overrides import apply_overrides
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest
 from ray_sd.models import load_model
+from ray_sd.requests import ImageRequest
 from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.api import Api
 from ray_sd.serve.catalog import ServedBase

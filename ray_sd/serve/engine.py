@@ -24,10 +24,10 @@ from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RaySdError
 from ray_sd.generate import Batch, ImageRequest
 from ray_sd.generate.decoding import decode_pictures
-from ray_sd.generate.requests import Mix, Prompt
 from ray_sd.generate.start import start_picture
 from ray_sd.generate.text import encode, stack
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import Mix, Prompt
 from ray_sd.serve.adapters import AdaptersInUseError, Loaded, LoadedAdapters
 from ray_sd.serve.order import (
     DeadlineError,

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ray_sd.config.serve import Defaults, RequestLimits
-from ray_sd.generate import EditRequest, ImageRequest
+from ray_sd.requests import EditRequest, ImageRequest
 from ray_sd.serve.catalog import Catalog, ServedBase
 from ray_sd.serve.errors import BadRequestError
-from ray_sd.serve.replica import PictureJob
+from ray_sd.serve.messages import PictureJob
 from ray_sd.serve.uploads import edit_mask
 from ray_sd.serve.wire import PictureSettings
 
