@@ -3,8 +3,10 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.context import _get_global_client
@@ -33,6 +35,12 @@ def deploy(application: dict[str, Any]) -> None:
     """As `serve deploy` does with what a `serve_config.yaml` says of an application. Returns once it is there."""
     application = {"name": NAME, "route_prefix": "/", "import_path": "ray_sd.serve.app:build"} | application
     _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+
+
+def log_of(deployment: str) -> str:
+    """What its replicas have logged."""
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return "".join(file.read_text() for file in folder.glob(f"replica_{NAME}_{deployment}_*.log"))
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from ray_sd.serve.errors import (
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
 from ray_sd.serve.live import with_changes
+from ray_sd.serve.logs import log_with_serve
 from ray_sd.serve.messages import PictureEvent, PictureJob
 from ray_sd.serve.picture_job import Edited, build_job
 from ray_sd.serve.repeats import REPLAYED, repeat_of
@@ -83,6 +84,7 @@ class Api:
     def __init__(
         self, config: dict[str, Any], bases: dict[str, ServedBase], handles: dict[str, DeploymentHandle]
     ) -> None:
+        log_with_serve()
         self._given = self._config = validate(config, ServeConfig)
         self._limits = self._config.limits
         self._handles = handles

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 GUARDED = "/v1/"
 """Paths that a key is needed for, where there are keys; but for FILES."""
+REQUEST_ID = "x-request-id"
 CLIENT = "client"
 """Key of the request's state that holds the client."""
 
@@ -62,15 +63,17 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, request_id, status = time.perf_counter(), secrets.token_hex(8), 0
-        client = None
+        began, status, client = time.perf_counter(), 0, None
+        given = Headers(scope=scope).get(REQUEST_ID)  # by Ray Serve's proxy, which answers with it, too
+        request_id = given or secrets.token_hex(8)
         scope.setdefault("state", {})
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if given is None:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:
@@ -85,18 +88,18 @@ class Gate:
             seconds = time.perf_counter() - began
             reason = scope["state"].get(REASON, "")
             self._metrics.tell(scope["method"], _route(scope), status, reason, seconds)
-            logger.info(
-                "request",
-                extra={
-                    "request_id": request_id,
-                    "client": client.name if client else None,
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status,
-                    "reason": reason,
-                    "seconds": round(seconds, 4),
-                },
-            )
+            name = client.name if client else None
+            told = {
+                "request_id": request_id,
+                "client": name,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "reason": reason,
+                "seconds": round(seconds, 4),
+            }
+            message = "%s: %s %r %d %s %.4f s"
+            logger.info(message, name or "-", scope["method"], scope["path"], status, reason, seconds, extra=told)
 
     def _identify(self, scope: Scope) -> Client:
         if not self._clients:

@@ -21,6 +21,7 @@ from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder
 from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.engine import Engine
 from ray_sd.serve.live import with_changes
+from ray_sd.serve.logs import log_with_serve
 from ray_sd.serve.messages import AdaptersTold, PictureEvent, PictureJob, Unloaded
 from ray_sd.serve.metrics import ReplicaMetrics
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
@@ -35,6 +36,7 @@ class ModelReplica:
     """One of a base model's replicas."""
 
     def __init__(self, name: str, served: dict[str, Any], adapters: str | None) -> None:
+        log_with_serve()
         self._settings = settings = validate(served, ServedModel)
         config = load_config(list(settings.settings), ServedPreset).model
         began = time.perf_counter()

@@ -1,17 +1,18 @@
 """A server under load whose replica is killed, and one that is deployed anew."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from serving import deploy, deploying
+from serving import deploy, deploying, log_of
 from waiting import wait_for
 
 from ray_sd.serve.gate import hash_of
@@ -51,9 +52,13 @@ def load(address: str) -> Iterator[list[httpx.Response]]:
 
 
 def replicas() -> list[psutil.Process]:
-    """Processes of the model's replicas."""
-    found = psutil.process_iter(["name"])  # read at once, since others end meanwhile
-    return [process for process in found if "ServeReplica:ray_sd:model-tiny" in (process.info["name"] or "")]
+    """Processes of the model's replicas, in the Ray that these tests have started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ServeReplica:ray_sd:model-tiny" in process.name():
+                found.append(process)
+    return found
 
 
 def drawn(answers: list[httpx.Response]) -> int:
@@ -95,11 +100,25 @@ def test_limits_and_the_sharing_of_steps_change_without_a_restart(arguments: dic
     ]
     with deploying({"args": arguments}) as address:
         assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
-        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 200
+        answer = httpx.post(f"{address}{PATH}", json=body, timeout=60)
+        assert answer.status_code == 200
+        line = rf"{answer.headers['x-request-id']} -- -: POST '{PATH}' 200 +[\d.]+ s$"
+        wait_for(lambda: re.search(line, log_of("api"), re.MULTILINE))
         before = {one.pid for one in replicas()}
         deploy({"args": arguments, "deployments": live})
         assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 401
         header = {"Authorization": "Bearer sd-ann"}
         answer = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "num_inference_steps")
+        assert {one.pid for one in replicas()} == before
+        wrong = [
+            {"name": "api", "user_config": {"limits": {"max_step": 900}}},
+            {"name": "model-tiny", "user_config": {"batching": {"max_row": 4}}},
+        ]
+        deploy({"args": arguments, "deployments": wrong})
+        wait_for(lambda: "goes on as it was: limits.max_step: no such setting; did you mean" in log_of("api"))
+        wait_for(lambda: "goes on as it was: batching.max_row: no such setting; did you mean" in log_of("model-tiny"))
+        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 401
+        again = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
+        assert (again.status_code, again.json()) == (answer.status_code, answer.json())
         assert {one.pid for one in replicas()} == before
