@@ -47,7 +47,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "tune/test_killed_sweep.py": 220,
         "train/test_fit_function.py": 110,
         "serve/test_serve_job.py": 40,
-        "serve/test_faults.py": 120,
+        "serve/test_faults.py": 150,
         "export/test_fuse.py": 6,
         "export/test_convert.py": 5,
         "export/test_extract.py": 5,

@@ -1,4 +1,4 @@
-"""A server under load whose replica is killed, and one that is deployed anew."""
+"""A server under load whose replica is killed, one that is deployed anew, and others whose state changes while they serve."""
 
 import re
 import threading
@@ -51,12 +51,12 @@ def load(address: str) -> Iterator[list[httpx.Response]]:
         one.result()  # raises where a connection broke
 
 
-def replicas() -> list[psutil.Process]:
-    """Processes of the model's replicas, in the Ray that these tests have started."""
+def replicas(model: str = "tiny") -> list[psutil.Process]:
+    """Processes of a model's replicas, in the Ray that these tests have started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "ServeReplica:ray_sd:model-tiny" in process.name():
+            if f"ServeReplica:ray_sd:model-{model}" in process.name():
                 found.append(process)
     return found
 
@@ -122,3 +122,20 @@ def test_limits_and_the_sharing_of_steps_change_without_a_restart(arguments: dic
         again = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
         assert (again.status_code, again.json()) == (answer.status_code, answer.json())
         assert {one.pid for one in replicas()} == before
+
+
+def test_a_server_is_ready_while_every_model_has_a_replica_that_answers(arguments: dict[str, Any], ray_cluster: None):
+    models = arguments["models"]
+    with deploying({"args": arguments | {"models": models | {"other": models["tiny"]}}}) as address:
+        assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
+        [stopped] = replicas("other")
+        stopped.suspend()
+        try:
+            answer = httpx.get(f"{address}/ready", timeout=60)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert answer.json()["error"]["message"] == "no replica of other answers"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+        finally:
+            stopped.resume()
+        wait_for(lambda: httpx.get(f"{address}/ready", timeout=60).status_code == 200)
