@@ -24,9 +24,9 @@ def serving(application: Application) -> Iterator[str]:
 
 
 @contextmanager
-def deploying(application: dict[str, Any]) -> Iterator[str]:
-    """The address of what is deployed."""
-    with _started() as address:
+def deploying(application: dict[str, Any], host: str = "127.0.0.1") -> Iterator[str]:
+    """The address, on this machine, of what is deployed; host: where it listens."""
+    with _started(host) as address:
         deploy(application)
         yield address
 
@@ -44,11 +44,11 @@ def log_of(deployment: str) -> str:
 
 
 @contextmanager
-def _started() -> Iterator[str]:
+def _started(host: str = "127.0.0.1") -> Iterator[str]:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(http_options={"host": host, "port": port})
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

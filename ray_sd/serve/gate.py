@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import os
 import secrets
 import time
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 GUARDED = "/v1/"
 """Paths that a key is needed for, where there are keys; but for FILES."""
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Set to 1 where Ray Serve has it before replicas, which then see its address rather than clients'."""
 REQUEST_ID = "x-request-id"
 CLIENT = "client"
 """Key of the request's state that holds the client."""
@@ -35,7 +39,7 @@ class Client:
 
 
 ANYBODY = Client("", ApiKey(sha256="0" * 64, role="admin"))
-"""Where there are no keys."""
+"""On this machine, where there are no keys."""
 NOBODY = Client("", ApiKey(sha256="0" * 64))
 """On a path that no key is needed for."""
 
@@ -102,11 +106,16 @@ class Gate:
             logger.info(message, name or "-", scope["method"], scope["path"], status, reason, seconds, extra=told)
 
     def _identify(self, scope: Scope) -> Client:
-        if not self._clients:
-            return ANYBODY
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is not at /
         if not path.startswith(GUARDED) or path.startswith(FILES):
             return NOBODY
+        if not self._clients:
+            if not _is_of_this_machine(scope):
+                raise ForbiddenError(
+                    "this server has no keys, and so answers its own machine only; "
+                    "python -m ray_sd.serve.gate makes a key, which goes into its configuration under keys"
+                )
+            return ANYBODY
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
         if client is None:
@@ -136,6 +145,19 @@ class Gate:
             return message
 
         return counted
+
+
+def _is_of_this_machine(scope: Scope) -> bool:
+    """Whether the client is. A proxy there that names who asks it by X-Forwarded-For is not counted as the client."""
+    if os.environ.get(HAPROXY) == "1":
+        return False
+    host, _ = scope.get("client") or ("", 0)
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None  # where a server listens at both
+    return (mapped or address).is_loopback
 
 
 async def only_admins(request: Request) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import AF_INET
 from typing import Any
 
 import httpx
@@ -139,3 +140,21 @@ def test_a_server_is_ready_while_every_model_has_a_replica_that_answers(argument
         finally:
             stopped.resume()
         wait_for(lambda: httpx.get(f"{address}/ready", timeout=60).status_code == 200)
+
+
+def test_without_keys_only_this_machine_may_ask_wherever_serve_listens(arguments: dict[str, Any], ray_cluster: None):
+    elsewhere = {"X-Forwarded-For": "192.0.2.9"}  # as a proxy on this machine tells of another one
+    addresses = [one.address for found in psutil.net_if_addrs().values() for one in found if one.family == AF_INET]
+    with deploying({"args": arguments}, host="0.0.0.0") as address:
+        assert httpx.get(f"{address}/v1/models").status_code == 200
+        asked = {one: httpx.get(f"{address.replace('127.0.0.1', one)}/v1/models") for one in addresses}
+        asked["a proxy"] = httpx.get(f"{address}/v1/models", headers=elsewhere)
+        assert {one: answer.status_code for one, answer in asked.items()} == {
+            one: 200 if one.startswith("127.") else 403 for one in asked
+        }
+        assert "python -m ray_sd.serve.gate makes a key" in asked["a proxy"].json()["error"]["message"]
+        deploy(
+            {"args": arguments, "deployments": [{"name": "api", "user_config": {"keys": {"ann": hash_of("sd-ann")}}}]}
+        )
+        with_key = {"Authorization": "Bearer sd-ann"}
+        assert httpx.get(f"{address}/v1/models", headers=elsewhere | with_key).status_code == 200
