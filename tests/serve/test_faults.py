@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from ray import serve
 from serving import deploy, deploying, log_of
 from waiting import wait_for
 
@@ -158,3 +159,21 @@ def test_without_keys_only_this_machine_may_ask_wherever_serve_listens(arguments
         )
         with_key = {"Authorization": "Bearer sd-ann"}
         assert httpx.get(f"{address}/v1/models", headers=elsewhere | with_key).status_code == 200
+
+
+def test_replicas_come_with_the_steps_that_are_queued_and_go_again(arguments: dict[str, Any], ray_cluster: None):
+    growing = {"min": 1, "max": 2, "steps": 1, "upscale_delay": 0, "downscale_delay": 1}
+    models = {"tiny": arguments["models"]["tiny"] | {"replicas": growing}}
+
+    def pictures() -> list[int]:
+        """That each replica has drawn."""
+        told = serve.get_deployment_handle("model-tiny", "ray_sd").broadcast("figures").results()
+        return sorted(figures["pictures"] for figures in told)
+
+    with deploying({"args": arguments | {"models": models}}) as address:
+        assert pictures() == [0]
+        with load(address) as answers:
+            wait_for(lambda: len(drawn_by := pictures()) == 2 and drawn_by[0] > 0)
+        wait_for(lambda: len(replicas()) == 1)
+        assert httpx.post(f"{address}{PATH}", json={"prompt": "a dog"}, timeout=60).status_code == 200
+    assert {answer.status_code for answer in answers} == {200}
