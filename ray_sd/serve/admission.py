@@ -137,13 +137,18 @@ class Admission:
         if found:
             return found
         ahead = sum(place.visit.pictures for place in self._places.values() if place.visit.model == visit.model)
-        refused = self._over_quota(visit) or self._over_queue(visit, ahead)
+        refused = self._over_quota(visit.client, visit.key) or self._over_queue(visit, ahead)
         if refused:
             return refused
         now = self._clock()
         self._asked[visit.client].append(now)
         self._places[visit.id] = _Place(visit, now, asyncio.get_running_loop().create_future())
         return Admitted(ahead)
+
+    async def over_quota(self, client: str, key: ApiKey) -> Refused | None:
+        """What a request by this key would be refused with now. Nothing is counted."""
+        self._forget_old()
+        return self._over_quota(client, key)
 
     async def leave(self, id: str, answer: bytes | None = None, files: Mapping[str, bytes] | None = None) -> bool:
         """Give a place back. What is told of is kept: an answer for who asks again, and files by their names.
@@ -193,8 +198,7 @@ class Admission:
             return None
         return Answered(content) if fingerprint == repeat.fingerprint else Reused()
 
-    def _over_quota(self, visit: Visit) -> Refused | None:
-        client, key = visit.client, visit.key
+    def _over_quota(self, client: str, key: ApiKey | None) -> Refused | None:
         if key is None:
             return None
         under_way = sum(place.visit.client == client for place in self._places.values())

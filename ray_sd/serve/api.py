@@ -47,7 +47,7 @@ from ray_sd.serve.live import with_changes
 from ray_sd.serve.logs import log_with_serve
 from ray_sd.serve.messages import PictureEvent, PictureJob
 from ray_sd.serve.picture_job import Edited, build_job
-from ray_sd.serve.repeats import REPLAYED, repeat_of
+from ray_sd.serve.repeats import HEADER, REPLAYED, repeat_of
 from ray_sd.serve.shared import Answer, SharedAdmission
 from ray_sd.serve.uploads import read_picture
 from ray_sd.serve.wire import (
@@ -159,6 +159,10 @@ class Api:
 
     async def edit(self, request: Request) -> Any:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
+        client: Client = request.scope["state"][CLIENT]
+        key = self._config.keys.get(client.name)
+        if key is not None and HEADER not in request.headers:  # what is repeated counts in no quota
+            await self._admission.check_quota(client.name, key)
         form = await request.form(max_files=4, max_fields=40)
         body = _edit_settings({name: value for name, value in form.multi_items() if isinstance(value, str)})
         files: dict[str, bytes] = {}

@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import DeploymentActorConfig
 
-from ray_sd.config.serve import RequestLimits
+from ray_sd.config.serve import ApiKey, RequestLimits
 from ray_sd.serve.admission import Admission, Admitted, Answered, Entered, Refused, Reused, UnderWay, Visit
 from ray_sd.serve.errors import INVALID, ApiError, BadRequestError, BusyError
 
@@ -69,6 +69,13 @@ class SharedAdmission:
     def __init__(self) -> None:
         self._detached: set[asyncio.Task[bytes]] = set()
         """What is drawn whoever goes away, held here until it is done."""
+
+    async def check_quota(self, client: str, key: ApiKey) -> None:
+        """Raises BusyError for who would not be admitted for it, so that nothing is read of them."""
+        with suppress(UnreachableError):
+            refused: Refused | None = await self._call("over_quota", client, key)
+            if refused is not None:
+                raise BusyError(refused.message, refused.retry_after)
 
     async def enter(self, visit: Visit) -> Admitted | UnderWay | Answered:
         """Raises ApiError for who is not admitted. Who is has to leave."""

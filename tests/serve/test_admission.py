@@ -342,6 +342,21 @@ def test_who_is_refused_is_told_when_to_come_back():
     tried(story)
 
 
+def test_who_would_be_refused_for_a_quota_is_told_before_anything_is_read_of_them():
+    async def story(admission: Admission, clock: Clock) -> None:
+        near = Near(admission)
+        for _ in range(5):
+            await near.check_quota("bob", KEYS["bob"])  # which counts for nothing
+        for id in ("a", "b"):
+            assert isinstance(await admission.enter(visit(id, client="bob")), Admitted)
+        with pytest.raises(BusyError, match="2 of your requests are under way"):
+            await near.check_quota("bob", KEYS["bob"])
+        await near.check_quota("ann", KEYS["ann"])
+        await Near(None).check_quota("bob", KEYS["bob"])
+
+    tried(story)
+
+
 def test_pictures_that_are_too_large_for_links_are_told():
     async def story(admission: Admission, clock: Clock) -> None:
         near = Near(admission)
