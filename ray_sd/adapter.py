@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
 
 from ray_sd import __version__
 from ray_sd.config import ExperimentConfig, ModelConfig
@@ -137,6 +140,26 @@ def read_manifest(folder: Path) -> AdapterManifest:
         if _sha256(file) != expected:
             raise ArtifactError(f"{file} is damaged: its content is not what {MANIFEST} lists")
     return manifest
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    with open_safetensors(path, "np") as content:  # which, other than "pt", does not import torch
+        return list(content.keys())
+
+
+@contextmanager
+def open_safetensors(path: Path, framework: Literal["pt", "np"]) -> Iterator[Any]:
+    """Raises ArtifactError where it cannot be read."""
+    if path.suffix != ".safetensors":
+        raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has no {path.name}")
+    try:
+        with safe_open(path, framework) as content:
+            yield content
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
 
 
 def _sha256(path: Path) -> str:

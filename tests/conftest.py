@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # as ray_sd.cluster.connect does
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S", "1")  # what waits for another waits no longer
+os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # nor what waits for more replicas
 
 NO_RIGHT = "this machine does not allow"
 """Begins the reason of the only skip that is none of a missing program, which could be installed."""
@@ -49,7 +50,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "tune/test_killed_sweep.py": 220,
         "train/test_fit_function.py": 110,
         "serve/test_serve_job.py": 40,
-        "serve/test_faults.py": 120,
+        "serve/test_faults.py": 220,
         "export/test_fuse.py": 6,
         "export/test_convert.py": 5,
         "export/test_extract.py": 5,

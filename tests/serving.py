@@ -3,8 +3,10 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.context import _get_global_client
@@ -22,9 +24,9 @@ def serving(application: Application) -> Iterator[str]:
 
 
 @contextmanager
-def deploying(application: dict[str, Any]) -> Iterator[str]:
-    """The address of what is deployed."""
-    with _started() as address:
+def deploying(application: dict[str, Any], host: str = "127.0.0.1") -> Iterator[str]:
+    """The address, on this machine, of what is deployed; host: where it listens."""
+    with _started(host) as address:
         deploy(application)
         yield address
 
@@ -35,12 +37,18 @@ def deploy(application: dict[str, Any]) -> None:
     _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
 
 
+def log_of(deployment: str) -> str:
+    """What its replicas have logged."""
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    return "".join(file.read_text() for file in folder.glob(f"replica_{NAME}_{deployment}_*.log"))
+
+
 @contextmanager
-def _started() -> Iterator[str]:
+def _started(host: str = "127.0.0.1") -> Iterator[str]:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(http_options={"host": host, "port": port})
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -10,10 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "adapter", "models", "methods", "generate", "export", "draw", "data", "train", "tune", "jobs"]
+LAYERS = [
+    "config",
+    "requests",
+    "adapter",
+    "models",
+    "methods",
+    "generate",
+    "export",
+    "draw",
+    "data",
+    "train",
+    "tune",
+    "jobs",
+]
 BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
 GROUND = ["files", "media"]  # what anyone else may import
-SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "serve"}
+SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "requests", "serve"}
 RAY_IN = {"cluster", "draw", "data", "train", "tune", "serve", "jobs"}
 """And only these may import `cluster`."""
 DEEPSPEED_IN = "ray_sd/train/engine.py"
@@ -38,6 +51,7 @@ def test_imports_obey_the_layers(path: str):
         ("ray_sd/models/base.py", "from ..train import run", "models may not import train"),
         ("ray_sd/models/base.py", "from ray_sd import data", "models may not import data"),
         ("ray_sd/config/base.py", "from ray_sd.adapter import read_manifest", "config may not import adapter"),
+        ("ray_sd/requests.py", "from ray_sd.adapter import read_manifest", "requests may not import adapter"),
         ("ray_sd/config/base.py", "import torch.nn", "config may not import torch"),
         ("ray_sd/embedded/sprites.py", "import ray_sd.data", "embedded may not import data"),
         ("ray_sd/serve/app.py", "import ray_sd.train", "serve may not import train"),
@@ -112,6 +126,15 @@ def test_what_joins_a_cluster_imports_none_of_rays_libraries():
     program = (
         "import sys; import ray_sd.cluster;"
         "slow = {'ray.data', 'ray.train', 'ray.tune', 'ray.serve', 'torch'} & set(sys.modules);"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_http_side_imports_no_model():
+    program = (
+        "import sys; import ray_sd.serve.api;"
+        "slow = {'torch', 'diffusers', 'transformers', 'peft', 'ray.data', 'ray.train'} & set(sys.modules);"
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -193,7 +193,7 @@ class ServeConfig(Schema):
     adapters: str | None = None
     """Folder of adapters, by whose names requests ask for them; new ones are found as they come."""
     keys: dict[str, ApiKey] = Field(default_factory=dict)
-    """Keys by the names of their holders, who share the models fairly by `policy: fair`; without any, everybody is an admin."""
+    """Keys by their holders' names, who share the models fairly by `policy: fair`. Without any this machine alone may ask."""
     limits: RequestLimits = RequestLimits()
     """What one request may ask for, and how much all of them together."""
     defaults: Defaults = Defaults()

@@ -2,9 +2,9 @@
 
 from ray_sd.generate.batch import Batch
 from ray_sd.generate.drawing import Drawing
-from ray_sd.generate.requests import ClipRequest, EditRequest, ImageRequest, UpscaleRequest
 from ray_sd.generate.sampling import generate, generate_clips
 from ray_sd.generate.start import start
+from ray_sd.requests import ClipRequest, EditRequest, ImageRequest, UpscaleRequest
 
 __all__ = [
     "Batch",

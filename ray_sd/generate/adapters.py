@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from ray_sd.errors import ArtifactError, RequestError
 from ray_sd.generate.bank import LoraBank
-from ray_sd.generate.requests import Mix
 from ray_sd.generate.words import WordBank
 from ray_sd.methods.contents import Contents
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import Mix
 
 
 class Adapters:

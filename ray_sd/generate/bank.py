@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ray_sd.generate.requests import Mix
 from ray_sd.methods.lora_names import Layer
 from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.requests import Mix
 
 NOTHING = 0
 """A page of zeros, for rows that have fewer pages than others."""

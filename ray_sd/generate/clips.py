@@ -6,9 +6,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ray_sd.generate.requests import ClipRequest
 from ray_sd.models import DiffusionModel
 from ray_sd.models.stable_video_diffusion import time_ids
+from ray_sd.requests import ClipRequest
 
 
 def frame_conditions(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_sd.generate.requests import Mix, Request
 from ray_sd.models.samplers import SamplerTable
+from ray_sd.requests import Mix, Request
 
 
 @dataclass(frozen=True)

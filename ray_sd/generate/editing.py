@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ray_sd.generate.drawing import Kept, draw_noise
-from ray_sd.generate.requests import EditRequest
 from ray_sd.generate.shapes import latent_shape, picture_size
 from ray_sd.models import DiffusionModel
 from ray_sd.models.samplers import SamplerTable
+from ray_sd.requests import EditRequest
 
 
 def begin_over(

@@ -15,10 +15,10 @@ from ray_sd.generate.adapters import Adapters
 from ray_sd.generate.batch import Batch
 from ray_sd.generate.decoding import decode_clip, decode_pictures
 from ray_sd.generate.drawing import Drawing
-from ray_sd.generate.requests import ClipRequest, Request, TextRequest
 from ray_sd.generate.shapes import latent_shape
 from ray_sd.generate.start import start
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import ClipRequest, Request, TextRequest
 
 OnStep = Callable[[int, int], None]
 """Is told the denoising steps done and to do, over all requests."""

@@ -1,8 +1,8 @@
 """How large what is asked for is: in pixels, and in latents."""
 
 from ray_sd.errors import RequestError
-from ray_sd.generate.requests import ClipRequest, ImageRequest, Request, UpscaleRequest
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import ClipRequest, ImageRequest, Request, UpscaleRequest
 
 
 def latent_shape(model: DiffusionModel, request: Request) -> tuple[int, ...]:

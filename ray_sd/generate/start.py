@@ -9,12 +9,12 @@ from ray_sd.generate.adapters import Adapters
 from ray_sd.generate.clips import frame_conditions, frame_guidance
 from ray_sd.generate.drawing import Drawing, draw_noise
 from ray_sd.generate.editing import begin_over
-from ray_sd.generate.requests import ClipRequest, EditRequest, ImageRequest, Request, TextRequest, UpscaleRequest
 from ray_sd.generate.shapes import latent_shape, picture_size
 from ray_sd.generate.text import encode_prompts
 from ray_sd.generate.upscaling import low_res_conditions
 from ray_sd.models import DiffusionModel
 from ray_sd.models.samplers import sampler_table
+from ray_sd.requests import ClipRequest, EditRequest, ImageRequest, Request, TextRequest, UpscaleRequest
 
 
 @torch.no_grad()

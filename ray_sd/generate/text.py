@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ray_sd.generate.adapters import Adapters
-from ray_sd.generate.requests import Mix, Prompt, TextRequest
 from ray_sd.models import DiffusionModel
 from ray_sd.models.prompt_weights import encode_weighted_text
+from ray_sd.requests import Mix, Prompt, TextRequest
 
 
 def encode_prompts(

@@ -16,10 +16,10 @@ from ray_sd.config import TextToVideoConfig
 from ray_sd.config.text_to_video import ClipStage, ImageStage, InterpolationStage, UpscaleStage, VideoStage
 from ray_sd.errors import ConfigError
 from ray_sd.generate.decoding import decode_clip
-from ray_sd.generate.requests import ClipRequest, ImageRequest, UpscaleRequest
 from ray_sd.generate.sampling import draw, generate, increments
 from ray_sd.generate.shapes import picture_size
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import ClipRequest, ImageRequest, UpscaleRequest
 
 LONGEST_SIDE = 1024
 """A picture that is larger is made smaller before it moves, unless the configuration says which size it takes."""

@@ -8,8 +8,8 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ray_sd.generate.drawing import draw_noise
-from ray_sd.generate.requests import UpscaleRequest
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import UpscaleRequest
 
 
 def low_res_conditions(model: DiffusionModel, request: UpscaleRequest, generator: torch.Generator) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_sd.adapter import tensor_names
 from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
-from ray_sd.methods.weights import read_tensors, tensor_names
+from ray_sd.methods.weights import read_tensors
 
 Embedding = dict[str, Tensor]
 """Vectors [n, D] of one token by the name of the text encoder's component."""

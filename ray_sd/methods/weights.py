@@ -1,17 +1,16 @@
 """Whole components as folders of an export, in the layout that plain diffusers and transformers load."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel
 
+from ray_sd.adapter import open_safetensors
 from ray_sd.errors import ArtifactError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -78,27 +77,8 @@ def read_weights(module: nn.Module, folder: Path, own: Mapping[str, Tensor]) -> 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read."""
-    with _opened(path) as content:
+    with open_safetensors(path, "pt") as content:
         return {name: content.get_tensor(name) for name in list(content.keys())}, content.metadata() or {}
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a `.safetensors` file. Raises ArtifactError where it cannot be read."""
-    with _opened(path) as content:
-        return list(content.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if path.suffix != ".safetensors":
-        raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
-    if not path.is_file():
-        raise ArtifactError(f"{path.parent} has no {path.name}")
-    try:
-        with safe_open(path, "pt") as content:
-            yield content
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
 
 
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ray_sd.adapter import MANIFEST
+from ray_sd.adapter import MANIFEST, tensor_names
 from ray_sd.config.paths import local_path
 from ray_sd.errors import ArtifactError, RequestError, first_line
-from ray_sd.methods.weights import tensor_names
 from ray_sd.serve.errors import NOT_FOUND
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

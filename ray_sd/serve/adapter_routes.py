@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +11,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, AdapterFolder, BrokenEntry, bytes_of
+from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, BrokenEntry, bytes_of
+from ray_sd.serve.catalog import Catalog
 from ray_sd.serve.errors import (
     NOT_FOUND,
     SOON,
@@ -24,7 +24,7 @@ from ray_sd.serve.errors import (
     of_failure,
 )
 from ray_sd.serve.gate import only_admins
-from ray_sd.serve.replica import AdaptersTold, Unloaded
+from ray_sd.serve.messages import AdaptersTold, Unloaded
 from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUnloaded, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -36,16 +36,11 @@ REFUSED: dict[int | str, dict[str, Any]] = {
 
 
 class AdapterRoutes:
-    def __init__(
-        self,
-        folder: AdapterFolder,
-        handles: dict[str, DeploymentHandle],
-        base_of: Callable[[AdapterEntry], str | None],
-    ) -> None:
-        """handles: of the served models; base_of: the one that an adapter is for."""
-        self._folder = folder
+    def __init__(self, catalog: Catalog, handles: dict[str, DeploymentHandle]) -> None:
+        """handles: of the served models."""
+        self._folder = catalog.folder
+        self._base_of = catalog.base_of
         self._handles = handles
-        self._base_of = base_of
 
     def add_to(self, app: FastAPI) -> None:
         guarded: dict[str, Any] = {"dependencies": [Depends(only_admins)], "responses": REFUSED}

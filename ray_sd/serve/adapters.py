@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ray_sd.adapter import read_manifest
 from ray_sd.errors import ArtifactError
 from ray_sd.generate.adapters import Adapters, stacks
-from ray_sd.generate.requests import Mix
 from ray_sd.methods import check_base
 from ray_sd.methods.contents import Contents, read_contents
 from ray_sd.methods.layer_adapter import PEFT
@@ -22,6 +21,7 @@ from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.methods.weights import read_weights
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import parameters_without_words
+from ray_sd.requests import Mix
 from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, AdapterFolder, BrokenAdapterError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cachetools import TTLCache
 
-from ray_sd.config.serve import ApiKey, RequestLimits
+from ray_sd.config.serve import ApiKey
 
 MINUTE = 60.0
 GRACE = 60.0
@@ -29,7 +29,7 @@ class Repeat:
     """Of everything that is asked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Visit:
     """A request that wants to draw."""
 
@@ -107,8 +107,16 @@ class _Freed:
 class Admission:
     """For one event loop. Methods are coroutines because an actor's have to be; but for `wait` none of them waits."""
 
-    def __init__(self, limits: RequestLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        """limits: of what is kept; all others come with each visit, since they change while others are under way."""
+    def __init__(
+        self,
+        *,
+        idempotency_seconds: float,
+        idempotency_memory: int,
+        url_seconds: float,
+        url_memory: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """memory: MiB. Other limits come with each visit, since they change while others are under way."""
         self._clock = clock
         self._places: dict[str, _Place] = {}
         """By the visit's id, the oldest first."""
@@ -117,10 +125,10 @@ class Admission:
         self._freed: dict[str, deque[_Freed]] = defaultdict(deque)
         """The last minute's, by model."""
         self._answers: TTLCache[tuple[str, str], tuple[str, bytes]] = TTLCache(
-            limits.idempotency_memory * 2**20, limits.idempotency_seconds, clock, lambda one: len(one[1])
+            idempotency_memory * 2**20, idempotency_seconds, clock, lambda one: len(one[1])
         )
         """Fingerprint and answer, by client and key."""
-        self._files: TTLCache[str, bytes] = TTLCache(limits.url_memory * 2**20, limits.url_seconds, clock, len)
+        self._files: TTLCache[str, bytes] = TTLCache(url_memory * 2**20, url_seconds, clock, len)
 
     async def enter(self, visit: Visit) -> Entered:
         """Ask for a place. Who is admitted has to leave, and counts until then."""
@@ -129,13 +137,18 @@ class Admission:
         if found:
             return found
         ahead = sum(place.visit.pictures for place in self._places.values() if place.visit.model == visit.model)
-        refused = self._over_quota(visit) or self._over_queue(visit, ahead)
+        refused = self._over_quota(visit.client, visit.key) or self._over_queue(visit, ahead)
         if refused:
             return refused
         now = self._clock()
         self._asked[visit.client].append(now)
         self._places[visit.id] = _Place(visit, now, asyncio.get_running_loop().create_future())
         return Admitted(ahead)
+
+    async def over_quota(self, client: str, key: ApiKey) -> Refused | None:
+        """What a request by this key would be refused with now. Nothing is counted."""
+        self._forget_old()
+        return self._over_quota(client, key)
 
     async def leave(self, id: str, answer: bytes | None = None, files: Mapping[str, bytes] | None = None) -> bool:
         """Give a place back. What is told of is kept: an answer for who asks again, and files by their names.
@@ -185,8 +198,7 @@ class Admission:
             return None
         return Answered(content) if fingerprint == repeat.fingerprint else Reused()
 
-    def _over_quota(self, visit: Visit) -> Refused | None:
-        client, key = visit.client, visit.key
+    def _over_quota(self, client: str, key: ApiKey | None) -> Refused | None:
         if key is None:
             return None
         under_way = sum(place.visit.client == client for place in self._places.values())

@@ -6,15 +6,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
-from PIL import Image
 from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -25,12 +24,11 @@ from ray_sd import __version__
 from ray_sd.config import ServeConfig
 from ray_sd.config.load import validate
 from ray_sd.errors import ConfigError
-from ray_sd.generate import EditRequest, ImageRequest
-from ray_sd.serve.adapter_folder import NAME, AdapterEntry, AdapterFolder, BrokenAdapterError, UnknownAdapterError
+from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.adapter_routes import AdapterRoutes
 from ray_sd.serve.admission import Admitted, Visit
+from ray_sd.serve.catalog import Catalog, ServedBase
 from ray_sd.serve.errors import (
-    NOT_FOUND,
     REASON,
     SOON,
     ApiError,
@@ -41,16 +39,17 @@ from ray_sd.serve.errors import (
     answer_http,
     answer_invalid,
     first_problem,
-    of_adapter,
     of_failure,
 )
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
 from ray_sd.serve.live import with_changes
-from ray_sd.serve.repeats import REPLAYED, repeat_of
-from ray_sd.serve.replica import PictureEvent, PictureJob
+from ray_sd.serve.logs import log_with_serve
+from ray_sd.serve.messages import PictureEvent, PictureJob
+from ray_sd.serve.picture_job import Edited, build_job
+from ray_sd.serve.repeats import HEADER, REPLAYED, repeat_of
 from ray_sd.serve.shared import Answer, SharedAdmission
-from ray_sd.serve.uploads import edit_mask, read_picture
+from ray_sd.serve.uploads import read_picture
 from ray_sd.serve.wire import (
     EditSettings,
     ErrorResponse,
@@ -68,8 +67,6 @@ logger = logging.getLogger(__name__)
 
 READY_SECONDS = 5.0
 """In which a replica answers that is ready."""
-SEEDS = 2**32
-"""Seeds that are drawn where a request names none lie below."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
 }
@@ -83,31 +80,16 @@ EDIT_FORM = {
 }
 
 
-class ServedBase(NamedTuple):
-    """A base model as the HTTP side knows it."""
-
-    name: str
-    """What its adapters' manifests call it."""
-    size: tuple[int, int]
-    """Width and height of its pictures in pixels."""
-    factor: int
-    """That sizes are multiples of."""
-    num_inference_steps: int
-    """Steps and guidance suit it where nobody says others."""
-    guidance_scale: float
-
-
 class Api:
     def __init__(
         self, config: dict[str, Any], bases: dict[str, ServedBase], handles: dict[str, DeploymentHandle]
     ) -> None:
+        log_with_serve()
         self._given = self._config = validate(config, ServeConfig)
         self._limits = self._config.limits
-        self._bases = bases
         self._handles = handles
-        self._folder = AdapterFolder(self._config.adapters)
+        self._catalog = Catalog(bases, AdapterFolder(self._config.adapters))
         self._admission = SharedAdmission()
-        self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once this is made."""
@@ -125,7 +107,7 @@ class Api:
         app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
         app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
         app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
-        AdapterRoutes(self._folder, self._handles, self._base_of).add_to(app)
+        AdapterRoutes(self._catalog, self._handles).add_to(app)
         self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes)
         return self._gate
 
@@ -144,13 +126,11 @@ class Api:
 
     async def list_models(self) -> ModelList:
         """Base models and adapters."""
-        return ModelList(data=await asyncio.to_thread(lambda: list(self._cards())))
+        return ModelList(data=await asyncio.to_thread(lambda: list(self._catalog.cards())))
 
     async def show_model(self, model: str) -> ModelCard:
-        for card in (await self.list_models()).data:
-            if card.id == model:
-                return card
-        raise NotFoundError(f"no model '{model}'", "model", NOT_FOUND)
+        """A base model or an adapter."""
+        return await asyncio.to_thread(self._catalog.card, model)
 
     async def health(self) -> dict[str, str]:
         """Whether the HTTP side is there; replicas that are not well are replaced by Ray Serve."""
@@ -179,6 +159,10 @@ class Api:
 
     async def edit(self, request: Request) -> Any:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
+        client: Client = request.scope["state"][CLIENT]
+        key = self._config.keys.get(client.name)
+        if key is not None and HEADER not in request.headers:  # what is repeated counts in no quota
+            await self._admission.check_quota(client.name, key)
         form = await request.form(max_files=4, max_fields=40)
         body = _edit_settings({name: value for name, value in form.multi_items() if isinstance(value, str)})
         files: dict[str, bytes] = {}
@@ -195,7 +179,8 @@ class Api:
         pictures = {
             name: await asyncio.to_thread(read_picture, content, self._limits, name) for name, content in files.items()
         }
-        base, job = self._job(body, request, pictures["image"], pictures.get("mask"), body.strength)
+        edited = Edited(pictures["image"], pictures.get("mask"), body.strength)
+        base, job = self._job(body, request, edited)
         return await self._answer(base, job, body, "image_edit", request, files)
 
     async def show_file(self, name: str) -> Response:
@@ -205,124 +190,10 @@ class Api:
             raise NotFoundError("no such picture; links are kept for a while only", code="file_not_found")
         return file_response(name, content)
 
-    def _cards(self) -> Iterator[ModelCard]:
-        for name in self._bases:
-            yield ModelCard(id=name, created=self._started, kind="base")
-        for entry in self._folder:
-            created = int(entry.path.stat().st_mtime)
-            yield ModelCard(
-                id=entry.name, created=created, kind=entry.kind, base=self._base_of(entry), tokens=list(entry.tokens)
-            )
-
-    def _base_of(self, entry: AdapterEntry) -> str | None:
-        """The served model that an adapter was made for; the first where nothing says for which."""
-        if entry.base is None:
-            return next(iter(self._bases))
-        return next((name for name, base in self._bases.items() if base.name == entry.base), None)
-
-    def _job(
-        self,
-        body: PictureSettings,
-        request: Request,
-        image: Image.Image | None = None,
-        mask: Image.Image | None = None,
-        strength: float = 1.0,
-    ) -> tuple[str, PictureJob]:
+    def _job(self, body: PictureSettings, request: Request, edited: Edited | None = None) -> tuple[str, PictureJob]:
         """The model that a request is for, and what it has to draw. Raises ApiError for what is not to be had."""
         client: Client = request.scope["state"][CLIENT]
-        base, adapters = self._who(body)
-        limits, served, defaults = self._limits, self._bases[base], self._config.defaults
-        width, height = self._size(body, base, image)
-        steps = body.num_inference_steps or defaults.num_inference_steps or served.num_inference_steps
-        for param, found, most in (
-            ("n", body.n, limits.max_images),
-            ("num_inference_steps", steps, limits.max_steps),
-            ("prompt", len(body.prompt), limits.max_prompt_length),
-            ("negative_prompt", len(body.negative_prompt), limits.max_prompt_length),
-            ("adapters", len(adapters), limits.max_adapters),
-        ):
-            if found > most:
-                raise BadRequestError(f"{param}: {found} is more than the {most} that are allowed", param)
-        seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
-        scales = (body.guidance_scale, defaults.guidance_scale, served.guidance_scale)
-        guidance = next(scale for scale in scales if scale is not None)
-        settings: dict[str, Any] = {
-            "prompt": body.prompt,
-            "negative_prompt": body.negative_prompt,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "prompt_weighting": body.prompt_weighting,
-            "scheduler": body.scheduler,
-            "adapters": adapters,
-            "height": height,
-            "width": width,
-        }
-        seeds = [(seed + number) % 2**63 for number in range(body.n)]
-        if image is None:
-            requests = tuple(ImageRequest(**settings, seed=one) for one in seeds)
-        else:
-            settings |= {"image": image.convert("RGB"), "strength": strength}
-            settings["mask"] = _drawn_in(image, mask)
-            requests = tuple(EditRequest(**settings, seed=one) for one in seeds)
-        return base, PictureJob(
-            requests,
-            partial_images=body.partial_images if body.stream else 0,
-            progress=body.stream,
-            seconds=limits.deadline,
-            owner=client.name or body.user or "",
-            format=body.output_format,
-            quality=body.output_compression,
-        )
-
-    def _who(self, body: PictureSettings) -> tuple[str, tuple[tuple[str, float], ...]]:
-        """The base and the adapters that a request means by `model` and `adapters`."""
-        adapters = tuple((one.name, one.weight) for one in body.adapters)
-        base = body.model
-        if base is not None and base not in self._bases:
-            entry = self._entry(base, "model")
-            adapters = ((base, 1.0), *adapters)
-            base = self._base_of(entry)
-            if base is None:
-                raise BadRequestError(
-                    f"adapter '{entry.name}' is for the base '{entry.base}', which is not served", "model"
-                )
-        chosen = base or next(iter(self._bases))
-        names = [name for name, _ in adapters]
-        if len(set(names)) < len(names):
-            raise BadRequestError("adapters: each may be named once", "adapters")
-        for name in names:
-            entry = self._entry(name, "adapters")
-            if self._base_of(entry) != chosen:
-                raise BadRequestError(
-                    f"adapter '{name}' is for the base '{entry.base}', not for '{chosen}'", "adapters"
-                )
-        return chosen, adapters
-
-    def _entry(self, name: str, param: str) -> AdapterEntry:
-        try:
-            return self._folder.find(name)
-        except UnknownAdapterError:
-            known = [*self._bases, *self._folder.names]
-            shown = name if NAME.fullmatch(name) else "of that name"
-            message = f"no model '{shown}'; there are {', '.join(known[:20])}"
-            raise NotFoundError(message, param, NOT_FOUND) from None
-        except BrokenAdapterError as error:
-            raise of_adapter(str(error), error.code, param) from None
-
-    def _size(self, body: PictureSettings, base: str, image: Image.Image | None) -> tuple[int, int]:
-        """Width and height; an edited picture's own by default, as near as the model can."""
-        served = self._bases[base]
-        if body.pixels is not None:
-            width, height = body.pixels
-            if width % served.factor or height % served.factor:
-                raise BadRequestError(f"size: {body.size}: both sides must be multiples of {served.factor}", "size")
-        elif image is None:
-            width, height = served.size
-        else:
-            width, height = _near(image.size, served, self._limits.max_pixels)
-        if width * height > self._limits.max_pixels:
-            raise BadRequestError(f"size: {width}x{height} is more than {self._limits.max_pixels} pixels", "size")
-        return width, height
+        return build_job(body, self._catalog, self._limits, self._config.defaults, client.name, edited)
 
     async def _answer(
         self,
@@ -338,14 +209,14 @@ class Api:
             raise BadRequestError("response_format: a stream sends its pictures; leave out url", "response_format")
         repeat = repeat_of(request, client.name, body, uploads)
         visit = Visit(
-            secrets.token_hex(8),
-            client.name,
-            base,
-            len(job.requests),
-            self._limits.max_queue,
-            job.seconds,
-            self._config.keys.get(client.name),
-            repeat,
+            id=secrets.token_hex(8),
+            client=client.name,
+            model=base,
+            pictures=len(job.requests),
+            max_queue=self._limits.max_queue,
+            seconds=job.seconds,
+            key=self._config.keys.get(client.name),
+            repeat=repeat,
         )
         if body.stream:
             entered = await self._admission.enter(visit)
@@ -484,17 +355,3 @@ def _edit_settings(fields: dict[str, str]) -> EditSettings:
         return EditSettings.model_validate(values)
     except ValidationError as error:
         raise first_problem(RequestValidationError(error.errors())) from None
-
-
-def _drawn_in(image: Image.Image, mask: Image.Image | None) -> Image.Image | None:
-    """White where an edit draws: in its mask, or where the picture itself is transparent."""
-    if mask is not None:
-        return edit_mask(mask)
-    return edit_mask(image) if "A" in image.getbands() else None
-
-
-def _near(size: tuple[int, int], base: ServedBase, max_pixels: int) -> tuple[int, int]:
-    """A picture's size, made smaller where it has to be, in whole multiples."""
-    scale = min(1.0, (max_pixels / (size[0] * size[1])) ** 0.5)
-    width, height = (max(base.factor, int(side * scale) // base.factor * base.factor) for side in size)
-    return width, height

@@ -17,10 +17,11 @@ from ray_sd.config.overrides import apply_overrides
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError
-from ray_sd.generate import ImageRequest
 from ray_sd.models import load_model
+from ray_sd.requests import ImageRequest
 from ray_sd.serve.adapter_folder import AdapterFolder
-from ray_sd.serve.api import Api, ServedBase
+from ray_sd.serve.api import Api
+from ray_sd.serve.catalog import ServedBase
 from ray_sd.serve.live import merged
 from ray_sd.serve.replica import ModelReplica
 from ray_sd.serve.scaling import replica_options
@@ -58,7 +59,7 @@ def build(args: dict[str, Any]) -> Application:
         name="api",
         max_ongoing_requests=MOST_AT_ONCE,
         graceful_shutdown_timeout_s=config.limits.deadline,  # a request may wait for a model's next replica
-        deployment_actors=[admission_actor(config)],
+        deployment_actors=[admission_actor(config.limits)],
     )
     return api.bind(to_dict(config), bases, models)
 

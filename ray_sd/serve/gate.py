@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import os
 import secrets
 import time
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 GUARDED = "/v1/"
 """Paths that a key is needed for, where there are keys; but for FILES."""
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Set to 1 where Ray Serve has it before replicas, which then see its address rather than clients'."""
+REQUEST_ID = "x-request-id"
 CLIENT = "client"
 """Key of the request's state that holds the client."""
 
@@ -34,7 +39,7 @@ class Client:
 
 
 ANYBODY = Client("", ApiKey(sha256="0" * 64, role="admin"))
-"""Where there are no keys."""
+"""On this machine, where there are no keys."""
 NOBODY = Client("", ApiKey(sha256="0" * 64))
 """On a path that no key is needed for."""
 
@@ -62,15 +67,17 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, request_id, status = time.perf_counter(), secrets.token_hex(8), 0
-        client = None
+        began, status, client = time.perf_counter(), 0, None
+        given = Headers(scope=scope).get(REQUEST_ID)  # by Ray Serve's proxy, which answers with it, too
+        request_id = given or secrets.token_hex(8)
         scope.setdefault("state", {})
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if given is None:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:
@@ -85,25 +92,30 @@ class Gate:
             seconds = time.perf_counter() - began
             reason = scope["state"].get(REASON, "")
             self._metrics.tell(scope["method"], _route(scope), status, reason, seconds)
-            logger.info(
-                "request",
-                extra={
-                    "request_id": request_id,
-                    "client": client.name if client else None,
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status,
-                    "reason": reason,
-                    "seconds": round(seconds, 4),
-                },
-            )
+            name = client.name if client else None
+            told = {
+                "request_id": request_id,
+                "client": name,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "reason": reason,
+                "seconds": round(seconds, 4),
+            }
+            message = "%s: %s %r %d %s %.4f s"
+            logger.info(message, name or "-", scope["method"], scope["path"], status, reason, seconds, extra=told)
 
     def _identify(self, scope: Scope) -> Client:
-        if not self._clients:
-            return ANYBODY
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # of an application that is not at /
         if not path.startswith(GUARDED) or path.startswith(FILES):
             return NOBODY
+        if not self._clients:
+            if not _is_of_this_machine(scope):
+                raise ForbiddenError(
+                    "this server has no keys, and so answers its own machine only; "
+                    "python -m ray_sd.serve.gate makes a key, which goes into its configuration under keys"
+                )
+            return ANYBODY
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         client = self._clients.get(hash_of(key.strip())) if kind.lower() == "bearer" else None
         if client is None:
@@ -133,6 +145,19 @@ class Gate:
             return message
 
         return counted
+
+
+def _is_of_this_machine(scope: Scope) -> bool:
+    """Whether the client is. A proxy there that names who asks it by X-Forwarded-For is not counted as the client."""
+    if os.environ.get(HAPROXY) == "1":
+        return False
+    host, _ = scope.get("client") or ("", 0)
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None  # where a server listens at both
+    return (mapped or address).is_loopback
 
 
 async def only_admins(request: Request) -> None:

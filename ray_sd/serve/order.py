@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ray_sd.errors import RaySdError
-from ray_sd.generate import EditRequest, ImageRequest
+from ray_sd.requests import EditRequest, ImageRequest
 
 
 class EngineBusyError(Exception):

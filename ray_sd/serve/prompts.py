@@ -7,9 +7,9 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from ray_sd.generate import ImageRequest
-from ray_sd.generate.requests import Mix, Prompt
 from ray_sd.generate.text import encode, stack
 from ray_sd.models import DiffusionModel
+from ray_sd.requests import Mix, Prompt
 from ray_sd.serve.adapters import Loaded, LoadedAdapters
 from ray_sd.serve.figures import EngineFigures
 

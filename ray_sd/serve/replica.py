@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
@@ -13,15 +12,17 @@ from PIL import Image
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError, RaySdError
-from ray_sd.generate import ImageRequest
 from ray_sd.generate.shapes import picture_size
-from ray_sd.media.pictures import ImageFormat, image_bytes
+from ray_sd.media.pictures import image_bytes
 from ray_sd.models import load_model
+from ray_sd.requests import ImageRequest
 from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder
 from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.device import place, rows_that_fit
 from ray_sd.serve.engine import Engine
 from ray_sd.serve.live import with_changes
+from ray_sd.serve.logs import log_with_serve
+from ray_sd.serve.messages import AdaptersTold, PictureEvent, PictureJob, Unloaded
 from ray_sd.serve.metrics import ReplicaMetrics
 from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
 from ray_sd.serve.scaling import QUEUED_STEPS
@@ -31,56 +32,11 @@ logger = logging.getLogger(__name__)
 FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "internal"]
 
 
-@dataclass(frozen=True)
-class PictureJob:
-    """Pictures that one request wants. All are of one prompt and differ in their seeds."""
-
-    requests: tuple[ImageRequest, ...]
-    partial_images: int = 0
-    progress: bool = False
-    """Whether places in the queue and steps are told, too: each costs a message from the replica to the HTTP side."""
-    seconds: float = 300.0
-    """Until its deadline."""
-    owner: str = ""
-    format: ImageFormat = "png"
-    quality: int = 100
-
-
-@dataclass(frozen=True)
-class PictureEvent:
-    """What became of one of a job's pictures."""
-
-    kind: Literal["queued", "step", "partial", "done", "failed"]
-    number: int
-    """Of the picture in its job."""
-    values: dict[str, Any] = field(default_factory=dict)
-    content: bytes = b""
-    """Of the picture's file."""
-
-
-@dataclass(frozen=True)
-class AdaptersTold:
-    """What a replica says of its adapters."""
-
-    loaded: tuple[str, ...]
-    """Keys of those in memory."""
-    failures: dict[str, str]
-    """Why others could not be loaded, by key."""
-
-
-@dataclass(frozen=True)
-class Unloaded:
-    """What came of forgetting an adapter: how many of its versions were, and how many pictures still need."""
-
-    forgotten: int
-    in_use: int
-    retry_after: float
-
-
 class ModelReplica:
     """One of a base model's replicas."""
 
     def __init__(self, name: str, served: dict[str, Any], adapters: str | None) -> None:
+        log_with_serve()
         self._settings = settings = validate(served, ServedModel)
         config = load_config(list(settings.settings), ServedPreset).model
         began = time.perf_counter()

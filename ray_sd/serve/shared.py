@@ -18,8 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import DeploymentActorConfig
 
-from ray_sd.config import ServeConfig
-from ray_sd.config.load import to_dict, validate
+from ray_sd.config.serve import ApiKey, RequestLimits
 from ray_sd.serve.admission import Admission, Admitted, Answered, Entered, Refused, Reused, UnderWay, Visit
 from ray_sd.serve.errors import INVALID, ApiError, BadRequestError, BusyError
 
@@ -36,17 +35,18 @@ MOST_AT_ONCE = 10_000
 class AdmissionActor(Admission):
     """Ray Serve copies the module of an actor's class, so that what has to be the same everywhere is in another one."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        """config: plain, since Ray Serve makes mappings of schemas where `deployments` change something."""
-        super().__init__(validate(config, ServeConfig).limits)
 
-
-def admission_actor(config: ServeConfig) -> DeploymentActorConfig:
+def admission_actor(limits: RequestLimits) -> DeploymentActorConfig:
     """For the deployment of the HTTP side."""
     return DeploymentActorConfig(
         name=NAME,
         actor_class=AdmissionActor,
-        init_kwargs={"config": to_dict(config)},
+        init_kwargs={
+            "idempotency_seconds": limits.idempotency_seconds,
+            "idempotency_memory": limits.idempotency_memory,
+            "url_seconds": limits.url_seconds,
+            "url_memory": limits.url_memory,
+        },
         actor_options={"num_cpus": 0, "max_concurrency": MOST_AT_ONCE},
     )
 
@@ -69,6 +69,13 @@ class SharedAdmission:
     def __init__(self) -> None:
         self._detached: set[asyncio.Task[bytes]] = set()
         """What is drawn whoever goes away, held here until it is done."""
+
+    async def check_quota(self, client: str, key: ApiKey) -> None:
+        """Raises BusyError for who would not be admitted for it, so that nothing is read of them."""
+        with suppress(UnreachableError):
+            refused: Refused | None = await self._call("over_quota", client, key)
+            if refused is not None:
+                raise BusyError(refused.message, refused.retry_after)
 
     async def enter(self, visit: Visit) -> Admitted | UnderWay | Answered:
         """Raises ApiError for who is not admitted. Who is has to leave."""

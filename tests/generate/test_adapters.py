@@ -9,12 +9,12 @@ from tiny_models import export_adapter, tiny_config
 from ray_sd.errors import ArtifactError, RequestError
 from ray_sd.generate import Batch, ImageRequest, start
 from ray_sd.generate.adapters import Adapters
-from ray_sd.generate.requests import Mix
 from ray_sd.generate.words import FIRST_CHARACTER, LAST_CHARACTER
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
+from ray_sd.requests import Mix
 
 METHODS = {
     "lora": {"name": "lora", "rank": 4},

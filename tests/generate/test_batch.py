@@ -13,9 +13,9 @@ from tiny_models import tiny_config, tiny_upscale_config, tiny_video_config
 from torch import Tensor
 
 from ray_sd.generate import Batch, ClipRequest, EditRequest, ImageRequest, UpscaleRequest, generate, start
-from ray_sd.generate.requests import Request
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
+from ray_sd.requests import Request
 
 
 def picture(seed: int = 0, side: int = 64) -> Image.Image:

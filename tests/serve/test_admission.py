@@ -25,7 +25,7 @@ from ray_sd.serve.shared import Answer, SharedAdmission
 
 T = TypeVar("T")
 
-LIMITS = {"max_images": 4, "max_queue": 6, "deadline": 100, "idempotency_seconds": 50, "url_seconds": 40}
+KEPT = {"idempotency_seconds": 50, "idempotency_memory": 128, "url_seconds": 40, "url_memory": 512}
 KEYS = {"bob": ApiKey(sha256="0" * 64, requests_per_minute=3, concurrent=2), "ann": ApiKey(sha256="1" * 64)}
 REPEAT = Repeat("", "again", "a cat")
 
@@ -39,15 +39,24 @@ class Clock:
 
 
 def visit(id: str, pictures: int = 1, client: str = "", model: str = "tiny", repeat: Repeat | None = None) -> Visit:
-    return Visit(id, client, model, pictures, LIMITS["max_queue"], LIMITS["deadline"], KEYS.get(client), repeat)
+    return Visit(
+        id=id,
+        client=client,
+        model=model,
+        pictures=pictures,
+        max_queue=6,
+        seconds=100,
+        key=KEYS.get(client),
+        repeat=repeat,
+    )
 
 
-def tried(story: Callable[[Admission, Clock], Awaitable[T]], **limits: Any) -> T:
+def tried(story: Callable[[Admission, Clock], Awaitable[T]], **kept: Any) -> T:
     """What a story comes to with an admission of its own."""
 
     async def told() -> T:
         clock = Clock()
-        return await story(Admission(RequestLimits(**LIMITS | limits), clock), clock)
+        return await story(Admission(**KEPT | kept, clock=clock), clock)
 
     return asyncio.run(told())
 
@@ -329,6 +338,21 @@ def test_who_is_refused_is_told_when_to_come_back():
         with pytest.raises(BusyError, match="2 of your requests are under way") as caught:
             await Near(admission).answer(visit("c", client="bob"), 60, drawing())
         assert caught.value.headers == {"Retry-After": "1"}
+
+    tried(story)
+
+
+def test_who_would_be_refused_for_a_quota_is_told_before_anything_is_read_of_them():
+    async def story(admission: Admission, clock: Clock) -> None:
+        near = Near(admission)
+        for _ in range(5):
+            await near.check_quota("bob", KEYS["bob"])  # which counts for nothing
+        for id in ("a", "b"):
+            assert isinstance(await admission.enter(visit(id, client="bob")), Admitted)
+        with pytest.raises(BusyError, match="2 of your requests are under way"):
+            await near.check_quota("bob", KEYS["bob"])
+        await near.check_quota("ann", KEYS["ann"])
+        await Near(None).check_quota("bob", KEYS["bob"])
 
     tried(story)
 

@@ -1,17 +1,20 @@
-"""A server under load whose replica is killed, and one that is deployed anew."""
+"""A server under load whose replica is killed, one that is deployed anew, and others whose state changes while they serve."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import AF_INET
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from serving import deploy, deploying
+from ray import serve
+from serving import deploy, deploying, log_of
 from waiting import wait_for
 
 from ray_sd.serve.gate import hash_of
@@ -50,10 +53,14 @@ def load(address: str) -> Iterator[list[httpx.Response]]:
         one.result()  # raises where a connection broke
 
 
-def replicas() -> list[psutil.Process]:
-    """Processes of the model's replicas."""
-    found = psutil.process_iter(["name"])  # read at once, since others end meanwhile
-    return [process for process in found if "ServeReplica:ray_sd:model-tiny" in (process.info["name"] or "")]
+def replicas(model: str = "tiny") -> list[psutil.Process]:
+    """Processes of a model's replicas, in the Ray that these tests have started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if f"ServeReplica:ray_sd:model-{model}" in process.name():
+                found.append(process)
+    return found
 
 
 def drawn(answers: list[httpx.Response]) -> int:
@@ -95,7 +102,10 @@ def test_limits_and_the_sharing_of_steps_change_without_a_restart(arguments: dic
     ]
     with deploying({"args": arguments}) as address:
         assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
-        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 200
+        answer = httpx.post(f"{address}{PATH}", json=body, timeout=60)
+        assert answer.status_code == 200
+        line = rf"{answer.headers['x-request-id']} -- -: POST '{PATH}' 200 +[\d.]+ s$"
+        wait_for(lambda: re.search(line, log_of("api"), re.MULTILINE))
         before = {one.pid for one in replicas()}
         deploy({"args": arguments, "deployments": live})
         assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 401
@@ -103,3 +113,67 @@ def test_limits_and_the_sharing_of_steps_change_without_a_restart(arguments: dic
         answer = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "num_inference_steps")
         assert {one.pid for one in replicas()} == before
+        wrong = [
+            {"name": "api", "user_config": {"limits": {"max_step": 900}}},
+            {"name": "model-tiny", "user_config": {"batching": {"max_row": 4}}},
+        ]
+        deploy({"args": arguments, "deployments": wrong})
+        wait_for(lambda: "goes on as it was: limits.max_step: no such setting; did you mean" in log_of("api"))
+        wait_for(lambda: "goes on as it was: batching.max_row: no such setting; did you mean" in log_of("model-tiny"))
+        assert httpx.post(f"{address}{PATH}", json=body, timeout=60).status_code == 401
+        again = httpx.post(f"{address}{PATH}", json=body, headers=header, timeout=60)
+        assert (again.status_code, again.json()) == (answer.status_code, answer.json())
+        assert {one.pid for one in replicas()} == before
+
+
+def test_a_server_is_ready_while_every_model_has_a_replica_that_answers(arguments: dict[str, Any], ray_cluster: None):
+    models = arguments["models"]
+    with deploying({"args": arguments | {"models": models | {"other": models["tiny"]}}}) as address:
+        assert httpx.get(f"{address}/ready", timeout=60).json() == {"status": "ready"}
+        [stopped] = replicas("other")
+        stopped.suspend()
+        try:
+            answer = httpx.get(f"{address}/ready", timeout=60)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert answer.json()["error"]["message"] == "no replica of other answers"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+        finally:
+            stopped.resume()
+        wait_for(lambda: httpx.get(f"{address}/ready", timeout=60).status_code == 200)
+
+
+def test_without_keys_only_this_machine_may_ask_wherever_serve_listens(arguments: dict[str, Any], ray_cluster: None):
+    elsewhere = {"X-Forwarded-For": "192.0.2.9"}  # as a proxy on this machine tells of another one
+    addresses = [one.address for found in psutil.net_if_addrs().values() for one in found if one.family == AF_INET]
+    with deploying({"args": arguments}, host="0.0.0.0") as address:
+        assert httpx.get(f"{address}/v1/models").status_code == 200
+        asked = {one: httpx.get(f"{address.replace('127.0.0.1', one)}/v1/models") for one in addresses}
+        asked["a proxy"] = httpx.get(f"{address}/v1/models", headers=elsewhere)
+        assert {one: answer.status_code for one, answer in asked.items()} == {
+            one: 200 if one.startswith("127.") else 403 for one in asked
+        }
+        assert "python -m ray_sd.serve.gate makes a key" in asked["a proxy"].json()["error"]["message"]
+        deploy(
+            {"args": arguments, "deployments": [{"name": "api", "user_config": {"keys": {"ann": hash_of("sd-ann")}}}]}
+        )
+        with_key = {"Authorization": "Bearer sd-ann"}
+        assert httpx.get(f"{address}/v1/models", headers=elsewhere | with_key).status_code == 200
+
+
+def test_replicas_come_with_the_steps_that_are_queued_and_go_again(arguments: dict[str, Any], ray_cluster: None):
+    growing = {"min": 1, "max": 2, "steps": 1, "upscale_delay": 0, "downscale_delay": 1}
+    models = {"tiny": arguments["models"]["tiny"] | {"replicas": growing}}
+
+    def pictures() -> list[int]:
+        """That each replica has drawn."""
+        told = serve.get_deployment_handle("model-tiny", "ray_sd").broadcast("figures").results()
+        return sorted(figures["pictures"] for figures in told)
+
+    with deploying({"args": arguments | {"models": models}}) as address:
+        assert pictures() == [0]
+        with load(address) as answers:
+            wait_for(lambda: len(drawn_by := pictures()) == 2 and drawn_by[0] > 0)
+        wait_for(lambda: len(replicas()) == 1)
+        assert httpx.post(f"{address}{PATH}", json={"prompt": "a dog"}, timeout=60).status_code == 200
+    assert {answer.status_code for answer in answers} == {200}

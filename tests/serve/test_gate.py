@@ -24,7 +24,9 @@ KEYS = {
 }
 
 
-def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100, root_path: str = "") -> httpx.AsyncClient:
+def client(
+    keys: dict[str, ApiKey] | None = None, max_body: int = 100, root_path: str = "", address: str = "127.0.0.1"
+) -> httpx.AsyncClient:
     async def answer(request: Request) -> PlainTextResponse:
         body = await request.body()
         return PlainTextResponse(f"{request.scope['state'][CLIENT].name} {len(body)}")
@@ -43,7 +45,8 @@ def client(keys: dict[str, ApiKey] | None = None, max_body: int = 100, root_path
     handlers = {HTTPException: answer_http, ApiError: answer_api_error}
     inner = Starlette(routes=routes, exception_handlers=handlers)
     application = Gate(inner, KEYS if keys is None else keys, max_body)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(application, root_path=root_path), base_url="http://here")
+    transport = httpx.ASGITransport(application, root_path=root_path, client=(address, 50000))
+    return httpx.AsyncClient(transport=transport, base_url="http://here")
 
 
 def as_(name: str) -> dict[str, str]:
@@ -66,6 +69,25 @@ def test_a_key_is_needed_wherever_the_application_is():
     at = {"root_path": "/pictures"}
     assert asyncio.run(ask(client(**at), "/pictures/v1/draw")).status_code == 401
     assert asyncio.run(ask(client(**at), "/pictures/v1/draw", headers=as_("ann"))).text == "ann 0"
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "fd00::1", "::ffff:192.0.2.1", "", "testclient"])
+def test_without_keys_other_machines_are_told_what_is_missing(address: str):
+    refused = asyncio.run(ask(client(keys={}, address=address)))
+    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+    assert "python -m ray_sd.serve.gate makes a key" in refused.json()["error"]["message"]
+    assert asyncio.run(client(keys={}, address=address).get("/health")).status_code == 200
+    assert asyncio.run(ask(client(address=address), headers=as_("ann"))).text == "ann 0"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"])
+def test_without_keys_this_machine_may_ask(address: str):
+    assert asyncio.run(ask(client(keys={}, address=address))).text == " 0"
+
+
+def test_without_keys_nobody_may_ask_where_serve_does_not_tell_who_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert asyncio.run(ask(client(keys={}))).status_code == 403
 
 
 def test_some_of_it_is_for_admins():

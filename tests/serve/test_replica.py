@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ray_sd.generate import ImageRequest
-from ray_sd.serve.replica import ModelReplica, PictureJob
+from ray_sd.serve.messages import PictureJob
+from ray_sd.serve.replica import ModelReplica
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,9 @@ def test_a_keys_requests_are_counted_whoever_is_asked(web: httpx.Client):
             answer = web.post(PATH, json=SHORT)
             assert answer.status_code == 429
             assert answer.json()["error"]["message"] == "2 of your requests are under way, as many as may be"
+        edit = {"data": {"prompt": "a cat"}, "files": {"image": b"no picture"}}
+        assert web.post("/v1/images/edits", **edit).status_code == 429  # before it is read
+        assert web.post("/v1/images/edits", **edit, headers={"Idempotency-Key": "edit"}).status_code == 400
         assert web.post(PATH, json={}).status_code == 400
         assert web.post(PATH, json=SHORT, headers=key_of("ann")).status_code == 200
     wait_for(lambda: web.post(PATH, json=SHORT).status_code == 200, seconds=10)
