@@ -15,7 +15,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
-from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -29,6 +28,7 @@ from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapter_folder import NAME, AdapterEntry, AdapterFolder, BrokenAdapterError, UnknownAdapterError
 from ray_sd.serve.adapter_routes import AdapterRoutes
 from ray_sd.serve.admission import Admitted, Visit
+from ray_sd.serve.document import EDIT, GENERATION, PICTURE, STREAM, errors, publish
 from ray_sd.serve.errors import (
     NOT_FOUND,
     REASON,
@@ -40,10 +40,10 @@ from ray_sd.serve.errors import (
     answer_defect,
     answer_http,
     answer_invalid,
-    first_problem,
     of_adapter,
     of_failure,
 )
+from ray_sd.serve.forms import read_form
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
 from ray_sd.serve.live import with_changes
@@ -52,15 +52,12 @@ from ray_sd.serve.replica import PictureEvent, PictureJob
 from ray_sd.serve.shared import Answer, SharedAdmission
 from ray_sd.serve.uploads import edit_mask, read_picture
 from ray_sd.serve.wire import (
-    EditSettings,
-    ErrorResponse,
     GenerationRequest,
     ImageData,
     ImagesResponse,
     ModelCard,
     ModelList,
     PictureSettings,
-    edit_form_schema,
     usage,
 )
 
@@ -70,17 +67,6 @@ READY_SECONDS = 5.0
 """In which a replica answers that is ready."""
 SEEDS = 2**32
 """Seeds that are drawn where a request names none lie below."""
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
-}
-
-FILE = {"type": "string", "format": "binary"}
-EDIT_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": edit_form_schema({"image": FILE, "mask": FILE})}},
-    }
-}
 
 
 class ServedBase(NamedTuple):
@@ -111,22 +97,27 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once this is made."""
-        app = FastAPI(title="ray_sd", version=__version__)
+        app = FastAPI(title="ray_sd", version=__version__, responses=errors(408, 413))
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(RequestValidationError, answer_invalid)
         app.add_exception_handler(HTTPException, answer_http)
         app.add_exception_handler(Exception, answer_defect)
-        drawn: dict[str, Any] = {"response_model": ImagesResponse, "responses": ERRORS}
+        drawn: dict[str, Any] = {
+            "response_model": ImagesResponse,
+            "responses": STREAM | errors(400, 401, 404, 409, 422, 429, 500, 503, 504),
+        }
         app.get("/health")(self.health)
-        app.get("/ready", responses={503: {"model": ErrorResponse}})(self.ready)
-        app.get("/v1/models")(self.list_models)
-        app.get("/v1/models/{model}", responses=ERRORS)(self.show_model)
-        app.post("/v1/images/generations", **drawn)(self.generate)
-        app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
-        app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
+        app.get("/ready", responses=errors(503))(self.ready)
+        app.get("/v1/models", responses=errors(401))(self.list_models)
+        app.get("/v1/models/{model}", responses=errors(401, 404))(self.show_model)
+        app.post("/v1/images/generations", **drawn, openapi_extra=GENERATION)(self.generate)
+        app.post("/v1/images/edits", **drawn, openapi_extra=EDIT)(self.edit)
+        files = PICTURE | errors(404, 503)
+        app.get(f"{FILES}{{name}}", response_class=Response, responses=files)(self.show_file)
         app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
         AdapterRoutes(self._folder, self._handles, self._base_of).add_to(app)
-        self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes)
+        publish(app)
+        self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes, self._limits.deadline)
         return self._gate
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -140,7 +131,7 @@ class Api:
             logger.error("the HTTP side goes on as it was: %s", error)
         else:
             self._limits = self._config.limits
-            self._gate.take(self._config.keys, self._limits.max_upload_bytes)
+            self._gate.take(self._config.keys, self._limits.max_upload_bytes, self._limits.deadline)
 
     async def list_models(self) -> ModelList:
         """Base models and adapters."""
@@ -179,19 +170,7 @@ class Api:
 
     async def edit(self, request: Request) -> Any:
         """Draw over a picture, all of it or within a mask that is transparent where it is drawn anew."""
-        form = await request.form(max_files=4, max_fields=40)
-        body = _edit_settings({name: value for name, value in form.multi_items() if isinstance(value, str)})
-        files: dict[str, bytes] = {}
-        for name, value in form.multi_items():
-            if not isinstance(value, str):
-                field = name.removesuffix("[]")
-                if field in files:
-                    raise BadRequestError(f"{field}: one is drawn with, and several were sent", field)
-                files[field] = await value.read()
-        if "image" not in files:
-            raise BadRequestError("image: is missing", "image")
-        if unknown := files.keys() - {"image", "mask"}:
-            raise BadRequestError(f"{min(unknown)}: no such field", min(unknown), "unknown_parameter")
+        body, files = await read_form(request)
         pictures = {
             name: await asyncio.to_thread(read_picture, content, self._limits, name) for name, content in files.items()
         }
@@ -468,22 +447,6 @@ def _b64(event: PictureEvent) -> str:
 def _size_of(event: PictureEvent) -> str:
     width, height = event.values["size"]
     return f"{width}x{height}"
-
-
-def _edit_settings(fields: dict[str, str]) -> EditSettings:
-    """The fields of a form, of which adapters may be JSON. Raises BadRequestError."""
-    values: dict[str, Any] = dict(fields)
-    for name in [name for name in values if name.startswith("adapters")]:
-        text = values.pop(name)
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = text
-        values.setdefault("adapters", []).extend(found if isinstance(found, list) else [found])
-    try:
-        return EditSettings.model_validate(values)
-    except ValidationError as error:
-        raise first_problem(RequestValidationError(error.errors())) from None
 
 
 def _drawn_in(image: Image.Image, mask: Image.Image | None) -> Image.Image | None:
