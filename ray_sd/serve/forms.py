@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from ray_sd.serve.errors import BadRequestError, first_problem
 from ray_sd.serve.wire import EditSettings
@@ -33,6 +34,8 @@ async def read_form(request: Request) -> tuple[EditSettings, dict[str, bytes]]:
                 files[field] = await value.read()
     except UnicodeError:
         raise BadRequestError("the form cannot be read in the charset that it names; utf-8 can") from None
+    except ClientDisconnect:
+        raise BadRequestError("the client left before the end of the form") from None
     settings = _settings(texts)
     if "image" not in files:
         raise BadRequestError("image: is missing", "image")

@@ -79,6 +79,17 @@ def test_a_charset_that_reads_nothing_is_told(charset: str):
     assert "in the charset that it names; utf-8 can" in answer.json()["error"]["message"]
 
 
+def test_who_leaves_while_sending_a_form_is_no_defect():
+    messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict:
+        return messages.pop(0)
+
+    scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=b")]}
+    with pytest.raises(BadRequestError, match="the client left before the end of the form"):
+        asyncio.run(read_form(Request(scope, receive)))
+
+
 def jpeg(tag: int = 0x010E, kind: int = 2, value: bytes = b"a") -> bytes:
     """Of 8 x 16 pixels that lie on their side, with one more field of EXIF."""
     fields = struct.pack(">HHIHxx", 0x0112, 3, 1, 6) + struct.pack(">HHII", tag, kind, 1, 38)
