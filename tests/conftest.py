@@ -67,6 +67,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_fit_upscaler.py": 40,
         "train/test_fit_metrics.py": 35,
         "serve/test_serve_limits.py": 50,
+        "serve/test_serve_schema.py": 120,
         "serve/test_serve_adapters_api.py": 50,
         "data/test_subjects.py": 15,
         "test_svd_gpu.py": 15,

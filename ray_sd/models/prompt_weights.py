@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import pyparsing
 import torch
 from torch import Tensor
 
@@ -97,4 +98,5 @@ def _fragments(prompt: str) -> tuple[Any, ...]:
 def _compel() -> Any:
     import compel.compel as library  # slow: it imports every pipeline of diffusers
 
+    pyparsing.ParserElement.enable_packrat()  # without which each parenthesis within others trebles the time
     return library

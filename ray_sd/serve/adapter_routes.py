@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, BrokenEntry, bytes_of
 from ray_sd.serve.catalog import Catalog
+from ray_sd.serve.document import errors
 from ray_sd.serve.errors import (
     NOT_FOUND,
     SOON,
@@ -25,14 +26,11 @@ from ray_sd.serve.errors import (
 )
 from ray_sd.serve.gate import only_admins
 from ray_sd.serve.messages import AdaptersTold, Unloaded
-from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUnloaded, ErrorResponse
+from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUnloaded
 
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/adapters"
-REFUSED: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 409, 429, 503)
-}
 
 
 class AdapterRoutes:
@@ -43,10 +41,10 @@ class AdapterRoutes:
         self._handles = handles
 
     def add_to(self, app: FastAPI) -> None:
-        guarded: dict[str, Any] = {"dependencies": [Depends(only_admins)], "responses": REFUSED}
-        app.get(PATH, responses={401: REFUSED[401]})(self.list_adapters)
-        app.post(PATH, **guarded)(self.load_adapter)
-        app.delete(f"{PATH}/{{name}}", **guarded)(self.unload_adapter)
+        guarded: dict[str, Any] = {"dependencies": [Depends(only_admins)]}
+        app.get(PATH, responses=errors(401, 403))(self.list_adapters)
+        app.post(PATH, **guarded, responses=errors(400, 401, 403, 404, 409, 429, 500, 503))(self.load_adapter)
+        app.delete(f"{PATH}/{{name}}", **guarded, responses=errors(401, 403, 404, 409))(self.unload_adapter)
 
     async def list_adapters(self) -> AdapterList:
         """All adapters of the folder as it is now, those that cannot be used with the reason."""

@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
-from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -28,6 +27,7 @@ from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.adapter_routes import AdapterRoutes
 from ray_sd.serve.admission import Admitted, Visit
 from ray_sd.serve.catalog import Catalog, ServedBase
+from ray_sd.serve.document import EDIT, GENERATION, PICTURE, STREAM, errors, publish
 from ray_sd.serve.errors import (
     REASON,
     SOON,
@@ -38,9 +38,9 @@ from ray_sd.serve.errors import (
     answer_defect,
     answer_http,
     answer_invalid,
-    first_problem,
     of_failure,
 )
+from ray_sd.serve.forms import read_form
 from ray_sd.serve.gate import CLIENT, Client, Gate
 from ray_sd.serve.links import FILES, file_response, link, new_file_name
 from ray_sd.serve.live import with_changes
@@ -51,15 +51,12 @@ from ray_sd.serve.repeats import HEADER, REPLAYED, repeat_of
 from ray_sd.serve.shared import Answer, SharedAdmission
 from ray_sd.serve.uploads import read_picture
 from ray_sd.serve.wire import (
-    EditSettings,
-    ErrorResponse,
     GenerationRequest,
     ImageData,
     ImagesResponse,
     ModelCard,
     ModelList,
     PictureSettings,
-    edit_form_schema,
     usage,
 )
 
@@ -67,17 +64,6 @@ logger = logging.getLogger(__name__)
 
 READY_SECONDS = 5.0
 """In which a replica answers that is ready."""
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
-}
-
-FILE = {"type": "string", "format": "binary"}
-EDIT_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": edit_form_schema({"image": FILE, "mask": FILE})}},
-    }
-}
 
 
 class Api:
@@ -93,22 +79,27 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve once this is made."""
-        app = FastAPI(title="ray_sd", version=__version__)
+        app = FastAPI(title="ray_sd", version=__version__, responses=errors(408, 413))
         app.add_exception_handler(ApiError, answer_api_error)
         app.add_exception_handler(RequestValidationError, answer_invalid)
         app.add_exception_handler(HTTPException, answer_http)
         app.add_exception_handler(Exception, answer_defect)
-        drawn: dict[str, Any] = {"response_model": ImagesResponse, "responses": ERRORS}
+        drawn: dict[str, Any] = {
+            "response_model": ImagesResponse,
+            "responses": STREAM | errors(400, 401, 403, 404, 409, 422, 429, 500, 503, 504),
+        }
         app.get("/health")(self.health)
-        app.get("/ready", responses={503: {"model": ErrorResponse}})(self.ready)
-        app.get("/v1/models")(self.list_models)
-        app.get("/v1/models/{model}", responses=ERRORS)(self.show_model)
-        app.post("/v1/images/generations", **drawn)(self.generate)
-        app.post("/v1/images/edits", **drawn, openapi_extra=EDIT_FORM)(self.edit)
-        app.get(f"{FILES}{{name}}", response_class=Response, responses=ERRORS)(self.show_file)
+        app.get("/ready", responses=errors(503))(self.ready)
+        app.get("/v1/models", responses=errors(401, 403))(self.list_models)
+        app.get("/v1/models/{model}", responses=errors(401, 403, 404))(self.show_model)
+        app.post("/v1/images/generations", **drawn, openapi_extra=GENERATION)(self.generate)
+        app.post("/v1/images/edits", **drawn, openapi_extra=EDIT)(self.edit)
+        files = PICTURE | errors(404, 503)
+        app.get(f"{FILES}{{name}}", response_class=Response, responses=files)(self.show_file)
         app.head(f"{FILES}{{name}}", include_in_schema=False)(self.show_file)
         AdapterRoutes(self._catalog, self._handles).add_to(app)
-        self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes)
+        publish(app)
+        self._gate = Gate(app, self._config.keys, self._limits.max_upload_bytes, self._limits.deadline)
         return self._gate
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -122,7 +113,7 @@ class Api:
             logger.error("the HTTP side goes on as it was: %s", error)
         else:
             self._limits = self._config.limits
-            self._gate.take(self._config.keys, self._limits.max_upload_bytes)
+            self._gate.take(self._config.keys, self._limits.max_upload_bytes, self._limits.deadline)
 
     async def list_models(self) -> ModelList:
         """Base models and adapters."""
@@ -163,19 +154,7 @@ class Api:
         key = self._config.keys.get(client.name)
         if key is not None and HEADER not in request.headers:  # what is repeated counts in no quota
             await self._admission.check_quota(client.name, key)
-        form = await request.form(max_files=4, max_fields=40)
-        body = _edit_settings({name: value for name, value in form.multi_items() if isinstance(value, str)})
-        files: dict[str, bytes] = {}
-        for name, value in form.multi_items():
-            if not isinstance(value, str):
-                field = name.removesuffix("[]")
-                if field in files:
-                    raise BadRequestError(f"{field}: one is drawn with, and several were sent", field)
-                files[field] = await value.read()
-        if "image" not in files:
-            raise BadRequestError("image: is missing", "image")
-        if unknown := files.keys() - {"image", "mask"}:
-            raise BadRequestError(f"{min(unknown)}: no such field", min(unknown), "unknown_parameter")
+        body, files = await read_form(request)
         pictures = {
             name: await asyncio.to_thread(read_picture, content, self._limits, name) for name, content in files.items()
         }
@@ -339,19 +318,3 @@ def _b64(event: PictureEvent) -> str:
 def _size_of(event: PictureEvent) -> str:
     width, height = event.values["size"]
     return f"{width}x{height}"
-
-
-def _edit_settings(fields: dict[str, str]) -> EditSettings:
-    """The fields of a form, of which adapters may be JSON. Raises BadRequestError."""
-    values: dict[str, Any] = dict(fields)
-    for name in [name for name in values if name.startswith("adapters")]:
-        text = values.pop(name)
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = text
-        values.setdefault("adapters", []).extend(found if isinstance(found, list) else [found])
-    try:
-        return EditSettings.model_validate(values)
-    except ValidationError as error:
-        raise first_problem(RequestValidationError(error.errors())) from None

@@ -6,6 +6,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 INVALID = "invalid_request_error"
 NOT_FOUND = "model_not_found"
@@ -125,6 +126,8 @@ async def answer_http(request: Request, error: Exception) -> JSONResponse:
     kind = INVALID if error.status_code < 500 else "server_error"
     answer = _answer(request, ApiError(error.status_code, str(error.detail), kind))
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:
+        answer.headers["Allow"] = _allowed(request)
     return answer
 
 
@@ -133,6 +136,12 @@ async def answer_defect(request: Request, error: Exception) -> JSONResponse:
     return _answer(
         request, ApiError(500, "the server has a defect, which its log tells", "server_error", code="internal_error")
     )
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of a path, of which Starlette names those of the first."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods}))
 
 
 def _answer(request: Request, error: ApiError) -> JSONResponse:

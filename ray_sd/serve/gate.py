@@ -1,5 +1,6 @@
-"""What every request passes first: who asks, and how large it is."""
+"""What every request passes first: who asks, how large it is, and how long it takes to come."""
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -15,14 +16,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_sd.config.serve import ApiKey
+from ray_sd.serve.document import GUARDED
 from ray_sd.serve.errors import REASON, ApiError, ForbiddenError
 from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 
-GUARDED = "/v1/"
-"""Paths that a key is needed for, where there are keys; but for FILES."""
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 """Set to 1 where Ray Serve has it before replicas, which then see its address rather than clients'."""
 REQUEST_ID = "x-request-id"
@@ -52,16 +52,17 @@ def hash_of(key: str) -> str:
 class Gate:
     """An ASGI application before another."""
 
-    def __init__(self, app: ASGIApp, keys: dict[str, ApiKey], max_body: int) -> None:
-        """keys: by the names of their holders; max_body: bytes of a request."""
+    def __init__(self, app: ASGIApp, keys: dict[str, ApiKey], max_body: int, seconds: float) -> None:
+        """keys: by the names of their holders; max_body: bytes of a request; seconds: in which it has to come."""
         self._app = app
-        self.take(keys, max_body)
+        self.take(keys, max_body, seconds)
         self._metrics = RequestMetrics()
 
-    def take(self, keys: dict[str, ApiKey], max_body: int) -> None:
-        """Other keys and another limit, for requests from now on."""
+    def take(self, keys: dict[str, ApiKey], max_body: int, seconds: float) -> None:
+        """Other keys and limits, for requests from now on."""
         self._clients = {key.sha256: Client(name, key) for name, key in keys.items()}
         self._max_body = max_body
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -133,13 +134,20 @@ class Gate:
         return f"a request has at most {self._max_body} bytes"
 
     def _counted(self, receive: Receive) -> Receive:
-        """Ends a request that is larger than it said."""
-        read = 0
+        """Ends a request that is larger than it said, or that does not come: each takes one of Serve's places."""
+        read, whole = 0, False
+        end = asyncio.get_running_loop().time() + self._seconds
+        late = f"a request has to be sent within {self._seconds:g} s"
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:
+                async with asyncio.timeout_at(None if whole else end):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, late) from None
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > self._max_body:
                 raise HTTPException(413, self._too_large)
             return message

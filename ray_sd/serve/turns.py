@@ -5,11 +5,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cachetools import LRUCache
+
 from ray_sd.generate import Drawing
 from ray_sd.serve.adapters import Loaded
 from ray_sd.serve.order import Ticket
 
 Policy = Literal["shortest", "fair"]
+
+MOST_OWNERS = 10_000
+"""That are remembered. Without keys clients make up as many as they like."""
 
 
 @dataclass(eq=False)
@@ -71,12 +76,12 @@ class Turns:
         self._own_area = own_area
         self._work: dict[Hashable, float] = {}
         """What each group has had."""
-        self._owners: dict[str, float] = defaultdict(float)
+        self._owners: LRUCache[str, float] = LRUCache(MOST_OWNERS)
         """What each owner has had."""
 
     def owed(self, owner: str) -> float:
         """The lower, the sooner it is the owner's turn."""
-        return self._owners[owner] if self._policy == "fair" else 0.0
+        return self._owners.get(owner, 0.0) if self._policy == "fair" else 0.0
 
     def choose(self, pictures: Sequence[Picture], max_rows: float) -> list[Picture]:
         """Pictures of one group, of at most `max_rows` rows together, or of one picture. Larger ones count for more."""
@@ -103,7 +108,7 @@ class Turns:
         """The lower goes first."""
         if picture.skipped >= self._patience:
             return 0, -picture.skipped, picture.number
-        by_policy = self._owners[picture.owner] if self._policy == "fair" else picture.drawing.remaining
+        by_policy = self.owed(picture.owner) if self._policy == "fair" else picture.drawing.remaining
         return 1, by_policy, picture.number
 
     def _account(self, pictures: Sequence[Picture], chosen: Sequence[Picture], group: Hashable) -> None:
@@ -113,4 +118,4 @@ class Turns:
             picture.skipped = 0
             work = picture.drawing.rows * picture.area / self._own_area
             self._work[group] += work
-            self._owners[picture.owner] += work
+            self._owners[picture.owner] = self._owners.get(picture.owner, 0.0) + work

@@ -22,9 +22,11 @@ def read_picture(content: bytes, limits: RequestLimits, param: str) -> Image.Ima
             image.load()
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGBA" if "A" in upright.getbands() or "transparency" in upright.info else "RGB")
+    except BadRequestError:
+        raise
     except UnidentifiedImageError:
         raise BadRequestError(f"this is no picture that is read; {', '.join(FORMATS)} are", param) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001  Pillow raises whatever a damaged file leads it to
         raise BadRequestError(f"the picture cannot be read: {error}", param) from None
 
 

@@ -80,6 +80,13 @@ def test_a_weighted_placeholder_has_all_of_its_vectors(model: DiffusionModel):
     assert changed == [2, 3, 4]
 
 
+def test_each_parenthesis_within_others_takes_no_multiple_of_the_time(model: DiffusionModel):
+    nested = weigh(model, "(" * 12 + "a" + ")1.1" * 12 + " b", "(" * 12 + "a b")
+    plain, open_ones = weigh(model, f"(a){1.1**12} b"), encode(model, "(" * 12 + "a b")
+    for name, tensor in nested.items():
+        torch.testing.assert_close(tensor, torch.cat([plain[name], open_ones[name]]))
+
+
 @pytest.mark.parametrize("prompt", ['("a","b").blend(1, 1)', '("a","b").and()', "a cat.swap(dog)"])
 def test_more_than_weights_is_refused(model: DiffusionModel, prompt: str):
     with pytest.raises(RequestError, match=r"asks for more than weights; understood are \(red\)1.5"):

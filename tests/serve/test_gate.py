@@ -25,7 +25,11 @@ KEYS = {
 
 
 def client(
-    keys: dict[str, ApiKey] | None = None, max_body: int = 100, root_path: str = "", address: str = "127.0.0.1"
+    keys: dict[str, ApiKey] | None = None,
+    max_body: int = 100,
+    root_path: str = "",
+    seconds: float = 60,
+    address: str = "127.0.0.1",
 ) -> httpx.AsyncClient:
     async def answer(request: Request) -> PlainTextResponse:
         body = await request.body()
@@ -44,7 +48,7 @@ def client(
     ]
     handlers = {HTTPException: answer_http, ApiError: answer_api_error}
     inner = Starlette(routes=routes, exception_handlers=handlers)
-    application = Gate(inner, KEYS if keys is None else keys, max_body)
+    application = Gate(inner, KEYS if keys is None else keys, max_body, seconds)
     transport = httpx.ASGITransport(application, root_path=root_path, client=(address, 50000))
     return httpx.AsyncClient(transport=transport, base_url="http://here")
 
@@ -138,6 +142,16 @@ def test_requests_that_are_too_large_are_ended_whatever_they_say():
         assert response.json()["error"]["message"] == "a request has at most 100 bytes"
 
 
+def test_a_request_that_does_not_come_is_ended():
+    async def chunks():
+        yield b"x"
+        await asyncio.Event().wait()
+
+    response = asyncio.run(ask(client(seconds=0.01), headers=as_("ann"), content=chunks()))
+    assert response.status_code == 408
+    assert response.json()["error"]["message"] == "a request has to be sent within 0.01 s"
+
+
 def test_every_answer_has_an_id_that_the_log_has(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, "ray_sd.serve.gate"):
         response = asyncio.run(ask(client(), headers=as_("ann")))
@@ -152,7 +166,7 @@ def test_a_defect_is_told_without_what_it_was():
         raise RuntimeError("the secret of the house")
 
     app = Starlette(routes=[Route("/v1/fail", fail)], exception_handlers={Exception: answer_defect})
-    transport = httpx.ASGITransport(Gate(app, {}, 100), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(Gate(app, {}, 100, 60), raise_app_exceptions=False)
     answer = asyncio.run(httpx.AsyncClient(transport=transport, base_url="http://here").get("/v1/fail"))
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray_sd.generate import ImageRequest
 from ray_sd.serve.order import Order, Ticket
-from ray_sd.serve.turns import Picture, Turns
+from ray_sd.serve.turns import MOST_OWNERS, Picture, Turns
 
 
 def picture(number: int, steps: int, owner: str = "", side: int = 8, guidance_scale: float = 1.0) -> Any:
@@ -48,6 +48,15 @@ def test_owners_have_equal_shares():
     pictures = [picture(number, 100, owner="many") for number in range(9)] + [picture(9, 100, owner="one")]
     taken = play(turns, pictures, max_rows=1, steps=40)
     assert sum(numbers == [9] for numbers in taken) == 20
+
+
+def test_owners_without_number_are_not_remembered():
+    turns = Turns("fair", patience=1000, own_area=64)
+    for number in range(MOST_OWNERS + 1):
+        turns.choose([picture(number, 1, owner=f"owner {number}")], max_rows=1)
+    assert turns.owed("owner 0") == 0
+    assert turns.owed(f"owner {MOST_OWNERS}") == 1
+    assert len(turns._owners) == MOST_OWNERS
 
 
 def test_sizes_have_equal_work():
