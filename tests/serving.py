@@ -34,7 +34,10 @@ def deploying(application: dict[str, Any], host: str = "127.0.0.1") -> Iterator[
 def deploy(application: dict[str, Any]) -> None:
     """As `serve deploy` does with what a `serve_config.yaml` says of an application. Returns once it is there."""
     application = {"name": NAME, "route_prefix": "/", "import_path": "ray_sd.serve.app:build"} | application
-    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+    client = _get_global_client()
+    client.deploy_apps(ServeDeploySchema(applications=[application]))
+    client._wait_for_application_running(NAME)  # deploy_apps itself waits no longer than a minute
+    client.wait_for_proxies_serving(wait_for_applications_running=True)
 
 
 def log_of(deployment: str) -> str:
