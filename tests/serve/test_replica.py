@@ -1,6 +1,7 @@
 """A replica without Ray around it."""
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,7 @@ def test_steps_are_told_to_those_alone_who_ask_for_them(replica: ModelReplica, p
         return [event.kind async for event in replica.draw(job)]
 
     assert asyncio.run(told()) == kinds
+
+
+def test_logs_of_other_processes_stay_as_they_are(replica: ModelReplica):
+    assert logging.getLogger("ray_sd").handlers == []

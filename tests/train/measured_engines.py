@@ -20,7 +20,7 @@ from ray_sd.config import ExperimentConfig, TrainerConfig
 from ray_sd.config.load import load_config
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
-from ray_sd.train import checkpoint
+from ray_sd.train import checkpoint, zero
 from ray_sd.train import engine as engine_module
 from ray_sd.train.engine import Engine
 from ray_sd.train.loop import Objective
@@ -177,13 +177,13 @@ def _measure_all(folder: Path, rank: int, workers: int, rarely: bool) -> None:
     _measure_optimizers(record, folder, rank, workers, rarely)
     if workers == 2:
         _measure_methods(record, rank, rarely)
-    small = engine_module.SMALL
+    small = zero.SMALL
     for size, stage, expected_workers in ACCUMULATED[rarely]:
         if expected_workers == workers:
-            engine_module.SMALL = small if size == "small" else 0
+            zero.SMALL = small if size == "small" else 0
             engine, _ = _engine(stage, workers, micro_batch_size=1)
             record(f"accumulated-{size}-{workers}-{stage}", _run(engine, rank, workers, 0, FEW_STEPS, rows=1), engine)
-    engine_module.SMALL = small
+    zero.SMALL = small
     if workers == 1:
         _measure_variants(record, folder, rarely)
 
@@ -193,14 +193,14 @@ def _release_weights_after_each_use() -> None:
 
     In small ones it looks through all layers behind each for another use, which here takes it longer than all the rest.
     """
-    configuration = engine_module._deepspeed_config
+    configuration = engine_module.deepspeed_config
 
     def changed(*arguments: object) -> dict:
         found = configuration(*arguments)
         found["zero_optimization"]["stage3_max_reuse_distance"] = 0
         return found
 
-    engine_module._deepspeed_config = changed
+    engine_module.deepspeed_config = changed
 
 
 def _sums(engine: Engine) -> dict[str, float]:

@@ -38,7 +38,7 @@ from tiny_models import UNET, save_tiny_model
 from transformers.optimization import Adafactor
 
 from ray_sd.config import TrainerConfig
-from ray_sd.train import engine as engine_module
+from ray_sd.train import precision
 from ray_sd.train.loop import Objective
 from ray_sd.train.memory import measure_step, resident
 from ray_sd.train.optimizers import EMA, PARAMETER
@@ -264,7 +264,7 @@ def test_the_scale_of_the_fp16_loss_falls_with_each_overflow(measured, stage):
 
 @pytest.mark.parametrize(("multiplies", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_native_precision_is_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, multiplies, expected):
-    monkeypatch.setattr(engine_module, "cpu_multiplies_bf16", lambda: multiplies)
-    assert engine_module.compute_dtype(TrainerConfig(precision="native"), torch.device("cpu")) == expected
-    assert engine_module.compute_dtype(TrainerConfig(precision="native"), torch.device("cuda")) == torch.bfloat16
-    assert engine_module.compute_dtype(TrainerConfig(), torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: multiplies)
+    assert precision.compute_dtype(TrainerConfig(precision="native"), torch.device("cpu")) == expected
+    assert precision.compute_dtype(TrainerConfig(precision="native"), torch.device("cuda")) == torch.bfloat16
+    assert precision.compute_dtype(TrainerConfig(), torch.device("cpu")) == torch.float32
