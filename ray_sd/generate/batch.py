@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ray_sd.errors import RequestError
 from ray_sd.generate.adapters import Adapters
+from ray_sd.generate.cross_attention import KeptTexts, keeping, let_keep
 from ray_sd.generate.drawing import Drawing
 from ray_sd.generate.text import stack
 from ray_sd.models import DiffusionModel
@@ -30,6 +31,7 @@ class Batch:
         """adapters: those that drawings name."""
         self._model = model
         self._adapters = adapters
+        let_keep(model.unet)
         self._states: dict[Drawing, Tensor] = {}  # [2 + M, …] of members that take no steps together
         self._together: _Together | None = None
 
@@ -105,6 +107,8 @@ class Batch:
         firsts = dict(zip(tables, _running_sums(map(len, tables)), strict=False))
         rows = [place for place, drawing in enumerate(members) for _ in range(drawing.rows)]
         lasts = _running_sums(drawing.rows for drawing in members)[1:]
+        conditions = stack([drawing.conditions for drawing in members])
+        texts = conditions.get("text_embeds")
         number = lambda values: torch.tensor(values, device=device)  # noqa: E731
         return _Together(
             members=members,
@@ -118,7 +122,8 @@ class Batch:
             without=number([last - drawing.rows for last, drawing in zip(lasts, members, strict=True)]),
             guided=number([last - 1 for last in lasts]),
             guidance=torch.stack([drawing.guidance for drawing in members]).to(device),
-            conditions=stack([drawing.conditions for drawing in members]),
+            conditions=conditions,
+            kept=None if texts is None else KeptTexts(texts),
         )
 
     def _part(self) -> None:
@@ -131,9 +136,12 @@ class Batch:
         """What the U-Net says of each drawing, guided."""
         scaled = together.state[:, LATENTS] * together.scales[together.places]
         timesteps = together.timesteps[together.places]
+        if together.rows is not None:
+            scaled, timesteps = scaled[together.rows], timesteps[together.rows]
+        with keeping(together.kept):
+            said = self._model.denoise(scaled, timesteps, together.conditions).float()
         if together.rows is None:
-            return self._model.denoise(scaled, timesteps, together.conditions).float()
-        said = self._model.denoise(scaled[together.rows], timesteps[together.rows], together.conditions).float()
+            return said
         without = said[together.without]
         return without + together.guidance * (said[together.guided] - without)
 
@@ -161,6 +169,7 @@ class _Together:
     guided: Tensor  # [B], the row with it, or the only one
     guidance: Tensor  # [B, …]
     conditions: dict[str, Tensor]  # [R, …]
+    kept: KeptTexts | None  # where texts are among them
 
     @property
     def state(self) -> Tensor:

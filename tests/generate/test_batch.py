@@ -1,6 +1,7 @@
 """What takes its steps together is what it would be alone."""
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -184,3 +185,33 @@ def test_what_members_need_is_gathered_when_they_change(model: DiffusionModel, m
     while len(batch):
         batch.advance()
     assert gathered == [tuple(drawings), (drawings[0],)]
+
+
+def test_texts_are_projected_once_for_all_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    model = load_model(tiny_config(tiny))
+    expected = alone(model, ImageRequest("a cat", seed=1, num_inference_steps=4))
+    asked: list[int] = []
+    layers = [
+        layer
+        for block in model.unet.modules()
+        if getattr(block, "is_cross_attention", False)
+        for layer in (block.to_k, block.to_v)
+    ]
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: asked.append(1))
+    first, second = start(model, [ImageRequest("a cat", seed=seed, num_inference_steps=4) for seed in (1, 2)])
+    batch = Batch(model)
+    batch.join([first])
+    batch.advance()
+    batch.advance()
+    assert len(asked) == len(layers)
+    batch.join([second])  # other rows
+    batch.advance()
+    batch.advance()
+    assert len(asked) == 2 * len(layers)
+    assert_same(first.latents, expected)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_sd.generate.batch.keeping", nullcontext)
+        asked.clear()
+        assert torch.equal(alone(model, ImageRequest("a cat", seed=1, num_inference_steps=4)), expected)
+        assert len(asked) == 4 * len(layers)
