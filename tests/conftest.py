@@ -27,6 +27,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_fit_clips.py": 260,
         "train/test_fit.py": 120,
         "train/test_memory.py": 75,
+        "test_layers.py": 20,
         "train/test_trackers.py": 10,
         "data/test_clip_rows.py": 30,
         "serve/test_serve_device.py": 60,

@@ -103,40 +103,40 @@ def test_a_circle_is_found():
     assert set(circle(programs)) == {"ray_sd.data.crops", "ray_sd.data.finders", "ray_sd.data.windows"}
 
 
-def test_workers_that_only_read_import_no_model():
-    program = (
-        "import sys; import ray_sd.data, ray_sd.data.detect, ray_sd.data.encode, ray_sd.data.lanes;"
-        "slow = {'torch', 'diffusers', 'transformers', 'peft', 'ray.train', 'ray.tune', 'ray.serve'} & set(sys.modules);"
-        "assert not slow, slow"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_rays_own_processes_import_no_model_for_what_they_are_given():
-    """The controller of a run, and the actor that prepares the data of trials."""
-    program = (
-        "import sys; import ray_sd.train.worker, ray_sd.tune.reporter, ray_sd.tune.preparer;"
-        "slow = {'torch', 'diffusers', 'transformers', 'peft', 'optuna'} & set(sys.modules);"
-        "assert not slow, slow"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_what_joins_a_cluster_imports_none_of_rays_libraries():
-    program = (
-        "import sys; import ray_sd.cluster;"
-        "slow = {'ray.data', 'ray.train', 'ray.tune', 'ray.serve', 'torch'} & set(sys.modules);"
-        "assert not slow, slow"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_the_http_side_imports_no_model():
-    program = (
-        "import sys; import ray_sd.serve.api;"
-        "slow = {'torch', 'diffusers', 'transformers', 'peft', 'ray.data', 'ray.train'} & set(sys.modules);"
-        "assert not slow, slow"
-    )
+@pytest.mark.parametrize(
+    ("imported", "slow"),
+    [
+        pytest.param(
+            "ray_sd.data, ray_sd.data.detect, ray_sd.data.encode, ray_sd.data.lanes",
+            {"torch", "diffusers", "transformers", "peft", "ray.train", "ray.tune", "ray.serve"},
+            id="workers that only read",
+        ),
+        pytest.param(
+            "ray_sd.train.worker, ray_sd.tune.reporter, ray_sd.tune.preparer",
+            {"torch", "diffusers", "transformers", "peft", "optuna"},
+            id="the controller of a run and the preparer of trials",
+        ),
+        pytest.param(
+            "ray_sd.cluster",
+            {"ray.data", "ray.train", "ray.tune", "ray.serve", "torch"},
+            id="what joins a cluster",
+        ),
+        pytest.param(
+            "ray_sd.serve.api",
+            {"torch", "diffusers", "transformers", "peft", "ray.data", "ray.train"},
+            id="the HTTP side",
+        ),
+        pytest.param(
+            "ray_sd.train.run, ray_sd.train.samples",
+            {"deepspeed"},
+            id="drivers and what draws a run's pictures",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ray_sd.train.loop", {"mlflow"}, id="training workers", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_start_without_what_they_do_not_need(imported: str, slow: set[str]):
+    program = f"import sys; import {imported}; found = {slow} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

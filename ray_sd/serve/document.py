@@ -63,4 +63,4 @@ def publish(app: FastAPI) -> None:
                     operation["security"] = [{}, {KEY: []}]
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI has it extended

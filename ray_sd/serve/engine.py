@@ -322,7 +322,9 @@ class Engine:
     def _batch(self, chosen: Sequence[Picture]) -> Batch:
         """The batch of pictures of one shape, which they have joined; those that it has lost have left."""
         shape = chosen[0].drawing.shape
-        batch = self._batches.setdefault(shape, Batch(self.model, self.adapters.stacked))
+        batch = self._batches.get(shape)
+        if batch is None:
+            batch = self._batches[shape] = Batch(self.model, self.adapters.stacked)
         batch.join([picture.drawing for picture in chosen if picture.drawing not in batch])
         return batch
 
