@@ -6,7 +6,9 @@ result does not depend on the rows beside it.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,17 @@ from ray_sd.requests import Mix
 
 NOTHING = 0
 """A page of zeros, for rows that have fewer pages than others."""
+_only: ContextVar[Tensor | None] = ContextVar("only_rows", default=None)
+
+
+@contextmanager
+def only_rows(rows: Tensor) -> Iterator[None]:
+    """Within, and in this thread, layers are given some of the rows that have chosen, by their numbers."""
+    token = _only.set(rows)
+    try:
+        yield
+    finally:
+        _only.reset(token)
 
 
 class LoraBank:
@@ -180,6 +193,9 @@ class BankedLayer:
         if self._rows is None:
             return None
         down, up = self._rows
+        only = _only.get()
+        if only is not None:
+            down, up = down[only], up[only]
         if isinstance(module, nn.Conv2d):
             return _add_convolution(module, inputs[0], output, down, up)
         rows = len(down)

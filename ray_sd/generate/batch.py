@@ -34,6 +34,7 @@ class Batch:
         let_keep(model.unet)
         self._states: dict[Drawing, Tensor] = {}  # [2 + M, …] of members that take no steps together
         self._together: _Together | None = None
+        self._kept: KeptTexts | None = None
 
     def __len__(self) -> int:
         return len(self._states)
@@ -109,6 +110,8 @@ class Batch:
         lasts = _running_sums(drawing.rows for drawing in members)[1:]
         conditions = stack([drawing.conditions for drawing in members])
         texts = conditions.get("text_embeds")
+        copies = [(drawing, copy) for drawing in members for copy in range(drawing.rows)]
+        self._kept = None if texts is None else KeptTexts(texts, copies, self._kept)
         number = lambda values: torch.tensor(values, device=device)  # noqa: E731
         return _Together(
             members=members,
@@ -123,7 +126,6 @@ class Batch:
             guided=number([last - 1 for last in lasts]),
             guidance=torch.stack([drawing.guidance for drawing in members]).to(device),
             conditions=conditions,
-            kept=None if texts is None else KeptTexts(texts),
         )
 
     def _part(self) -> None:
@@ -138,7 +140,7 @@ class Batch:
         timesteps = together.timesteps[together.places]
         if together.rows is not None:
             scaled, timesteps = scaled[together.rows], timesteps[together.rows]
-        with keeping(together.kept):
+        with keeping(self._kept):
             said = self._model.denoise(scaled, timesteps, together.conditions).float()
         if together.rows is None:
             return said
@@ -169,7 +171,6 @@ class _Together:
     guided: Tensor  # [B], the row with it, or the only one
     guidance: Tensor  # [B, …]
     conditions: dict[str, Tensor]  # [R, …]
-    kept: KeptTexts | None  # where texts are among them
 
     @property
     def state(self) -> Tensor:

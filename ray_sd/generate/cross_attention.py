@@ -1,30 +1,51 @@
-"""Keys and values of texts, which are the same in every step of a batch: its first step computes them."""
+"""Keys and values of texts, which are the same in all steps of a drawing: its first step computes them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+
+from ray_sd.generate.bank import only_rows
 
 
 class KeptTexts:
     """What the layers of a U-Net have made of a batch's texts, adapters included."""
 
-    def __init__(self, texts: Tensor) -> None:
+    def __init__(self, texts: Tensor, rows: Sequence[Hashable], before: "KeptTexts | None" = None) -> None:
+        """texts: [R, T, C]; rows: whose they are; before: what was kept until now, which is taken over for those who stay."""
         self.texts = texts
+        self._rows = rows
         self._made: dict[nn.Module, Tensor] = {}
+        self._before: dict[nn.Module, Tensor] = {}
+        if before is not None and before.texts.shape[1:] == texts.shape[1:]:
+            places = {row: place for place, row in enumerate(before._rows)}
+            new = [place for place, row in enumerate(rows) if row not in places]
+            if len(new) < len(rows):
+                self._before = before._made
+                self._new = torch.tensor(new, device=texts.device)
+                self._places = torch.tensor([places.get(row, 0) for row in rows], device=texts.device)
 
     def of(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The layer, asked once."""
+        """The layer, asked once for each row."""
 
         def project(texts: Tensor) -> Tensor:
             if layer not in self._made:
-                self._made[layer] = layer(texts)
+                before = self._before.pop(layer, None)
+                self._made[layer] = layer(texts) if before is None else self._take_over(before, layer)
             return self._made[layer]
 
         return project
+
+    def _take_over(self, before: Tensor, layer: nn.Module) -> Tensor:
+        made = before.index_select(0, self._places)
+        if len(self._new):
+            with only_rows(self._new):
+                made.index_copy_(0, self._new, layer(self.texts[self._new]))
+        return made
 
 
 _kept: ContextVar[KeptTexts | None] = ContextVar("kept_texts", default=None)

@@ -47,10 +47,16 @@ def loaded(tiny: Path, folder: Path, *names: str) -> tuple[DiffusionModel, Adapt
     return model, adapters
 
 
-def draw(model: DiffusionModel, requests: list[ImageRequest], adapters: Adapters | None = None) -> list[torch.Tensor]:
+def draw(
+    model: DiffusionModel, requests: list[ImageRequest], adapters: Adapters | None = None, late: int = 0
+) -> list[torch.Tensor]:
+    """late: so many join when the others have taken a step."""
     drawings = start(model, requests, adapters)
     batch = Batch(model, adapters)
-    batch.join(drawings)
+    batch.join(drawings[late:])
+    if late:
+        batch.advance()
+        batch.join(drawings[:late])
     while len(batch):
         batch.advance()
     return [drawing.latents for drawing in drawings]
@@ -70,7 +76,7 @@ def test_sixteen_rows_with_their_own_adapters_are_what_each_is_with_them_attache
         for seed in range(16)
     ]
     model, adapters = loaded(tiny, folder, "lora", "reads", "word", "other_word")
-    together = draw(model, requests, adapters)
+    together = draw(model, requests, adapters, late=5)
     for first, mix in enumerate(MIXES):
         attached = load_model(tiny_config(tiny))
         for name, weight in mix:

@@ -187,10 +187,10 @@ def test_what_members_need_is_gathered_when_they_change(model: DiffusionModel, m
     assert gathered == [tuple(drawings), (drawings[0],)]
 
 
-def test_texts_are_projected_once_for_all_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_text_is_projected_once_for_all_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     model = load_model(tiny_config(tiny))
     expected = alone(model, ImageRequest("a cat", seed=1, num_inference_steps=4))
-    asked: list[int] = []
+    asked: list[int] = []  # rows
     layers = [
         layer
         for block in model.unet.modules()
@@ -198,20 +198,22 @@ def test_texts_are_projected_once_for_all_steps(tiny: Path, monkeypatch: pytest.
         for layer in (block.to_k, block.to_v)
     ]
     for layer in layers:
-        layer.register_forward_hook(lambda *_: asked.append(1))
-    first, second = start(model, [ImageRequest("a cat", seed=seed, num_inference_steps=4) for seed in (1, 2)])
+        layer.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+    guided, plain = ImageRequest("a cat", seed=1, num_inference_steps=4), ImageRequest("a dog", guidance_scale=1.0)
+    first, second = start(model, [guided, plain])
     batch = Batch(model)
     batch.join([first])
     batch.advance()
     batch.advance()
-    assert len(asked) == len(layers)
-    batch.join([second])  # other rows
+    assert asked == [2] * len(layers)
+    batch.join([second])
     batch.advance()
     batch.advance()
-    assert len(asked) == 2 * len(layers)
+    batch.advance()  # of the second alone
+    assert asked == [2] * len(layers) + [1] * len(layers)
     assert_same(first.latents, expected)
     with monkeypatch.context() as patch:
         patch.setattr("ray_sd.generate.batch.keeping", nullcontext)
         asked.clear()
         assert torch.equal(alone(model, ImageRequest("a cat", seed=1, num_inference_steps=4)), expected)
-        assert len(asked) == 4 * len(layers)
+        assert asked == 4 * [2] * len(layers)
