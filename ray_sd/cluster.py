@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray.data import DataContext
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
+LOOKS, WATCHER = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
 """Seconds between what Ray Tune writes down of a sweep."""
 DATA_LOGGERS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
@@ -81,7 +82,12 @@ def training_environment() -> Iterator[None]:
         # An actor gives the workers' share of the cluster back when all else of a run was killed. It looks for Ray on its
         # machine, and where there is another one, too, finds none or the wrong one: then the share is lost.
         ADDRESS: ray.get_runtime_context().gcs_address,
+        # How often the controller looks at workers: one that reports waits until it has looked, and so does the end of a run.
+        LOOKS: os.environ.get(LOOKS, "0.25"),
     }
+    if is_one_machine():
+        # A process more at each start, which waits for the loss of a node: here the run is lost with it.
+        needed[WATCHER] = os.environ.get(WATCHER, "0")
     ENV_VARS_TO_PROPAGATE.update(needed)
     with _environment(needed):
         yield

@@ -24,7 +24,13 @@ from ray.data import DataContext
 from ray.data._internal.issue_detection.detectors import high_memory_detector
 from ray.serve._private import constants
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
-from ray.train.v2._internal.constants import ENABLE_PRINT_PATCH_ENV_VAR, get_env_vars_to_propagate
+from ray.train.v2._internal.constants import (
+    DEFAULT_HEALTH_CHECK_INTERVAL_S,
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    ENABLE_PRINT_PATCH_ENV_VAR,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    get_env_vars_to_propagate,
+)
 
 from ray_sd.cluster import (
     ADDRESS,
@@ -32,10 +38,12 @@ from ray_sd.cluster import (
     CHDIR,
     CHECKPOINT_LOGGERS,
     DATA_LOGGERS,
+    LOOKS,
     PRINT_PATCH,
     SERVE_LOGGER,
     SERVE_SAYS,
     TOKEN_LOGGER,
+    WATCHER,
     has_gpus,
     is_one_machine,
     names_cluster,
@@ -56,8 +64,9 @@ SECONDS = 60
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster has been joined."""
+    """A cluster of two machines has been joined."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="192.0.2.1:6379"))
+    monkeypatch.setattr("ray_sd.cluster.is_one_machine", lambda: False)
 
 
 @pytest.fixture
@@ -86,15 +95,26 @@ def test_what_ray_train_starts_is_told_what_it_needs_and_nobody_else(
             ENABLE_PRINT_PATCH_ENV_VAR: "0",
             "RAY_ADDRESS": "192.0.2.1:6379",
         }
+        assert float(told[HEALTH_CHECK_INTERVAL_S_ENV_VAR]) < DEFAULT_HEALTH_CHECK_INTERVAL_S
         assert names_cluster() == (address is not None)
     assert names_cluster() == (address is not None)
     assert dict(os.environ) == before
 
 
-def test_a_user_may_have_what_workers_print_logged(monkeypatch: pytest.MonkeyPatch, joined: None):
-    monkeypatch.setenv(PRINT_PATCH, "1")
+def test_the_loss_of_a_node_is_watched_for_where_there_are_several(monkeypatch: pytest.MonkeyPatch, joined: None):
     with training_environment():
-        assert get_env_vars_to_propagate()[PRINT_PATCH] == "1"
+        assert ENABLE_PREEMPTION_WATCHER_ENV_VAR not in get_env_vars_to_propagate()
+    monkeypatch.setattr("ray_sd.cluster.is_one_machine", lambda: True)
+    with training_environment():
+        assert get_env_vars_to_propagate()[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+
+
+@pytest.mark.parametrize("name", [PRINT_PATCH, LOOKS, WATCHER])
+def test_a_user_may_have_it_as_ray_has_it(monkeypatch: pytest.MonkeyPatch, joined: None, name: str):
+    monkeypatch.setattr("ray_sd.cluster.is_one_machine", lambda: True)
+    monkeypatch.setenv(name, "1")
+    with training_environment():
+        assert get_env_vars_to_propagate()[name] == "1"
 
 
 @pytest.mark.parametrize("value", [None, "1"])
