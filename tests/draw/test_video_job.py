@@ -45,6 +45,12 @@ MODELS = {
 }
 STEPS = {"image": 4, "video": 3, "interpolation": 2, "upscale": 1}
 """Of denoising, so many for each stage that none can have another's settings."""
+MEET = (
+    ((KEY_FRAMES, 1), (INTERPOLATED, 0)),
+    ((INTERPOLATED, 1), (DECODED, 0)),
+    ((DECODED, 1), (UPSCALED, 0)),
+)
+"""Calls of two stages that are at work at the same time."""
 FRAMES = {"video.num_frames": 3, "interpolation.num_frames": 3}
 
 
@@ -73,9 +79,11 @@ def here() -> Iterator[Actors]:
 
 
 @pytest.fixture(params=["in this process", pytest.param("by Ray", marks=pytest.mark.slow)])
-def anywhere(request: pytest.FixtureRequest) -> None:
-    """Stages work in this process, or as actors in processes of their own."""
-    request.getfixturevalue("ray_cluster" if request.param == "by Ray" else "here")
+def by_ray(request: pytest.FixtureRequest) -> bool:
+    """Whether stages are actors in processes of their own, or work in this one."""
+    by_ray = request.param == "by Ray"
+    request.getfixturevalue("ray_cluster" if by_ray else "here")
+    return by_ray
 
 
 @pytest.fixture
@@ -136,9 +144,35 @@ def at_work(spans: list[stages.Span], stage: str) -> list[int]:
     return [span.video for span in sorted(spans, key=lambda span: span.began) if span.stage == stage]
 
 
-def test_two_videos_with_all_their_stages(configure: Callable, lines: list, bars: list, tmp_path: Path, anywhere: None):
+def meeting(kind: type[stages._Stage], folder: Path) -> type[stages._Stage]:
+    """A stage that is not done with a call of `MEET` before the other of the pair has begun."""
+
+    class Meeting(kind):
+        calls = 0
+
+        @contextmanager
+        def _at_work(self, video: int) -> Iterator[None]:
+            call = (self.makes, self.calls)
+            self.calls += 1
+            with super()._at_work(video):
+                (folder / "at-{}-{}".format(*call)).touch()
+                for one in (one for pair in MEET if call in pair for one in pair):
+                    wait_for((folder / "at-{}-{}".format(*one)).exists, 120)
+                yield
+
+    return Meeting
+
+
+def test_two_videos_with_all_their_stages(
+    configure: Callable, lines: list, bars: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_ray: bool
+):
     config = configure("num_videos=2", "seed=5", "video.fps=4")
+    if by_ray:
+        for name, kind in stages.ACTORS.items():
+            monkeypatch.setitem(stages.ACTORS, name, meeting(kind, tmp_path))
     result = make_videos(config)
+    if by_ray:
+        assert {path.name for path in tmp_path.glob("at-*")} >= {f"at-{stage}-{call}" for stage, call in sum(MEET, ())}
     work = {PICTURE: 4, KEY_FRAMES: 3, INTERPOLATED: 2 * 2, DECODED: 5, UPSCALED: 5}  # of each video
     assert lines[0].work() == work
     assert lines[0].done() == {stage: 2 * count for stage, count in work.items()}
@@ -179,6 +213,8 @@ def test_two_videos_with_all_their_stages(configure: Callable, lines: list, bars
         stage: [0] * count + [1] * count for stage, count in parts.items()
     }
 
+    if by_ray:
+        return
     # The same seed makes the same video, whatever is made beside it; numbers go on.
     again = make_videos(configure("seed=6", "video.fps=4"))
     assert [video.path for video in again.videos] == [f"{folder}/00002.mp4"]
@@ -209,53 +245,7 @@ def test_so_many_videos_are_under_way_at_once(configure: Callable, here: Actors)
     assert len(asked) == stages.VIDEOS_UNDER_WAY == 3
 
 
-@pytest.mark.slow
-def test_stages_are_at_work_at_the_same_time(
-    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
-):
-    """Each of these waits for the other while it is at work."""
-    pairs = [((KEY_FRAMES, 1), (INTERPOLATED, 0)), ((INTERPOLATED, 1), (DECODED, 0)), ((DECODED, 1), (UPSCALED, 0))]
-    for name, kind in stages.ACTORS.items():
-        monkeypatch.setitem(stages.ACTORS, name, meeting(kind, pairs, tmp_path))
-    assert len(make_videos(configure("num_videos=2")).videos) == 2
-    assert {path.name for path in tmp_path.glob("at-*")} >= {
-        f"at-{stage}-{call}" for pair in pairs for stage, call in pair
-    }
-
-
-def meeting(kind: type[stages._Stage], pairs: list[tuple[tuple[str, int], ...]], folder: Path) -> type[stages._Stage]:
-    """A stage that is not done with a call before the other of the pair has begun."""
-
-    class Meeting(kind):
-        calls = 0
-
-        @contextmanager
-        def _at_work(self, video: int) -> Iterator[None]:
-            call = (self.makes, self.calls)
-            self.calls += 1
-            with super()._at_work(video):
-                (folder / "at-{}-{}".format(*call)).touch()
-                for one in (one for pair in pairs if call in pair for one in pair):
-                    wait_for((folder / "at-{}-{}".format(*one)).exists, 120)
-                yield
-
-    return Meeting
-
-
-@pytest.mark.slow
-def test_actors_of_ray_make_frames_of_a_picture(configure: Callable, lines: list, tmp_path: Path, ray_cluster: None):
-    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
-    [video] = make_videos(configure(f"picture={tmp_path / 'red.png'}", of=("video",))).videos
-    assert lines[0].done() == lines[0].work() == {KEY_FRAMES: 3, DECODED: 3}
-    assert set(video.stages) == {PICTURE, KEY_FRAMES, DECODED}
-    assert [frame.size for frame in read_frames(Path(video.path))] == [(24, 16)] * 3
-    assert {stage: at_work(lines[0].spans(), stage) for stage in (KEY_FRAMES, DECODED)} == {
-        KEY_FRAMES: [0],
-        DECODED: [0],
-    }
-
-
-def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, anywhere: None):
+def test_frames_of_key_frames_alone(configure: Callable, lines: list, tmp_path: Path, here: Actors):
     result = make_videos(configure("prompt=a dog", of=("image", "video")))
     assert lines[0].done() == lines[0].work() == {PICTURE: 4, KEY_FRAMES: 3, DECODED: 3}
     assert set(result.videos[0].stages) == {PICTURE, KEY_FRAMES, DECODED}
@@ -327,25 +317,34 @@ def test_a_stage_that_is_left_out_leaves_the_others(
     assert Path(video.path).read_bytes() == Path(video.stages[list(made)[-1]]).read_bytes()
 
 
-def test_models_and_adapters_are_found_from_the_folder_where_the_command_runs(
-    configure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anywhere: None
+def test_models_adapters_and_pictures_are_found_from_the_folder_where_the_command_runs(
+    configure: Callable, lines: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_ray: bool
 ):
     """Ray's actors run in another one, as they do in a cluster that was joined."""
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32), "red").save("red.png")
     vae = load_model(configure().video.model, {"vae"}).vae
     weights.save_component(vae, Path("models/vae"))
     with torch.no_grad():
         vae.decoder.time_conv_out.weight.zero_()
         vae.decoder.time_conv_out.bias.fill_(1)
     adapter(Path("white"), {"name": "temporal_decoder"}, {"vae": "of another"}, vae=vae)
-    settings = ["decode.adapter=white", "video.model.vae=models/vae"]
-    words = "the vae of 'tiny_random_video' is another; .* try it anyway by decode.allow_other_base=true"
-    with pytest.raises(RaySdError, match=words):
-        make_videos(configure(*settings, of=("image", "video")))
-    result = make_videos(configure(*settings, "decode.allow_other_base=true", of=("image", "video")))
+    settings = ["picture=red.png", "decode.adapter=white", "video.model.vae=models/vae"]
+    if not by_ray:
+        words = "the vae of 'tiny_random_video' is another; .* try it anyway by decode.allow_other_base=true"
+        with pytest.raises(RaySdError, match=words):
+            make_videos(configure(*settings, of=("video",)))
+    result = make_videos(configure(*settings, "decode.allow_other_base=true", of=("video",)))
+    line = lines[-1]
+    assert line.done() == line.work() == {KEY_FRAMES: 3, DECODED: 3}
+    assert [at_work(line.spans(), stage) for stage in (KEY_FRAMES, DECODED)] == [[0], [0]]
+    made = result.videos[0].stages
+    assert made.keys() == {PICTURE, KEY_FRAMES, DECODED}
+    assert Image.open(made[PICTURE]).getpixel((5, 5)) == (255, 0, 0)
     video = read_video_parameters(Path(result.videos[0].path))["config"]["video"]
     assert video["model"]["vae"]["path"] == "models/vae"
-    frames = {stage: read_frames(path) for stage, path in result.videos[0].stages.items() if stage != PICTURE}
+    frames = {stage: read_frames(Path(made[stage])) for stage in (KEY_FRAMES, DECODED)}
+    assert [frame.size for frame in frames[DECODED]] == [(24, 16)] * 3
     assert min(frames[DECODED][1].convert("L").getdata()) > 250
     assert min(frames[KEY_FRAMES][1].convert("L").getdata()) < 250
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-STEPS, EVERY_STEPS = 40, 4
+STEPS, EVERY_STEPS = 12, 3
 LONG = (
     f"trainer.max_steps={STEPS}",
     f"trainer.checkpoint.every_steps={EVERY_STEPS}",
