@@ -163,7 +163,10 @@ class DiffusionModel(nn.Module, ABC):
 
     @abstractmethod
     def sampler(self, name: SchedulerName | None = None) -> Any:
-        """A fresh diffusers scheduler for generation; by default `config.scheduler.sampler`."""
+        """A fresh diffusers scheduler for generation; by default `config.scheduler.sampler`.
+
+        Raises RequestError for a `name` that draws by no such model, ConfigError for such a default.
+        """
 
     @abstractmethod
     def pipeline(self) -> Any:

@@ -33,6 +33,7 @@ def encode_weighted_text(model: DiffusionModel, prompts: Sequence[str]) -> dict[
 
 
 def _providers(model: DiffusionModel) -> list[Any]:
+    """For one call: they remember the empty prompt, which the next one's adapters may read in another way."""
     library = _compel()
     return [
         library.Compel(

@@ -15,7 +15,7 @@ from diffusers import (
 
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import SchedulerName
-from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.errors import ArtifactError, ConfigError, RequestError
 from ray_sd.models.components import read_config
 from ray_sd.models.noise import PredictionType
 
@@ -133,9 +133,7 @@ def _overrides(config: ModelConfig) -> dict[str, Any]:
 
 
 def build_sampler(name: SchedulerName, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
-    """Raises ConfigError for one that diffusers has not written for what the model predicts."""
+    """Raises RequestError for one that diffusers has not written for what the model predicts."""
     if name == "euler_ancestral" and noise_scheduler.config.prediction_type == "sample":
-        raise ConfigError(
-            "scheduler.sampler: euler_ancestral samples no model that predicts 'sample'; take euler or another"
-        )
+        raise RequestError("euler_ancestral samples no model that predicts 'sample'; take euler or another")
     return SAMPLERS[name].from_config(noise_scheduler.config)

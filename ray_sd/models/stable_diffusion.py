@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import SchedulerName
-from ray_sd.errors import ArtifactError
+from ray_sd.errors import ArtifactError, ConfigError, RequestError
 from ray_sd.models import noise
 from ray_sd.models.base import PLAIN_LOSS, DiffusionLoss, DiffusionModel
 from ray_sd.models.components import load_skeleton, load_tokenizer, load_weights, read_config
@@ -188,7 +188,12 @@ class StableDiffusion(DiffusionModel):
         return (self.vae,) if self.vae is not None and self.config.vae_float32 else ()
 
     def sampler(self, name: SchedulerName | None = None) -> SchedulerMixin:
-        return build_sampler(name or self.config.scheduler.sampler, self.noise_scheduler)
+        if name is not None:
+            return build_sampler(name, self.noise_scheduler)
+        try:
+            return build_sampler(self.config.scheduler.sampler, self.noise_scheduler)
+        except RequestError as error:
+            raise ConfigError(f"scheduler.sampler: {error}") from error
 
     def pipeline(self) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image, ImageDraw
-from tiny_models import difference, tiny_config
+from tiny_models import difference, tiny_config, tiny_xl_config
 
 from ray_sd.errors import RequestError
 from ray_sd.generate import EditRequest, ImageRequest, generate
@@ -32,7 +32,7 @@ def draw(model: DiffusionModel, request: EditRequest) -> Image.Image:
 
 
 def plain(model: DiffusionModel, request: EditRequest) -> Image.Image:
-    kind = StableDiffusionInpaintPipeline if request.mask else StableDiffusionImg2ImgPipeline
+    kind = AutoPipelineForInpainting if request.mask else AutoPipelineForImage2Image
     pipeline = kind.from_pipe(model.pipeline())
     pipeline.set_progress_bar_config(disable=True)
     masked = {"mask_image": request.mask} if request.mask else {}
@@ -54,6 +54,13 @@ def plain(model: DiffusionModel, request: EditRequest) -> Image.Image:
 def test_edits_equal_the_plain_pipelines(tiny: Path, sampler: str, strength: float, mask: Image.Image | None):
     model = load_model(tiny_config(tiny, scheduler={"sampler": sampler}))
     request = EditRequest("a cat", "bad", seed=3, num_inference_steps=6, image=photo(), mask=mask, strength=strength)
+    assert difference(draw(model, request), plain(model, request)) <= 1
+
+
+@pytest.mark.parametrize("mask", [None, right_half()], ids=["whole", "masked"])
+def test_edits_by_an_xl_model_equal_the_plain_pipelines(tiny_xl: Path, mask: Image.Image | None):
+    model = load_model(tiny_xl_config(tiny_xl, scheduler={"sampler": "dpmpp_2m"}))
+    request = EditRequest("a cat", "bad", seed=3, num_inference_steps=6, image=photo(), mask=mask, strength=0.5)
     assert difference(draw(model, request), plain(model, request)) <= 1
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from tiny_models import random_batch, save_tiny_model, tiny_config
 
-from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.errors import ArtifactError, ConfigError, RequestError
 from ray_sd.models import DiffusionLoss, DiffusionModel, load_model, noise
 from ray_sd.models.schedulers import SAMPLERS
 
@@ -164,8 +164,12 @@ def test_a_base_that_predicts_something_else_is_refused(tmp_path: Path):
 
 def test_a_sampler_that_cannot_use_clean_latents_is_refused(tiny: Path):
     config = tiny_config(tiny, scheduler={"noise": {"prediction_type": "sample"}, "sampler": "euler_ancestral"})
-    with pytest.raises(ConfigError, match="euler_ancestral samples no model that predicts 'sample'"):
+    words = "euler_ancestral samples no model that predicts 'sample'"
+    with pytest.raises(ConfigError, match=f"scheduler.sampler: {words}"):
         load_model(config, ("scheduler",)).sampler()
+    config = tiny_config(tiny, scheduler={"noise": {"prediction_type": "sample"}})
+    with pytest.raises(RequestError, match=f"^{words}"):
+        load_model(config, ("scheduler",)).sampler("euler_ancestral")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
