@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ray.data import DataContext
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
+UV_RUN, HIDES_GPUS = "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 LOOKS, WATCHER = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
 """Seconds between what Ray Tune writes down of a sweep."""
@@ -44,9 +45,9 @@ def connect() -> None:
     if ray.is_initialized():
         return
     # Ray would otherwise re-create the driver's environment for every worker when the driver runs under `uv run`.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault(UV_RUN, "0")
     # Ray would otherwise leave every GPU visible to processes that asked for none.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault(HIDES_GPUS, "1")
     quiet_tokens()
     ray.init(logging_level=logging.WARNING)
     resources = ray.cluster_resources()

@@ -18,6 +18,8 @@ import ray
 import ray._private.state
 import ray.data
 from ray import tune
+from ray._private import ray_constants
+from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.authentication import authentication_token_setup
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray.data import DataContext
@@ -25,12 +27,14 @@ from ray.data._internal.issue_detection.detectors import high_memory_detector
 from ray.serve._private import constants
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
 from ray.train.v2._internal.constants import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
     DEFAULT_HEALTH_CHECK_INTERVAL_S,
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     ENABLE_PRINT_PATCH_ENV_VAR,
     HEALTH_CHECK_INTERVAL_S_ENV_VAR,
     get_env_vars_to_propagate,
 )
+from ray.tune.constants import TUNE_ENV_VARS
 
 from ray_sd.cluster import (
     ADDRESS,
@@ -38,11 +42,14 @@ from ray_sd.cluster import (
     CHDIR,
     CHECKPOINT_LOGGERS,
     DATA_LOGGERS,
+    HIDES_GPUS,
     LOOKS,
     PRINT_PATCH,
     SERVE_LOGGER,
     SERVE_SAYS,
     TOKEN_LOGGER,
+    TUNE_WRITES,
+    UV_RUN,
     WATCHER,
     has_gpus,
     is_one_machine,
@@ -57,6 +64,8 @@ from ray_sd.cluster import (
     training_environment,
     tuning_environment,
 )
+from ray_sd.serve.gate import HAPROXY
+from ray_sd.train.resume import SNAPSHOT
 
 SECONDS = 60
 """After which a test fails that waits for another thread."""
@@ -211,6 +220,14 @@ def test_ray_tune_says_nothing_itself_and_starts_trials_where_the_caller_is(
     assert "Configuration for experiment" not in seen
     assert "View detailed results" not in seen
     assert "result.json" not in seen
+
+
+def test_what_is_told_by_variables_is_read_by_ray():
+    assert HIDES_GPUS == RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
+    assert UV_RUN in vars(ray_constants)
+    assert TUNE_WRITES in TUNE_ENV_VARS
+    assert HAPROXY in vars(constants)
+    assert SNAPSHOT == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 
 def test_advice_that_no_trial_can_follow_is_not_given(levels: None):

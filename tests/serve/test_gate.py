@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from ray_sd.config.serve import ApiKey
 from ray_sd.serve.errors import ApiError, answer_api_error, answer_defect, answer_http
-from ray_sd.serve.gate import CLIENT, Gate, hash_of, only_admins
+from ray_sd.serve.gate import CLIENT, HAPROXY, Gate, hash_of, only_admins
 from ray_sd.serve.links import FILES
 from ray_sd.serve.metrics import RequestMetrics
 
@@ -90,7 +90,7 @@ def test_without_keys_this_machine_may_ask(address: str):
 
 
 def test_without_keys_nobody_may_ask_where_serve_does_not_tell_who_does(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.setenv(HAPROXY, "1")
     assert asyncio.run(ask(client(keys={}))).status_code == 403
 
 
