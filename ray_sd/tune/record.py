@@ -13,8 +13,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray_sd.config import SweepConfig
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.results import Objective, Status, Sweep, Trial
-from ray_sd.tune.search import METRICS, SEED, SETTINGS, STEP
+from ray_sd.tune.results import STEP, Objective, Status, Sweep, Trial
+from ray_sd.tune.search import METRICS, SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TRIALS, begun_runs
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 SECONDS_BETWEEN_REPORTS = 20.0
+AT_WORK = ("pending", "running")
 OF_TRIAL = ("run", "samples", "adapter")
 """What a report says beside its metrics."""
 
@@ -74,7 +75,17 @@ class Recorder(tune.Callback):
         self._starts: dict[str, float] = {}
         self._before, self._began = self.sweep.seconds, time.monotonic()
         self._reported = float("-inf")
+        self._goes_on = True
         self._write()
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Forget trials that were at work, of which Tune, which writes down what it knows only now and then, knows nothing."""
+        if self._goes_on:
+            self._goes_on = False
+            there = {trial.trial_id for trial in trials}
+            self.sweep.trials = [one for one in self.sweep.trials if one.id in there or one.status not in AT_WORK]
+            self._trials = {trial.id: trial for trial in self.sweep.trials}
+            self._write()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         self._starts.setdefault(trial.trial_id, time.monotonic())

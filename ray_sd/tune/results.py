@@ -11,6 +11,8 @@ import pyarrow as pa
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 """`stopped` by the scheduler, because others were better."""
+STEP = "step"
+"""Key of a report: its finished steps."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Trial:
     @property
     def step(self) -> int:
         """Finished steps at the newest report."""
-        return int(self.reports[-1]["step"]) if self.reports else 0
+        return int(self.reports[-1][STEP]) if self.reports else 0
 
 
 @dataclass(frozen=True)

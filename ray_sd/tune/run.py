@@ -31,7 +31,7 @@ from ray_sd.tune.progress import show, watching
 from ray_sd.tune.record import RECORD, Recorder, read_record
 from ray_sd.tune.report import report_html
 from ray_sd.tune.results import Sweep, Trial, trials_table
-from ray_sd.tune.search import SettingsSearch, build_scheduler, open_storage
+from ray_sd.tune.search import SettingsSearch, build_scheduler, check_study, open_storage
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TRIALS, TrialJob, run_trial
 
@@ -84,7 +84,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     """Try settings of an experiment, and keep the best adapter, a table and a report.
 
     Raises ConfigError before Ray starts for a space, metrics or an experiment that cannot be run, and where the sweep's name
-    is taken; before any trial where the cluster is too small for one; RaySdError where no trial came to its end.
+    is taken, be it in a database; before any trial where the cluster is too small for one. Raises RaySdError where no trial came
+    to its end.
     """
     folder = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": folder.storage_path})
@@ -96,6 +97,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     folder.check_writable()
     is_population = isinstance(config.sweep.scheduler, PbtScheduler)
     storage = None if is_population else open_storage(_study_url(config, folder))
+    if storage is not None and not begun:
+        check_study(storage, config.name)
     config = config.without_password()
     folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 

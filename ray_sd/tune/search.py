@@ -25,21 +25,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from ray_sd.config import SweepConfig
 from ray_sd.config.sweep import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, hide_password
 from ray_sd.errors import ConfigError, first_line
+from ray_sd.tune.results import STEP
 from ray_sd.tune.space import Settings, Space, key_of
 
 SETTINGS, SEED = "settings", "seed"
 """Keys of a trial's configuration in Tune."""
-STEP, METRICS = "step", "metrics"
-"""Keys of a report: finished steps, and the names of what was measured, among all that Tune adds."""
+METRICS = "metrics"
+"""Key of a report: the names of what was measured, among all that Tune adds."""
 MOST_DRAWS = 200
 """Draws that constraints or repeats may throw away before a search ends."""
-STUDY = "sweep"
 
 
 class SettingsSearch(OptunaSearch):
     """Optuna, but for settings that constraints forbid or that were tried, with the experiment's own first, and several seeds.
 
-    With several seeds Optuna is told the mean of what they came to.
+    With several seeds Optuna is told the mean of what they came to. Trials that were stopped it is told as pruned: what they had
+    reached is no value beside those that came to their end. The study has the sweep's name.
     """
 
     def __init__(self, space: Space, config: SweepConfig, storage: BaseStorage | None) -> None:
@@ -50,11 +51,12 @@ class SettingsSearch(OptunaSearch):
             metric=list(settings.metric) if several else settings.metric[0],
             mode=list(settings.modes) if several else settings.modes[0],
             sampler=_sampler(config),
-            study_name=STUDY,
+            study_name=config.name,
             storage=storage,
         )
         self._settings_space = space
         self._first_seed, self._num_seeds = config.seed, settings.num_seeds
+        self._max_steps = config.trainer.max_steps
         self._left = settings.num_trials
         self._tried: set[str] = set()
         self._group: tuple[str, Settings] | None = None
@@ -96,8 +98,9 @@ class SettingsSearch(OptunaSearch):
         self._outcomes[head].append(None if error else result)
         if head in self._ot_trials and len(self._outcomes[head]) == self._num_seeds:
             known = [outcome for outcome in self._outcomes[head] if outcome]
+            ended = [outcome for outcome in known if outcome[STEP] >= self._max_steps]
             names = self.metric if isinstance(self.metric, list) else [self.metric]
-            mean = {name: sum(one[name] for one in known) / len(known) for name in names if known}
+            mean = {name: sum(one[name] for one in ended) / len(ended) for name in names if ended}
             super().on_trial_complete(head, mean or None, error=not known)
 
     def _members_of(self, head: str) -> list[str]:
@@ -192,6 +195,12 @@ def open_storage(url: str) -> BaseStorage:
         if password:
             reason = reason.replace(password, "***")
         raise ConfigError(f"sweep.optuna_storage: {hide_password(url)} cannot be opened: {reason}") from error
+
+
+def check_study(storage: BaseStorage, name: str) -> None:
+    """Raise ConfigError where a database has a study of a new sweep's name: what another tried would count for this one."""
+    if name in optuna.get_all_study_names(storage):
+        raise ConfigError(f"name: sweep.optuna_storage has a study '{name}' already; choose another name=…")
 
 
 class StudyStorage(RDBStorage):

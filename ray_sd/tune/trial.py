@@ -27,7 +27,8 @@ from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.reporter import Reporter
-from ray_sd.tune.search import METRICS, SEED, SETTINGS, STEP
+from ray_sd.tune.results import STEP
+from ray_sd.tune.search import METRICS, SEED, SETTINGS
 from ray_sd.tune.space import Space
 
 TRIALS = "trials"

@@ -11,7 +11,8 @@ from ray import tune
 from ray_sd.errors import RaySdError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune import trial
-from ray_sd.tune.search import SEED, SETTINGS, STEP
+from ray_sd.tune.results import STEP
+from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.trial import TrialJob
 
 RATE = "trainer.learning_rate"

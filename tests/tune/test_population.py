@@ -12,8 +12,9 @@ import yaml
 from waiting import wait_for
 
 from ray_sd.tune import trial
+from ray_sd.tune.results import STEP
 from ray_sd.tune.run import run_trial, sweep
-from ray_sd.tune.search import SETTINGS, STEP
+from ray_sd.tune.search import SETTINGS
 
 for module in (__name__, "waiting"):  # which trials do not have
     ray.cloudpickle.register_pickle_by_value(sys.modules[module])

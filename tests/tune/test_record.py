@@ -73,6 +73,24 @@ def test_a_sweep_that_goes_on_keeps_what_it_knows_and_replaces_what_is_reported_
     assert known["seconds"] == 6.5
 
 
+def test_a_sweep_goes_on_without_what_was_at_work_and_is_not_known_any_more(recorder: Recorder, tmp_path: Path):
+    trials = [
+        SimpleNamespace(
+            trial_id=name, config={SETTINGS: {"trainer.learning_rate": rate}, SEED: 0}, pickled_error_file=None
+        )
+        for name, rate in (("ended", 0.5), ("known", 0.6), ("lost", 0.7))
+    ]
+    for trial in trials:
+        recorder.on_trial_start(0, trials, trial)
+    recorder.on_trial_error(0, trials, trials[0])
+    recorder.setup()
+    recorder.on_step_begin(0, trials[1:2])
+    assert [trial.id for trial in recorder.sweep.trials] == ["ended", "known"]
+    recorder.on_trial_start(1, trials[1:], trials[2])
+    recorder.on_step_begin(1, trials[1:2])
+    assert [trial.id for trial in recorder.sweep.trials] == ["ended", "known", "lost"]
+
+
 def failing_trial(tmp_path: Path) -> SimpleNamespace:
     """As Tune has it."""
     reason = tmp_path / "error.pkl"

@@ -151,7 +151,7 @@ def test_a_page_reloads_itself_until_the_sweep_is_finished():
 
 
 def test_importance_finds_the_setting_that_matters_and_the_same_each_time():
-    sweep = drawn_sweep(40)
+    sweep = drawn_sweep(80)
     told = importance(sweep, LOSS)
     assert next(iter(told.shares)) == RATE
     assert told.shares[RATE] > 0.5
@@ -167,6 +167,16 @@ def test_one_trial_that_diverged_does_not_hide_which_setting_matters():
     trials = [trial(n, {"a.x": x, "b.y": y}, x + 0.01 * y) for n, (x, y) in enumerate(drawn)]
     trials[7].reports[-1]["validation_loss"] = 1e6
     assert importance(sweep_of(*trials), LOSS).shares["a.x"] > 0.8
+
+
+def test_importance_compares_trials_where_they_were_equally_long():
+    """What goes on gains, whatever its settings: by their last values the later of these steps would decide, not x."""
+    stopped = [trial(n, {"a.x": n % 4, "b.y": n // 6}, 5.0 + n % 4, status="stopped") for n in range(6)]
+    finished = [trial(n, {"a.x": n % 4, "b.y": n // 6}, 5.0 + n % 4, 3.0, 1.0) for n in range(6, 9)]
+    told = importance(sweep_of(*stopped, *finished), LOSS)
+    assert (told.trials, told.step) == (9, 10)
+    assert told.shares["a.x"] > 0.8
+    assert "9 trials at step 10" in page_of(sweep_of(*stopped, *finished)).text
 
 
 def test_importance_takes_texts_lists_and_settings_that_do_not_always_apply():

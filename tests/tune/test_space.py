@@ -123,8 +123,22 @@ def test_several_seeds_run_the_same_settings_and_count_by_their_mean():
     assert [one[SEED] for one in found] == [7, 8, 9, 7, 8, 9]
     assert found[0][SETTINGS] == found[2][SETTINGS] != found[3][SETTINGS]
     for number, loss in enumerate((0.1, 0.2, 0.6)):
-        searching.on_trial_complete(str(number), {"validation_loss": loss})
+        searching.on_trial_complete(str(number), {"validation_loss": loss, "step": config.trainer.max_steps})
     assert [trial.value for trial in searching._ot_study.trials if trial.value is not None] == [pytest.approx(0.3)]
+
+
+def test_what_stopped_trials_had_reached_is_no_value_beside_those_that_ended():
+    config = load("sweep.num_trials=3")
+    searching = search(config)
+    for name, step, loss in (("whole", config.trainer.max_steps, 0.3), ("stopped", 2, 0.5), ("failed", 1, None)):
+        searching.suggest(name)
+        report = None if loss is None else {"validation_loss": loss, "step": step, "training_iteration": 1}
+        if report is not None:
+            searching.on_trial_result(name, report)
+        searching.on_trial_complete(name, report, error=report is None)
+    told = searching._ot_study.trials
+    assert [one.state.name for one in told] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert searching._ot_study.best_value == 0.3
 
 
 def test_a_search_goes_on_after_pickling():

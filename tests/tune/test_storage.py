@@ -11,7 +11,7 @@ from ray_sd.config.load import load_config, to_dict, to_yaml, validate
 from ray_sd.errors import ConfigError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.run import _check_resume
-from ray_sd.tune.search import STUDY, SettingsSearch, open_storage
+from ray_sd.tune.search import SettingsSearch, check_study, open_storage
 from ray_sd.tune.space import Space
 
 URL = "sweep.optuna_storage=postgresql://me:s3cret@host/db?sslmode=require"
@@ -58,7 +58,19 @@ def test_a_search_is_kept_without_the_password_and_goes_on_with_it(configure, tm
     assert b"s3cret" not in (tmp_path / "state").read_bytes()
     search.restore(str(tmp_path / "state"))
     assert search.suggest("second") not in (first, "FINISHED")
-    assert len(optuna.load_study(study_name=STUDY, storage=open_storage(locked_database)).trials) >= 1
+    assert len(optuna.load_study(study_name=config.name, storage=open_storage(locked_database)).trials) >= 1
+
+
+def test_two_sweeps_in_one_database_have_studies_of_their_own(configure, tmp_path: Path):
+    storage = open_storage(f"sqlite:///{tmp_path / 'studies.db'}")
+    for name in ("first", "second"):
+        config = configure(f"name={name}", "sweep.num_trials=2")
+        check_study(storage, name)
+        searching = SettingsSearch(Space(config), config, storage)
+        assert [searching.suggest(trial) == "FINISHED" for trial in ("a", "b", "c")] == [False, False, True]
+    assert [len(optuna.load_study(study_name=name, storage=storage).trials) for name in ("first", "second")] == [2, 2]
+    with pytest.raises(ConfigError, match="name: sweep.optuna_storage has a study 'first' already"):
+        check_study(storage, "first")
 
 
 def test_a_database_that_does_not_open_is_told_without_its_password(locked_database: str):

@@ -18,7 +18,7 @@ from ray_sd.tune.report.seeds import seed_intervals
 from ray_sd.tune.report.words import number
 from ray_sd.tune.results import Trial
 from ray_sd.tune.run import sweep
-from ray_sd.tune.search import STUDY, open_storage
+from ray_sd.tune.search import open_storage
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_sweep_weighs_two_metrics_by_their_means_over_seeds(
     again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
     assert (again.trainer.learning_rate, again.seed) == (rate, best.seed)
 
-    known = optuna.load_study(study_name=STUDY, storage=open_storage(locked_database)).trials
+    known = optuna.load_study(study_name="learning_rate", storage=open_storage(locked_database)).trials
     assert {one.params[RATE] for one in known} == set(means)
     for one in known:
         assert one.values == pytest.approx(means[one.params[RATE]])

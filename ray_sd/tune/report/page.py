@@ -19,10 +19,9 @@ from ray_sd.tune.report.style import BASE, STATUS, WINNER
 from ray_sd.tune.report.thumbnails import picture_labels, read_thumbnails
 from ray_sd.tune.report.verdict import base_of, verdict
 from ray_sd.tune.report.words import ABSENT, count, duration, number, setting, settings, short_names
-from ray_sd.tune.results import Status, Sweep, Trial
+from ray_sd.tune.results import STEP, Status, Sweep, Trial
 
 HERE = Path(__file__).parent
-NOT_A_METRIC = "step"
 HEIGHT = 420
 """Pixels of a chart that says nothing else."""
 
@@ -131,7 +130,7 @@ def _columns(sweep: Sweep, names: Mapping[str, str]) -> list[Column]:
     """Of settings and metrics: those that are looked for first, the others as the trials began to report them."""
     goals = [goal.metric for goal in sweep.objectives]
     reported = dict.fromkeys(name for trial in sweep.trials for report in trial.reports for name in report)
-    metrics = [*goals, *(name for name in reported if name not in (*goals, NOT_A_METRIC))]
+    metrics = [*goals, *(name for name in reported if name not in (*goals, STEP))]
     columns = [_setting_column(sweep.trials, path, names[path]) for path in sweep.paths]
     if len({trial.seed for trial in sweep.trials}) > 1:
         seeds = tuple(trial.seed for trial in sweep.trials)
