@@ -96,11 +96,13 @@ class Runs(NamedTuple):
         return Runs(*([run for run in runs if run[0] in kinds] for runs in self))
 
 
-# An engine knows no method, only the groups and the modules that it is given.
+# An engine knows no method, only the groups and the modules that it is given: every method at one stage, and every stage with
+# three methods; at stage 3, whose parameters are gathered module by module, all that differ.
 STAGES_OF_METHODS = Runs(
     often=[*((kind, 1) for kind in DIFFERENT), *(("textual_inversion", stage) for stage in (0, 2, 3))],
     rarely=[(kind, 1) for kind in METHODS if kind not in DIFFERENT]
-    + [(kind, stage) for kind in METHODS for stage in (0, 2, 3) if kind != "textual_inversion"],
+    + [(kind, stage) for kind in ("lora", "temporal") for stage in (0, 2)]
+    + [(kind, 3) for kind in DIFFERENT if kind != "textual_inversion"],
 )
 # Stages 1 and 2 keep one flat tensor a group, stage 3 others, and stage 0 the parameters.
 STAGES_OF_OPTIMIZERS = Runs(
