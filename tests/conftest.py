@@ -48,7 +48,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
     {
         "tune/test_population.py": 250,
         "tune/test_survival.py": 260,
-        "tune/test_killed_sweep.py": 220,
+        "tune/test_sweep_processes.py": 220,
         "train/test_fit_function.py": 110,
         "serve/test_serve_job.py": 40,
         "serve/test_faults.py": 220,

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import ray
 import yaml
 from ray import tune
+from ray.actor import ActorHandle
 
 from ray_sd.cluster import connect, has_gpus, possible_resources, quiet_tune, tuning_environment
 from ray_sd.config import ExperimentConfig, SweepConfig
@@ -21,6 +22,7 @@ from ray_sd.config.words import no_such
 from ray_sd.data import READER_CPUS
 from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.methods import build_method
 from ray_sd.train.monitor import metric_names
 from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, check
@@ -107,6 +109,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     at_once = _trials_at_once(config)
     located = absolute_paths(config)
     preparer = ray.remote(num_cpus=0)(Preparer).remote()
+    _encode(preparer, located.experiment)
     job = TrialJob(located, f"{folder.path}/{TRIALS}", preparer, _threads(config, at_once))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), {"CPU": TRIAL_CPUS})
     recorder = Recorder(config, space, folder, report=lambda record: _write_report(record, config, folder), show=show)
@@ -174,13 +177,20 @@ def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:
     return True
 
 
+def _encode(preparer: ActorHandle, config: ExperimentConfig) -> None:
+    """Encode what the experiment learns from, so that trials find it and have to encode only what their settings change."""
+    ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+
+
 def _trials_at_once(config: SweepConfig) -> int:
-    """As many trials as the cluster has room for, with the pictures of one being drawn meanwhile."""
+    """As many trials as the cluster has room for, with the pictures of one being drawn meanwhile.
+
+    Where there is room for one, but not for its pictures, these are drawn once its workers are done.
+    """
     trainer, found = config.trainer, possible_resources()
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
-    room = (found.get("CPU", 0) - (DRAWING_CPUS if draws(config) else 0)) / (
-        TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
-    )
+    cpus, of_trial = found.get("CPU", 0), TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
+    room = max((cpus - DRAWING_CPUS if draws(config) else cpus) / of_trial, min(1, cpus / of_trial))
     if use_gpu:
         room = min(room, found.get("GPU", 0) / (trainer.num_workers * trainer.gpus_per_worker))
     fit = int(room + 1e-9)

@@ -20,6 +20,7 @@ from ray.util.queue import Queue
 
 from ray_sd.cluster import quiet_checkpoints
 from ray_sd.config import ExperimentConfig, SweepConfig
+from ray_sd.data import PreparedData
 from ray_sd.errors import RaySdError
 from ray_sd.methods import build_method
 from ray_sd.train.resume import CONFIG, stored_config
@@ -91,10 +92,11 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     pointer = Pointer() if checkpoint is None else _read_pointer(checkpoint)
     name, resume = _beginning(job.folder, tune.get_context().get_trial_id(), pointer.path)
     config = job.configure(settings, name, resume)
+    data = ray.get(job.preparer.prepare.remote(config, build_method(config.method).rows()))
     reports = Queue(actor_options={"num_cpus": 0})
     began = time.monotonic() - pointer.seconds
     deadline = began + 60 * (job.config.sweep.trial_time_limit or float("inf"))
-    run = _begin(partial(_fit, config, job.preparer, reports))
+    run = _begin(partial(_fit, config, data, reports))
     last: dict[str, Any] = {}
     for report in _whole_reports(run, reports, config, deadline):
         last = report | {"run": RunFolder(job.folder, name).path}
@@ -145,9 +147,8 @@ def begun_runs(folder: str, trial: str) -> list[RunFolder]:
     return runs
 
 
-def _fit(config: ExperimentConfig, preparer: ActorHandle, reports: Queue) -> TrainingResult:
-    """Train on what the trials' preparer encodes. reports: are told of every checkpoint, and of what came of drawing."""
-    data = ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+def _fit(config: ExperimentConfig, data: PreparedData, reports: Queue) -> TrainingResult:
+    """reports: are told of every checkpoint, and of what came of drawing."""
     return fit(config, data=data, callbacks=[Reporter(reports)], drawings=reports)
 
 

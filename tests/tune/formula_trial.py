@@ -40,3 +40,4 @@ def use_formula(monkeypatch: pytest.MonkeyPatch) -> None:
             trial._tell(report, began)
 
     monkeypatch.setattr("ray_sd.tune.run.run_trial", formula)
+    monkeypatch.setattr("ray_sd.tune.run._encode", lambda *_: None)

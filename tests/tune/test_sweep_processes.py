@@ -1,4 +1,4 @@
-"""A sweep whose driver is killed."""
+"""Sweeps in processes of their own: one whose driver is killed, and one on a single CPU."""
 
 import subprocess
 import sys
@@ -34,3 +34,26 @@ def test_a_killed_driver_goes_on_and_runs_no_finished_trial_again(sweep_settings
     assert after[first] == before[first]
     assert len({trial["settings"]["trainer.learning_rate"] for trial in after.values()}) == 2
     assert len(list(folder.glob("trials/*/config.yaml"))) == 2  # nothing began anew
+
+
+ON_ONE_CPU = """
+import sys
+import ray
+from ray_sd.config import SweepConfig
+from ray_sd.config.load import load_config
+from ray_sd.tune.run import sweep
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+print(sweep(load_config(sys.argv[1:], SweepConfig)).summary())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_single_cpu_is_enough_for_trials_that_draw_pictures(sweep_settings, tmp_path: Path):
+    drawn = ["trainer.validation.prompts=a owl on a red background", "trainer.validation.num_inference_steps=1"]
+    command = [sys.executable, "-c", ON_ONE_CPU, *sweep_settings, *drawn, "trainer.max_steps=2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tried 2 finished" in done.stdout
+    assert all(len(trial["pictures"]) == 1 for trial in trials(tmp_path / "sweeps" / "learning_rate"))
