@@ -8,7 +8,7 @@ Eight learning rates of one experiment, none stopped early:
 `sweep_over_sequential` is the ratio of wall times, starts of Ray and of every process included. `stepping_share` is the share of
 the sweep's wall time in which at least one trial was taking optimizer steps, by the wall times that TensorBoard keeps of each.
 
-Bars: at most 0.9, at least 0.8.
+Bars: at most 0.9, at least 0.85, with a minute of steps and more in each trial.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 REPOSITORY = Path(__file__).parents[1]
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-BARS = {"sequential_over_sweep": round(1 / 0.9, 3), "stepping_share": 0.8}
+BARS = {"stepping_share": 0.85, "least_stepping_seconds": 60}
+AT_MOST = {"sweep_over_sequential": 0.9}
 LONGEST_STEP = 3
 """Times the median between two steps, above which the time in between went elsewhere: to a checkpoint or a validation."""
 
@@ -43,7 +44,6 @@ def main() -> None:
         sequential = [run_alone(folder, trial, options.steps) for trial in trials]
     figures = {
         "sweep_over_sequential": round(swept / sum(sequential), 3),
-        "sequential_over_sweep": round(sum(sequential) / swept, 3),
         "stepping_share": round(covered(itertools.chain(*steps)) / swept, 3),
         "sweep_seconds": round(swept, 1),
         "sequential_seconds": round(sum(sequential), 1),
@@ -54,7 +54,7 @@ def main() -> None:
         for trial, inside, alone in zip(trials, stepping, sequential, strict=True)
     ]
     print_table("seconds of each run", ["learning rate", "stepping in the sweep", "whole, alone"], rows)
-    write_result("sweep_overhead", figures, BARS, vars(options), keep=not options.short)
+    write_result("sweep_overhead", figures, BARS, vars(options), at_most=AT_MOST, keep=not options.short)
 
 
 def common(folder: Path, steps: int) -> list[str]:
