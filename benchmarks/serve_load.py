@@ -482,7 +482,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=2, help="of each way, under each saturating load")
     parser.add_argument("--seconds", type=float, default=8, help="of a turn, after it has warmed up")
     parser.add_argument("--clients", type=int, default=32, help="who saturate")
-    parser.add_argument("--requests", type=int, default=120, help="that come by chance")
+    parser.add_argument("--requests", type=int, default=360, help="that come by chance; of fewer, a handful decide")
     parser.add_argument("--alone", type=int, default=12, help="requests with nobody else there, of each way")
     parser.add_argument("--max-rows", type=int, default=32, help="of a step of ours")
     parser.add_argument("--short", action="store_true", help="keep no result")

@@ -200,7 +200,7 @@ class BankedLayer:
             return _add_convolution(module, inputs[0], output, down, up)
         rows = len(down)
         lowered = torch.bmm(inputs[0].reshape(rows, -1, down.shape[-1]), down.mT)
-        return torch.baddbmm(output.reshape(rows, -1, up.shape[-1]), lowered, up).reshape(output.shape)
+        return output.reshape(rows, -1, up.shape[-1]).baddbmm_(lowered, up).reshape(output.shape)
 
 
 def _add_convolution(module: nn.Conv2d, x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -211,4 +211,4 @@ def _add_convolution(module: nn.Conv2d, x: Tensor, output: Tensor, down: Tensor,
         x.reshape(1, -1, *x.shape[2:]), filters, None, module.stride, module.padding, module.dilation, groups=rows
     )
     lowered = lowered.reshape(rows, ranks, -1)
-    return torch.baddbmm(output.flatten(2), up.mT, lowered).reshape(output.shape)
+    return output.flatten(2).baddbmm_(up.mT, lowered).reshape(output.shape)
