@@ -7,7 +7,7 @@ from tiny_models import difference, tiny_config
 from ray_sd.config.method import LoraMethod
 from ray_sd.config.trainer import TrainerConfig
 from ray_sd.errors import RequestError
-from ray_sd.generate import ImageRequest, generate
+from ray_sd.generate import Batch, ImageRequest, generate, start
 from ray_sd.methods import build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.schedulers import SAMPLERS
@@ -21,7 +21,7 @@ REQUESTS = [
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
-def plain_picture(model: DiffusionModel, request: ImageRequest):
+def plain_picture(model: DiffusionModel, request: ImageRequest, output_type: str = "pil"):
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
@@ -32,6 +32,7 @@ def plain_picture(model: DiffusionModel, request: ImageRequest):
         height=request.height,
         width=request.width,
         generator=torch.Generator().manual_seed(request.seed),
+        output_type=output_type,
     ).images[0]
 
 
@@ -43,6 +44,19 @@ def test_pictures_equal_the_plain_pipelines(tiny: Path, sampler: str, noise: dic
     for picture, request in zip(pictures, REQUESTS, strict=True):
         # Batches of other sizes round otherwise in the last bit, which may tip a pixel.
         assert difference(picture, plain_picture(model, request)) <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_equal_the_plain_pipelines(tiny: Path, sampler: str):
+    model = load_model(tiny_config(tiny, scheduler={"sampler": sampler}))
+    batch, drawings = Batch(model), start(model, REQUESTS[:3])
+    batch.join(drawings)
+    while len(batch):
+        batch.advance()
+    for drawing, request in zip(drawings, REQUESTS, strict=False):
+        expected = plain_picture(model, request, "latent")
+        tolerance = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(drawing.latents, expected, rtol=0, atol=tolerance)
 
 
 def test_the_picture_does_not_depend_on_the_batch(tiny: Path):
