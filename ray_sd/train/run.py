@@ -47,6 +47,8 @@ from ray_sd.train.worker import draw, train_loop
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
+DRAWING_CPUS = 0.5
+"""What a task that draws pictures takes where training leaves as much."""
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,15 @@ def _scaling(config: ExperimentConfig) -> ray.train.ScalingConfig:
 
 
 def _drawing(config: ExperimentConfig) -> dict:
-    """Resources of a drawing task: a GPU where training leaves one."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    spare = gpus - config.trainer.num_workers * config.trainer.gpus_per_worker >= 1
+    """Resources of a drawing task: a GPU where training leaves one, and less of a CPU where it leaves little."""
+    trainer, gpus = config.trainer, ray.cluster_resources().get("GPU", 0)
+    left = possible_resources().get("CPU", 0) - trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
+    spare = gpus - trainer.num_workers * trainer.gpus_per_worker >= 1
     if draws(config):
         logger.info("validation samples are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
     # In a trial of a sweep it would otherwise have to fit into what the trial's own process takes.
-    return {"num_cpus": 0.5, "num_gpus": 1 if spare else 0, "scheduling_strategy": "DEFAULT"}
+    cpus = min(DRAWING_CPUS, max(0.0, left / 2))
+    return {"num_cpus": cpus, "num_gpus": 1 if spare else 0, "scheduling_strategy": "DEFAULT"}
 
 
 def _export(

@@ -25,7 +25,7 @@ from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.train.monitor import metric_names
 from ray_sd.train.resume import differences
-from ray_sd.train.run import ADAPTER, check
+from ray_sd.train.run import ADAPTER, DRAWING_CPUS, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.preparer import Preparer
@@ -50,8 +50,6 @@ REFRESH_SECONDS = 30
 TABLE = "trials.parquet"
 CONFIG = "config.yaml"
 STUDY_FILE = "optuna.db"
-DRAWING_CPUS = 0.5
-"""What a task that draws pictures takes, as a run asks for it."""
 TRIAL_CPUS = 0.01
 """A trial's own process waits for its run; Tune takes no trial that needs nothing."""
 MAY_CHANGE = ("resume", "cache_path", "sweep.trial_time_limit")
@@ -185,7 +183,7 @@ def _encode(preparer: ActorHandle, config: ExperimentConfig) -> None:
 def _trials_at_once(config: SweepConfig) -> int:
     """As many trials as the cluster has room for, with the pictures of one being drawn meanwhile.
 
-    Where there is room for one, but not for its pictures, these are drawn once its workers are done.
+    Where there is room for one alone, its pictures take what it leaves.
     """
     trainer, found = config.trainer, possible_resources()
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
