@@ -41,6 +41,7 @@ from ray_sd.serve.order import (
 )
 from ray_sd.serve.prompts import EncodedPrompts
 from ray_sd.serve.turns import Picture, Turns
+from ray_sd.serve.waiting import WaitingOrder, WaitingOrders
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Engine:
         self.adapters = adapters
         self.figures = EngineFigures()
         self._changed = threading.Condition()
-        self._waiting: list[tuple[int, Ticket]] = []
+        self._waiting = WaitingOrders()
         """Orders that are not begun, and the one that is being prepared."""
         self._errands: deque[tuple[Callable[[], Any], Future]] = deque()
         """What else the thread that prepares pictures has to do."""
@@ -70,7 +71,6 @@ class Engine:
         """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: LRUCache[Hashable, Image.Image]
-        self._count = 0
         self._closing = False
         self._rows_that_fit = rows_that_fit
         own = self.model.unet.config.sample_size
@@ -113,7 +113,7 @@ class Engine:
     def steps_left(self) -> int:
         """Steps still to be taken, of each row of each picture."""
         waiting = sum(
-            ticket.order.request.steps_taken * len(ticket.order.request.prompts) for _, ticket in list(self._waiting)
+            ticket.order.request.steps_taken * len(ticket.order.request.prompts) for ticket in self._waiting.tickets
         )
         return waiting + sum(
             (picture.drawing.steps - picture.drawing.taken) * picture.drawing.rows for picture in list(self._pictures)
@@ -130,8 +130,7 @@ class Engine:
             waiting = self.waiting
             if waiting >= self.batching.max_waiting:
                 raise EngineBusyError(waiting, self.seconds_for(waiting))
-            self._count += 1
-            self._waiting.append((self._count, ticket))
+            self._waiting.add(ticket)
             self._changed.notify_all()
         ticket.tell(Queued(waiting))
         return ticket
@@ -205,29 +204,34 @@ class Engine:
 
     def _prepare(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._errands or self._waiting)
+            self._changed.wait_for(lambda: self._closing or self._errands or self._next())
             if self._closing:
                 return
             errand = self._errands.popleft() if self._errands else None
-            if errand is None:
-                number, ticket = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+            order = self._next() if errand is None else None
+            if order is not None:
+                order.tried_at = self._waiting.releases
         if errand is not None:
             self._run_errand(*errand)
-        else:
-            self._begin(number, ticket)
+        elif order is not None:
+            self._begin(order)
 
-    def _begin(self, number: int, ticket: Ticket) -> None:
-        picture = None
+    def _next(self) -> WaitingOrder | None:
+        """Who is prepared next. What is set aside is left out as it is cancelled or late with the next step of others."""
+        return self._waiting.next(self._turns, self.batching.patience, self.figures.steps)
+
+    def _begin(self, order: WaitingOrder) -> None:
+        ticket, picture = order.ticket, None
         if ticket.cancelled:
             self.figures.cancelled += 1
         elif ticket.late:
             self._fail([ticket], _too_late(ticket))
         else:
             try:
-                picture = self._picture(number, ticket)
+                picture = self._picture(order.number, ticket)
             except AdaptersInUseError:
-                with self._changed:
-                    self._changed.wait(0.05)  # until a picture ends and its adapters may go
+                if order.aside_since is None:
+                    order.aside_since = self.figures.steps
                 return
             except RaySdError as error:
                 self._fail([ticket], error)
@@ -235,7 +239,7 @@ class Engine:
                 logger.exception("a picture could not be begun")
                 self._fail([ticket], error)
         with self._changed:
-            self._waiting.remove((number, ticket))
+            self._waiting.remove(order)
             if picture is not None:
                 self._pictures.append(picture)
                 self._changed.notify_all()
@@ -401,6 +405,7 @@ class Engine:
             del self._under_way[picture.key]
         self.adapters.release(picture.adapters)
         with self._changed:
+            self._waiting.releases += 1
             self._changed.notify_all()
 
     def _drop(self, pictures: Iterable[Picture], error: Exception) -> None:
@@ -419,7 +424,7 @@ class Engine:
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
             self._closing = True
-            waiting = [ticket for _, ticket in self._waiting]
+            waiting = self._waiting.tickets
             pictures = {id(picture): picture for picture in self._pictures}
             self._changed.notify_all()
         pictures |= {id(picture): picture for picture in self._decoder.waiting}
