@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from PIL import Image
 
 from ray_sd.config.serve import BatchingConfig
-from ray_sd.errors import RaySdError
+from ray_sd.errors import RequestError
 from ray_sd.generate import Batch
 from ray_sd.generate.start import start_picture
 from ray_sd.models import DiffusionModel
@@ -37,6 +37,7 @@ from ray_sd.serve.order import (
     Queued,
     Shown,
     Stepped,
+    StoppedError,
     Ticket,
 )
 from ray_sd.serve.prompts import EncodedPrompts
@@ -124,9 +125,11 @@ class Engine:
         return bool(self._waiting or self._pictures or self._decoder.waiting)
 
     def order(self, order: Order, listener: Listener) -> Ticket:
-        """Ask for a picture. Raises EngineBusyError where too many wait."""
+        """Ask for a picture. Raises EngineBusyError where too many wait, and StoppedError where nothing is drawn any more."""
         ticket = Ticket(order, listener)
         with self._changed:
+            if self._closing:
+                raise StoppedError
             waiting = self.waiting
             if waiting >= self.batching.max_waiting:
                 raise EngineBusyError(waiting, self.seconds_for(waiting))
@@ -151,7 +154,8 @@ class Engine:
         self._decoder.close()
         for thread in self._threads:
             thread.join()
-        self._fail_errands(RaySdError("the model is stopped"))
+        if self._broken is None:
+            self._fail_all()
 
     def seconds_for(self, pictures: int) -> float:
         """How long so many pictures take, by what the last took; a second where nothing is known."""
@@ -171,7 +175,7 @@ class Engine:
         except BaseException as error:
             self._broken = error
             logger.exception("the engine of %s has stopped", self.model.config.name)
-            self._fail_all(error)
+            self._fail_all()
             raise
 
     # Preparing
@@ -183,7 +187,7 @@ class Engine:
             self._errands.append((work, future))
             self._changed.notify_all()
         if self._closing:
-            self._fail_errands(RaySdError("the model is stopped"))
+            self._fail_errands()
         return future
 
     def _run_errand(self, work: Callable[[], Any], future: Future) -> None:
@@ -194,13 +198,13 @@ class Engine:
         except Exception as error:  # noqa: BLE001  told to who waits for it
             future.set_exception(error)
 
-    def _fail_errands(self, error: Exception) -> None:
+    def _fail_errands(self) -> None:
         with self._changed:
             errands = list(self._errands)
             self._errands.clear()
         for _, future in errands:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                future.set_exception(StoppedError())
 
     def _prepare(self) -> None:
         with self._changed:
@@ -233,7 +237,7 @@ class Engine:
                 if order.aside_since is None:
                     order.aside_since = self.figures.steps
                 return
-            except RaySdError as error:
+            except RequestError as error:
                 self._fail([ticket], error)
             except Exception as error:
                 logger.exception("a picture could not be begun")
@@ -421,7 +425,7 @@ class Engine:
         for ticket in tickets:
             ticket.tell(Failed(error))
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _fail_all(self) -> None:
         with self._changed:
             self._closing = True
             waiting = self._waiting.tickets
@@ -429,9 +433,8 @@ class Engine:
             self._changed.notify_all()
         pictures |= {id(picture): picture for picture in self._decoder.waiting}
         self._decoder.close()
-        stopped = RaySdError(f"the model has stopped: {error}")
-        self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
-        self._fail_errands(stopped)
+        self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], StoppedError())
+        self._fail_errands()
 
 
 def _too_late(ticket: Ticket) -> DeadlineError:

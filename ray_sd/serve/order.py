@@ -22,6 +22,13 @@ class DeadlineError(RaySdError):
     """A picture was not done in time."""
 
 
+class StoppedError(RaySdError):
+    """The engine draws no more, whatever it is asked."""
+
+    def __str__(self) -> str:
+        return "the engine has stopped"
+
+
 @dataclass(frozen=True)
 class Order:
     """A picture that somebody wants."""

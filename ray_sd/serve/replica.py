@@ -11,7 +11,7 @@ from PIL import Image
 
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
-from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.errors import ConfigError, RequestError
 from ray_sd.generate.shapes import picture_size
 from ray_sd.media.pictures import image_bytes
 from ray_sd.models import load_model
@@ -24,12 +24,23 @@ from ray_sd.serve.live import with_changes
 from ray_sd.serve.logs import log_with_serve
 from ray_sd.serve.messages import AdaptersTold, PictureEvent, PictureJob, Unloaded
 from ray_sd.serve.metrics import ReplicaMetrics
-from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
+from ray_sd.serve.order import (
+    DeadlineError,
+    Drawn,
+    EngineBusyError,
+    Event,
+    Failed,
+    Order,
+    Queued,
+    Shown,
+    Stepped,
+    StoppedError,
+)
 from ray_sd.serve.scaling import QUEUED_STEPS
 
 logger = logging.getLogger(__name__)
 
-FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "internal"]
+FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "stopped", "internal"]
 
 
 class ModelReplica:
@@ -75,6 +86,9 @@ class ModelReplica:
                 except EngineBusyError as error:
                     message = f"{error.waiting} pictures are waiting already; try again in {error.retry_after:.0f} s"
                     yield PictureEvent("failed", number, _failure("busy", message, retry_after=error.retry_after))
+                    return
+                except StoppedError as error:
+                    yield PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
                     return
             open_ones = len(job.requests)
             while open_ones:
@@ -145,7 +159,10 @@ class ModelReplica:
 
     async def unload_adapter(self, name: str) -> Unloaded:
         """Forget an adapter, unless a picture needs it."""
-        forgotten, in_use = await asyncio.wrap_future(self._engine.unload(name))
+        try:
+            forgotten, in_use = await asyncio.wrap_future(self._engine.unload(name))
+        except StoppedError:  # whose adapters go with it
+            forgotten, in_use = 0, 0
         return Unloaded(forgotten, in_use, self._engine.seconds_for(1))
 
     async def figures(self) -> dict[str, Any]:
@@ -193,8 +210,11 @@ def failure_of(error: Exception, model: str, retry_after: float) -> dict[str, An
             return _failure("in_use", f"{message}; try again in {retry_after:.0f} s", retry_after=retry_after)
         case DeadlineError():
             return _failure("deadline", str(error))
-        case RaySdError():
-            return _failure("invalid", str(error))
+        case StoppedError():
+            message = f"the replica of '{model}' that was asked has stopped, and another one comes; ask again"
+            return _failure("stopped", message)
+        case RequestError():
+            return _failure("invalid", str(error), param=error.param)
         case _:
             logger.error("what %s was asked failed: %s", model, error)
             return _failure("internal", "this could not be done; the log of the server says why")

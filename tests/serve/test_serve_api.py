@@ -217,6 +217,8 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ),
         ({"prompt": "a", "response_format": "file"}, 400, "response_format", "b64_json"),
         ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
+        ({"prompt": "a", "scheduler": "lcm", "num_inference_steps": 51}, 400, "num_inference_steps", "cannot take 51"),
+        ({"prompt": '("a", "b").blend(1, 2)', "prompt_weighting": True}, 400, "prompt", "more than weights"),
     ],
 )
 def test_bad_requests_are_told_in_openais_words(server: str, body: dict, status: int, param: str | None, words: str):
@@ -231,7 +233,8 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
     response = httpx.post(f"{server}/v1/images/generations", content=b"{", timeout=60)
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
     response = httpx.get(f"{server}/v1/nothing")
-    assert (response.status_code, response.json()["error"]["message"]) == (404, "Not Found")
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "invalid_request_error")
+    assert response.json()["error"]["message"] == "there is nothing at this path; /docs lists all that there are"
     with pytest.raises(openai.BadRequestError, match="this is no picture that is read"):
         client.images.edit(image=b"GIF89a", prompt="a cat")
     with pytest.raises(openai.APIStatusError, match="a request has at most 100000 bytes") as caught:
@@ -241,6 +244,12 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
         client.images.edit(image=[png(photo()), png(photo())], prompt="a cat")
     response = httpx.post(f"{server}/v1/images/edits", data={"prompt": "a"}, timeout=60)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
+
+
+def test_an_edit_that_leaves_no_step_names_strength(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="strength 0.1 of 4 steps leaves none") as caught:
+        client.images.edit(image=png(photo()), prompt="a cat", extra_body={"strength": 0.1})
+    assert caught.value.param == "strength"
 
 
 def test_too_many_are_sent_away_with_a_time(server: str):

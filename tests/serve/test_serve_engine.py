@@ -1,5 +1,6 @@
 """Pictures that enter and leave an engine between steps, and how they share them."""
 
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -7,14 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from orders import LONG, SAME, Client, draw
+from PIL import Image
 from tiny_models import difference
 from waiting import wait_for
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RequestError
-from ray_sd.generate import ImageRequest
+from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapter_folder import UnknownAdapterError
-from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Stepped
+from ray_sd.serve.errors import of_failure
+from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Stepped, StoppedError
+from ray_sd.serve.replica import failure_of
 
 
 def test_pictures_enter_and_leave_between_steps(build):
@@ -151,6 +155,51 @@ def test_errors_reach_who_asked_and_no_other(build):
     assert isinstance(size.error, RequestError)
     assert isinstance(fine, Drawn)
     assert engine.healthy
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ImageRequest("a cat", scheduler="lcm", num_inference_steps=51), "num_inference_steps"),
+        (EditRequest("a cat", num_inference_steps=5, image=Image.new("RGB", (64, 64)), strength=0.1), "strength"),
+        (ImageRequest("a <cat>", adapters=(("word", 1.0), ("other-word", 1.0))), "adapters"),
+        (ImageRequest('("a", "b").blend(1, 2)', prompt_weighting=True), "prompt"),
+        (ImageRequest("a cat", '("a", "b").blend(1, 2)', prompt_weighting=True), "negative_prompt"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_field(build, request_: ImageRequest, param: str):
+    client = Client(build())
+    client.order(Order(request_))
+    [failed] = client.finish()
+    again = pickle.loads(pickle.dumps(failed.error))
+    assert (type(again), str(again), again.param) == (RequestError, str(failed.error), param)
+    assert of_failure(failure_of(again, "tiny", 1.0)).param == param
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_engine_fails_what_is_under_way_and_what_comes(build, monkeypatch: pytest.MonkeyPatch):
+    engine = build(max_rows=2)
+    client = Client(engine)
+    for seed in range(3):
+        client.order(Order(replace(LONG, seed=seed)))
+    client.wait_for_step(0)
+    monkeypatch.setattr(engine._turns, "choose", lambda *given: {}["of our own"])
+    assert {type(event.error) for event in client.finish()} == {StoppedError}
+    assert not engine.healthy
+    with pytest.raises(StoppedError):
+        client.order(Order(LONG))
+    with pytest.raises(StoppedError):
+        engine.load("lora").result(60)
+
+
+def test_a_closed_engine_fails_what_is_under_way(build):
+    engine = build()
+    client = Client(engine)
+    client.order(Order(LONG))
+    client.wait_for_step(0)
+    engine.close()
+    [failed] = client.finish()
+    assert isinstance(failed.error, StoppedError)
 
 
 def test_a_step_that_memory_has_no_room_for_is_taken_by_fewer(build, monkeypatch: pytest.MonkeyPatch):

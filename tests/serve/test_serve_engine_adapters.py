@@ -19,7 +19,6 @@ from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
 from ray_sd.adapter import MANIFEST
-from ray_sd.errors import RaySdError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.bank import LoraBank
 from ray_sd.methods.lora import LORA_FILE
@@ -27,7 +26,7 @@ from ray_sd.models import load_model
 from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder, BrokenAdapterError, UnknownAdapterError
 from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.errors import of_failure
-from ray_sd.serve.order import DeadlineError, Drawn, Failed, Order
+from ray_sd.serve.order import DeadlineError, Drawn, Failed, Order, StoppedError
 from ray_sd.serve.replica import failure_of
 
 PICKLED = "pytorch_lora_weights.bin"
@@ -91,7 +90,7 @@ def test_adapters_are_loaded_before_they_are_asked_for_and_forgotten_between_pic
     with pytest.raises(UnknownAdapterError, match="no adapter 'nobody'"):
         engine.load("nobody").result(60)
     engine.close()
-    with pytest.raises(RaySdError, match="the model is stopped"):
+    with pytest.raises(StoppedError):
         engine.load("lora").result(60)
 
 
