@@ -35,7 +35,6 @@ from ray_sd.serve.order import (
     Listener,
     Order,
     Queued,
-    Shown,
     Stepped,
     StoppedError,
     Ticket,
@@ -254,8 +253,8 @@ class Engine:
         adapters = self.adapters.acquire(order.request.adapters)
         try:
             versions = tuple(one.key for one in adapters)
-            key = None if order.key is None else (order.key, versions)
-            if key is not None and self._join(key, ticket):
+            key = (order.key, versions)
+            if self._join(key, ticket):
                 self.adapters.release(adapters)
                 return None
             pairs = list(zip(adapters, (weight for _, weight in order.request.adapters), strict=True))
@@ -267,8 +266,7 @@ class Engine:
             self.adapters.release(adapters)
             raise
         picture = Picture([ticket], key, adapters, alone, drawing, number)
-        if key is not None:
-            self._under_way[key] = picture
+        self._under_way[key] = picture
         return picture
 
     def _join(self, key: Hashable, ticket: Ticket) -> bool:
@@ -365,12 +363,11 @@ class Engine:
                 ticket.tell(Stepped(drawing.taken, drawing.steps))
             if drawing.done:
                 to_decode.append(Undecoded(picture, drawing.latents, None))
-            elif picture.to_show:
-                to_decode.append(Undecoded(picture, batch.preview([drawing])[0], picture.shown))
-                picture.shown += 1
+            elif onlookers := picture.onlookers:
+                to_decode.append(Undecoded(picture, batch.preview([drawing])[0], onlookers))
         self._decoder.add(to_decode)
         with self._changed:
-            done = {one.picture for one in to_decode if one.look is None}
+            done = {one.picture for one in to_decode if one.onlookers is None}
             self._pictures = [picture for picture in self._pictures if picture not in done]
             self._changed.notify_all()
 
@@ -379,21 +376,20 @@ class Engine:
     def _show(self, one: Undecoded, image: Image.Image) -> None:
         """Tell who wants a picture what it looks like by now, or in the end."""
         picture = one.picture
-        if one.look is not None:
-            for ticket in picture.tickets:
-                ticket.tell(Shown(one.look, image))
+        if one.onlookers is not None:
+            for ticket in one.onlookers:
+                ticket.show(image)
             return
         with self._changed:
             self._forget(picture)
-            if picture.key is not None:
-                _keep(self._results, picture.key, image)
+            _keep(self._results, picture.key, image)
         self.figures.pictures += 1
         for ticket in picture.tickets:
             ticket.finish(image)
 
     def _left_out(self, one: Undecoded, error: Exception | None) -> None:
         """What was not decoded, since nobody wants it, or since it went wrong. A look that is missing is missed by nobody."""
-        if one.look is not None:
+        if one.onlookers is not None:
             return
         if error is not None:
             self._drop([one.picture], error)

@@ -17,7 +17,7 @@ from ray_sd.errors import RequestError
 from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapter_folder import UnknownAdapterError
 from ray_sd.serve.errors import of_failure
-from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Stepped, StoppedError
+from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Shown, Stepped, StoppedError
 from ray_sd.serve.replica import failure_of
 
 
@@ -86,6 +86,52 @@ def test_the_same_picture_is_drawn_once(build):
     draw(engine, [Order(ImageRequest("a cat", seed=8, num_inference_steps=2))])
     assert engine.figures.prompts_encoded == 2
     assert engine.figures.prompts_found == 2
+
+
+def test_the_same_edit_is_drawn_once(build):
+    engine = build()
+    photo, mask = Image.new("RGB", (64, 64), "teal"), Image.new("L", (64, 64), 255)
+    edit = EditRequest("a cat", num_inference_steps=10, image=photo, mask=mask)
+    same = replace(edit, image=photo.copy(), mask=mask.copy())
+    first, second = draw(engine, [Order(edit), Order(same)])
+    assert first is second
+    assert engine.figures.pictures == 1
+    others = [
+        replace(edit, image=Image.new("RGB", (64, 64), "red")),
+        replace(edit, mask=Image.new("L", (64, 64), 254)),
+        replace(edit, mask=None),
+        replace(edit, strength=0.9),
+        replace(edit, seed=1),
+    ]
+    draw(engine, [Order(one) for one in others])
+    assert (engine.figures.pictures, engine.figures.results_found) == (6, 1)
+
+
+def test_a_stream_joins_a_picture_under_way_and_sees_what_still_comes(build, monkeypatch: pytest.MonkeyPatch):
+    engine, joined = build(), threading.Event()
+    denoise = engine.model.denoise
+
+    def held(*given: object) -> torch.Tensor:
+        if engine.figures.steps == 5:
+            joined.wait(300)
+        return denoise(*given)
+
+    monkeypatch.setattr(engine.model, "denoise", held)
+    client = Client(engine)
+    request = ImageRequest("a cat", num_inference_steps=8)
+    client.order(Order(request, partial_images=3))  # sees it after 2, 4 and 6 steps
+    client.wait(lambda: Stepped(5, 8) in client.events[0])
+    for partial_images in (1, 3, 0):  # of which those with one see it after 4
+        client.order(Order(request, partial_images=partial_images))
+    wait_for(lambda: engine.figures.results_found == 3)
+    joined.set()
+    client.finish()
+    assert engine.figures.steps == 8
+    looks = [[event.number for event in events if isinstance(event, Shown)] for events in client.events]
+    assert looks == [[0, 1, 2], [], [0], []]
+    assert len({id(events[-1].image) for events in client.events}) == 1
+    [again] = draw(engine, [Order(request)])
+    assert again is client.events[0][-1].image
 
 
 def test_a_picture_that_two_want_goes_on_when_one_leaves(build):
