@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from math import inf
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
 from ray_sd.errors import ConfigError, RequestError
-from ray_sd.generate.shapes import picture_size
+from ray_sd.generate.parameters import parameters
 from ray_sd.media.pictures import image_bytes
 from ray_sd.models import load_model
 from ray_sd.requests import ImageRequest
@@ -128,21 +129,14 @@ class ModelReplica:
                 return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
 
     def _encoded(self, job: PictureJob, number: int, image: Image.Image) -> bytes:
-        return image_bytes(image, job.format, self._parameters(job, job.requests[number]), job.quality)
+        return image_bytes(image, job.format, self._parameters(job.requests[number]), job.quality)
 
-    def _parameters(self, job: PictureJob, request: ImageRequest) -> dict[str, Any]:
-        height, width = picture_size(self._engine.model, request)
-        return {
-            "model": self._name,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "scheduler": request.scheduler or self._engine.model.config.scheduler.sampler,
-            "size": f"{width}x{height}",
-            "adapters": [{"name": name, "weight": weight} for name, weight in request.adapters],
-        }
+    def _parameters(self, request: ImageRequest) -> dict[str, Any]:
+        """What a picture's file says of how it was made; of a base on this machine not where it lies."""
+        config = self._engine.model.config
+        base = Path(config.base).name if config.base and Path(config.base).is_absolute() else config.base
+        adapters = [{"name": name, "weight": weight} for name, weight in request.adapters]
+        return parameters(config, request) | {"base": base, "served_model": self._name, "adapters": adapters}
 
     async def adapters(self) -> AdaptersTold:
         """Which are in memory, and which could not be loaded."""

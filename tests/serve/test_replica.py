@@ -1,14 +1,22 @@
 """A replica without Ray around it."""
 
 import asyncio
+import io
+import json
 import logging
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_config
+from orders import SAME
+from PIL import Image
+from tiny_models import difference, tiny_config
 
+from ray_sd.config import GenerateConfig
+from ray_sd.config.load import validate
+from ray_sd.draw.generation import draw
 from ray_sd.errors import ArtifactError, RequestError
 from ray_sd.generate import ImageRequest
+from ray_sd.media.pictures import read_parameters
 from ray_sd.models import load_model
 from ray_sd.serve.adapter_folder import AdapterFolder
 from ray_sd.serve.adapters import LoadedAdapters
@@ -33,6 +41,40 @@ def test_steps_are_told_to_those_alone_who_ask_for_them(replica: ModelReplica, p
         return [event.kind async for event in replica.draw(job)]
 
     assert asyncio.run(told()) == kinds
+
+
+def test_jobs_generate_draws_a_picture_again_by_what_its_file_says(tiny: Path, adapter_folder: Path, tmp_path: Path):
+    model = [f"model.base={tiny}", "model.name=tiny", "model.scheduler.sampler=ddim"]
+    replica = ModelReplica("served", {"settings": model, "threads": 1}, str(adapter_folder))
+    request = ImageRequest(
+        "a (red)1.8 cat",
+        "a (bad)0.5 dog",
+        seed=7,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        prompt_weighting=True,
+        scheduler="euler",
+        adapters=(("lora", 0.5),),
+        height=64,
+        width=96,
+    )
+
+    async def drawn() -> bytes:
+        return [event.content async for event in replica.draw(PictureJob((request,)))][-1]
+
+    content = asyncio.run(drawn())
+    told = read_parameters(io.BytesIO(content))
+    assert str(tiny.parent) not in str(told)
+    [adapter] = told.pop("adapters")
+    settings = {name: value for name, value in told.items() if name in GenerateConfig.model_fields}
+    settings |= {
+        "model": {"name": told["model"], "base": tiny.parent / told["base"], "scheduler": {"sampler": told["sampler"]}},
+        "adapter": adapter_folder / adapter["name"],
+        "adapter_scale": adapter["weight"],
+        "output": tmp_path,
+    }
+    config = validate(json.loads(json.dumps(settings, default=str)), GenerateConfig)
+    assert difference(Image.open(draw(config).pictures[0]), Image.open(io.BytesIO(content))) <= SAME
 
 
 @pytest.mark.parametrize(

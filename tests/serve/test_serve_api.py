@@ -22,6 +22,8 @@ from serving import serving
 from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
+from ray_sd import __version__
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
@@ -100,14 +102,20 @@ def test_pictures_are_those_of_the_plain_pipeline(client: openai.OpenAI, tiny: P
         assert difference(picture, plain(tiny, "a cat", 5 + number)) <= SAME
         parameters = read_parameters(io.BytesIO(base64.b64decode(data.b64_json)))
         assert parameters == {
-            "model": "tiny",
+            "model": "tiny_served",
+            "base": tiny.name,
+            "served_model": "tiny",
+            "ray_sd": __version__,
             "prompt": "a cat",
             "negative_prompt": "",
+            "prompt_weighting": False,
             "seed": 5 + number,
             "num_inference_steps": 4,
             "guidance_scale": 3.0,
-            "scheduler": "ddim",
-            "size": "64x64",
+            "scheduler": None,
+            "sampler": "ddim",
+            "height": 64,
+            "width": 64,
             "adapters": [],
         }
 
@@ -136,6 +144,18 @@ def test_an_adapter_is_a_model_or_a_choice(client: openai.OpenAI, tiny: Path, fo
         {"name": "pet", "weight": 0.5},
         {"name": "word", "weight": 1.0},
     ]
+
+
+def test_weights_of_words_are_read_where_they_are_asked_for(client: openai.OpenAI, tiny: Path):
+    prompt = "a (red)1.8 cat"
+    model = load_model(tiny_config(tiny, scheduler={"sampler": "ddim"}))
+    drawn = []
+    for weighted in (True, False):
+        settings = {"seed": 5, "prompt_weighting": weighted}
+        drawn.append(opened(client.images.generate(prompt=prompt, extra_body=settings).data[0].b64_json))
+        request = ImageRequest(prompt, num_inference_steps=4, guidance_scale=3.0, **settings)
+        assert difference(drawn[-1], generate(model, [request])[0]) <= SAME
+    assert difference(*drawn) > 5 * SAME
 
 
 def test_models_are_listed(client: openai.OpenAI):
@@ -181,6 +201,10 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         prompt="a cat",
         extra_body=settings | {"adapters": json.dumps([{"name": "pet", "weight": 0.5}])},
     )
+    for response, is_masked in ((whole, False), (masked, True)):
+        parameters = read_parameters(io.BytesIO(base64.b64decode(response.data[0].b64_json)))
+        assert (parameters["strength"], parameters["mask"]) == (0.9, is_masked)
+        assert "image" not in parameters
     sizes = {opened(response.data[0].b64_json).size for response in (whole, masked)}
     assert sizes == {(64, 64)}
     assert difference(opened(whole.data[0].b64_json), opened(masked.data[0].b64_json)) > 5 * SAME
