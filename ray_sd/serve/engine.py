@@ -358,6 +358,7 @@ class Engine:
         for picture in chosen:
             drawing = picture.drawing
             picture.suspected = False
+            self.figures.unwanted_steps += not picture.wanted
             for ticket in picture.tickets:
                 ticket.step_taken()
                 ticket.tell(Stepped(drawing.taken, drawing.steps))

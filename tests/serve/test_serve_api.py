@@ -333,6 +333,7 @@ def test_who_leaves_a_stream_is_drawn_for_no_further(server: str):
     after = figures()
     assert after["cancelled"] == before["cancelled"] + 1
     assert 5 <= after["steps"] - before["steps"] < LONG["num_inference_steps"]
+    assert after["unwanted_steps"] - before["unwanted_steps"] <= 1  # the one that was under way
 
 
 def test_who_leaves_before_an_answer_is_drawn_for_no_further(server: str):
@@ -347,3 +348,4 @@ def test_who_leaves_before_an_answer_is_drawn_for_no_further(server: str):
     after = figures()
     assert after["cancelled"] == before["cancelled"] + 3
     assert after["steps"] - before["steps"] < LONG["num_inference_steps"]
+    assert after["unwanted_steps"] - before["unwanted_steps"] <= 3  # no more than one of each picture

@@ -53,8 +53,27 @@ def test_a_cancelled_picture_takes_no_more_steps(build):
     before = engine.figures.steps
     wait_for(lambda: not engine.busy)
     assert engine.figures.steps <= before + 1
+    assert engine.figures.unwanted_steps <= 1
     assert engine.figures.cancelled == 1
     assert not isinstance(client.events[0][-1], Drawn | Failed)
+
+
+def test_a_step_that_nobody_wants_when_it_ends_is_counted(build, monkeypatch: pytest.MonkeyPatch):
+    engine, ordered = build(), threading.Event()
+    client = Client(engine)
+    denoise = engine.model.denoise
+
+    def leaving(*given: object) -> torch.Tensor:
+        ordered.wait(300)
+        if engine.figures.steps == 3:
+            client.tickets[0].cancel()
+        return denoise(*given)
+
+    monkeypatch.setattr(engine.model, "denoise", leaving)
+    client.order(Order(LONG))
+    ordered.set()
+    wait_for(lambda: engine.figures.cancelled == 1)
+    assert (engine.figures.steps, engine.figures.unwanted_steps) == (4, 1)
 
 
 def test_a_deadline_ends_a_picture_and_no_other(build):
