@@ -12,6 +12,11 @@ class ConfigError(RaySdError):
 class RequestError(RaySdError):
     """One request asks for what cannot be drawn; others beside it can."""
 
+    def __init__(self, *args: str, param: str | None = None) -> None:
+        """param: the field of the request that is wrong."""
+        super().__init__(*args)
+        self.param = param
+
 
 class DataError(RaySdError):
     """The data cannot be read, or too much of it was rejected."""

@@ -1,6 +1,6 @@
 """What can be asked for: pictures, pictures over others, enlargements, clips."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -33,8 +33,13 @@ class TextRequest:
     """Of those in the bank, which ones it is drawn with."""
 
     def settings(self) -> dict[str, Any]:
-        """What is told of it, without adapters where it has none."""
-        return {name: value for name, value in asdict(self).items() if name != "adapters" or value}
+        """What is told of it, without adapters where it has none, and without pictures."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value
+            for name, value in told.items()
+            if (name != "adapters" or value) and not isinstance(value, Image.Image)
+        }
 
     @property
     def guided(self) -> bool:
@@ -69,6 +74,9 @@ class EditRequest(ImageRequest):
     """White where it is drawn anew; the rest stays. None draws all of it."""
     strength: float = 0.8
     """How much noise the picture begins with, of (0, 1]: the share of the steps that are taken."""
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"mask": self.mask is not None}
 
     @property
     def steps_taken(self) -> int:

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ray_sd import __version__
 from ray_sd.adapter import MANIFEST, read_manifest
 from ray_sd.cluster import connect, has_gpus
 from ray_sd.config import GenerateConfig, TextToVideoConfig
@@ -24,6 +23,7 @@ from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.files import Location, from_anywhere, local_copy, locate, writable_folder
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.loading import load_for_generation
+from ray_sd.generate.parameters import parameters
 from ray_sd.generate.sampling import increments
 from ray_sd.media.pictures import png_bytes
 from ray_sd.media.sheets import contact_sheet
@@ -102,22 +102,15 @@ class Painter:
         requests = [ImageRequest(**request) for request in batch["request"]]
         images = generate(self.model, requests, self.given.batch_size)
         pngs = [
-            png_bytes(image, parameters(self.given, request)) for image, request in zip(images, requests, strict=True)
+            png_bytes(image, _parameters(self.given, request)) for image, request in zip(images, requests, strict=True)
         ]
         return {"position": batch["position"], "png": pngs, "error": [""] * count}
 
 
-def parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:
+def _parameters(config: GenerateConfig, request: ImageRequest) -> dict[str, Any]:
     """What a PNG says of how it was made."""
-    made_with = {
-        "model": config.model.name,
-        "base": config.model.base,
-        "sampler": config.model.scheduler.sampler,
-        "adapter": config.adapter,
-        "adapter_scale": config.adapter_scale,
-        "ray_sd": __version__,
-    }
-    return request.settings() | made_with
+    adapter = {"adapter": config.adapter, "adapter_scale": config.adapter_scale}
+    return parameters(config.model, request) | adapter
 
 
 def _requests(config: GenerateConfig) -> Iterator[ImageRequest]:
@@ -169,7 +162,7 @@ def _pictures(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[
             batch = requests[first : first + config.batch_size]
             images = generate(model, batch, len(batch), increments(bar.update))
             for position, (request, image) in enumerate(zip(batch, images, strict=True), first):
-                yield position, png_bytes(image, parameters(config, request))
+                yield position, png_bytes(image, _parameters(config, request))
 
 
 def draw_in_pool(config: GenerateConfig, requests: list[ImageRequest]) -> Iterator[tuple[int, bytes]]:

@@ -43,9 +43,11 @@ class Adapters:
         """Raise RequestError for adapters that are not there, and for a word's strength."""
         for name, weight in mix:
             if name not in self.words:
-                raise RequestError(f"no adapter '{name}' is loaded")
+                raise RequestError(f"no adapter '{name}' is loaded", param="adapters")
             if weight != 1 and name not in self.loras:
-                raise RequestError(f"adapter '{name}' is a word, which has no strength; give it the weight 1")
+                raise RequestError(
+                    f"adapter '{name}' is a word, which has no strength; give it the weight 1", param="adapters"
+                )
 
     def _with_loras(self, mix: Mix) -> Mix:
         return tuple((name, weight) for name, weight in mix if name in self.loras)

@@ -55,7 +55,7 @@ class Batch:
         """
         for drawing in drawings:
             if drawing.adapters and self._adapters is None:
-                raise RequestError(f"no adapter '{drawing.adapters[0][0]}' is loaded")
+                raise RequestError(f"no adapter '{drawing.adapters[0][0]}' is loaded", param="adapters")
             nothing = drawing.latents.new_zeros(drawing.table.remembered, *drawing.shape)
             self._states[drawing] = torch.cat([drawing.latents.expand(2, *drawing.shape), nothing])
 

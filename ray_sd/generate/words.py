@@ -56,7 +56,10 @@ class WordBank:
             for token in self._spelling.get(name, ()):
                 other = owners.setdefault(token, name)
                 if other != name and token in prompt:
-                    raise RequestError(f"the adapters {other} and {name} both have the word {token}; take one of them")
+                    raise RequestError(
+                        f"the adapters {other} and {name} both have the word {token}; take one of them",
+                        param="adapters",
+                    )
         if not owners:
             return prompt
         pattern = "|".join(map(re.escape, sorted(owners, key=len, reverse=True)))

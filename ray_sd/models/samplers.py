@@ -64,9 +64,14 @@ def _table(kind: str, config: str, num_inference_steps: int, strength: float) ->
     scheduler = getattr(diffusers, kind).from_config(json.loads(config))
     for setting in ("clip_sample", "thresholding"):
         if scheduler.config.get(setting):
-            raise RequestError(f"the sampler clips what it foresees ({setting} of its scheduler), which is not linear")
+            raise RequestError(
+                f"the sampler clips what it foresees ({setting} of its scheduler), which is not linear",
+                param="scheduler",
+            )
     if scheduler.order != 1:
-        raise RequestError(f"{kind} calls the U-Net {scheduler.order} times a step; take another sampler")
+        raise RequestError(
+            f"{kind} calls the U-Net {scheduler.order} times a step; take another sampler", param="scheduler"
+        )
     with torch.inference_mode(False), torch.no_grad():
         return _probe(scheduler, num_inference_steps, strength)
 
@@ -110,10 +115,14 @@ def _set_timesteps(scheduler: Any, num_inference_steps: int) -> None:
     try:
         scheduler.set_timesteps(num_inference_steps)
     except ValueError as error:
-        raise RequestError(f"the sampler cannot take {num_inference_steps} steps: {error}") from error
+        raise RequestError(
+            f"the sampler cannot take {num_inference_steps} steps: {error}", param="num_inference_steps"
+        ) from error
     known = scheduler.config.num_train_timesteps
     if scheduler.timesteps.max() >= known:  # with an offset, as many steps as the model knows are one too many
-        raise RequestError(f"the sampler cannot take {num_inference_steps} steps: the model knows {known}")
+        raise RequestError(
+            f"the sampler cannot take {num_inference_steps} steps: the model knows {known}", param="num_inference_steps"
+        )
 
 
 def _first_step(num_inference_steps: int, strength: float, timesteps: int) -> int:
@@ -121,7 +130,8 @@ def _first_step(num_inference_steps: int, strength: float, timesteps: int) -> in
     taken = min(int(num_inference_steps * strength), num_inference_steps)
     if taken < 1:
         raise RequestError(
-            f"strength {strength:g} of {num_inference_steps} steps leaves none to take; raise one of them"
+            f"strength {strength:g} of {num_inference_steps} steps leaves none to take; raise one of them",
+            param="strength",
         )
     return min(num_inference_steps - taken, timesteps - 1)
 
@@ -160,7 +170,9 @@ def _probe_step(
     Of the `latents`, the unit that stays zero holds what comes of noise.
     """
     if FIRST_REMEMBERED + len(slots) > UNITS:
-        raise RequestError(f"{type(scheduler).__name__} remembers more than a table holds; take another sampler")
+        raise RequestError(
+            f"{type(scheduler).__name__} remembers more than a table holds; take another sampler", param="scheduler"
+        )
     for slot in _remembered(scheduler):
         _remember(scheduler, slot, _unit(FIRST_REMEMBERED + slots.index(slot)))
     scale = float(scheduler.scale_model_input(_unit(LATENTS), timestep)[0, LATENTS])

@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 class AdaptersInUseError(Exception):
     """Memory is full of adapters that pictures under way are drawn with; some will end."""
 
+    def __init__(self, pins: int) -> None:
+        """pins: how often a picture needs an adapter, of all that are in memory."""
+        super().__init__(pins)
+        self.pins = pins
+
 
 @dataclass
 class Loaded:
@@ -138,7 +143,7 @@ class LoadedAdapters:
         """Have adapters in memory, and keep them there until they are released.
 
         For one thread at a time, as `forget` is. Raises AdapterError for what is not there, is broken, does not fit the model or
-        cannot be mixed, and AdaptersInUseError where there is no room now.
+        memory, or cannot be mixed, and AdaptersInUseError where there is no room now.
         """
         taken: list[Loaded] = []
         try:
@@ -155,6 +160,13 @@ class LoadedAdapters:
             if len(alone) > 1:
                 reason = f"the adapters {' and '.join(alone)} do not stack; a picture takes one of them"
                 raise AdapterError(alone[-1], reason)
+        except AdaptersInUseError as error:
+            self.release(taken)
+            if error.pins > len(taken):
+                raise
+            names = " and ".join(name for name, _ in mix)
+            room = f"the {self._limit / 2**20:.0f} MiB of adapter_memory"
+            raise AdapterError(mix[-1][0], f"the adapters {names} take more together than {room}") from None
         except BaseException:
             self.release(taken)
             raise
@@ -257,7 +269,7 @@ class LoadedAdapters:
                 idle = [one for one in self._loaded.values() if not one.pins]
                 if not idle:
                     if self._loaded:
-                        raise AdaptersInUseError
+                        raise AdaptersInUseError(sum(one.pins for one in self._loaded.values()))
                     raise ArtifactError(
                         f"it takes {needed / 2**20:.0f} MiB, more than the {self._limit / 2**20:.0f} of adapter_memory"
                     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ray_sd.generate.decoding import decode_pictures
 from ray_sd.models import DiffusionModel
 from ray_sd.serve.figures import EngineFigures
+from ray_sd.serve.order import Ticket
 from ray_sd.serve.turns import Picture
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ class Undecoded:
 
     picture: Picture
     latents: Tensor
-    look: int | None
-    """Which look at it; None where it is done."""
+    onlookers: Sequence[Ticket] | None
+    """Who is to see it on its way; None where it is done."""
 
 
 class Decoder:

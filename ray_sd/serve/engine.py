@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from PIL import Image
 
 from ray_sd.config.serve import BatchingConfig
-from ray_sd.errors import RaySdError
+from ray_sd.errors import RequestError
 from ray_sd.generate import Batch
 from ray_sd.generate.start import start_picture
 from ray_sd.models import DiffusionModel
@@ -35,12 +35,13 @@ from ray_sd.serve.order import (
     Listener,
     Order,
     Queued,
-    Shown,
     Stepped,
+    StoppedError,
     Ticket,
 )
 from ray_sd.serve.prompts import EncodedPrompts
 from ray_sd.serve.turns import Picture, Turns
+from ray_sd.serve.waiting import WaitingOrder, WaitingOrders
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Engine:
         self.adapters = adapters
         self.figures = EngineFigures()
         self._changed = threading.Condition()
-        self._waiting: list[tuple[int, Ticket]] = []
+        self._waiting = WaitingOrders()
         """Orders that are not begun, and the one that is being prepared."""
         self._errands: deque[tuple[Callable[[], Any], Future]] = deque()
         """What else the thread that prepares pictures has to do."""
@@ -70,7 +71,6 @@ class Engine:
         """By shape of the latents; for the thread that takes steps alone."""
         self._under_way: dict[Hashable, Picture] = {}
         self._results: LRUCache[Hashable, Image.Image]
-        self._count = 0
         self._closing = False
         self._rows_that_fit = rows_that_fit
         own = self.model.unet.config.sample_size
@@ -113,7 +113,7 @@ class Engine:
     def steps_left(self) -> int:
         """Steps still to be taken, of each row of each picture."""
         waiting = sum(
-            ticket.order.request.steps_taken * len(ticket.order.request.prompts) for _, ticket in list(self._waiting)
+            ticket.order.request.steps_taken * len(ticket.order.request.prompts) for ticket in self._waiting.tickets
         )
         return waiting + sum(
             (picture.drawing.steps - picture.drawing.taken) * picture.drawing.rows for picture in list(self._pictures)
@@ -124,14 +124,15 @@ class Engine:
         return bool(self._waiting or self._pictures or self._decoder.waiting)
 
     def order(self, order: Order, listener: Listener) -> Ticket:
-        """Ask for a picture. Raises EngineBusyError where too many wait."""
+        """Ask for a picture. Raises EngineBusyError where too many wait, and StoppedError where nothing is drawn any more."""
         ticket = Ticket(order, listener)
         with self._changed:
+            if self._closing:
+                raise StoppedError
             waiting = self.waiting
             if waiting >= self.batching.max_waiting:
                 raise EngineBusyError(waiting, self.seconds_for(waiting))
-            self._count += 1
-            self._waiting.append((self._count, ticket))
+            self._waiting.add(ticket)
             self._changed.notify_all()
         ticket.tell(Queued(waiting))
         return ticket
@@ -152,7 +153,8 @@ class Engine:
         self._decoder.close()
         for thread in self._threads:
             thread.join()
-        self._fail_errands(RaySdError("the model is stopped"))
+        if self._broken is None:
+            self._fail_all()
 
     def seconds_for(self, pictures: int) -> float:
         """How long so many pictures take, by what the last took; a second where nothing is known."""
@@ -172,7 +174,7 @@ class Engine:
         except BaseException as error:
             self._broken = error
             logger.exception("the engine of %s has stopped", self.model.config.name)
-            self._fail_all(error)
+            self._fail_all()
             raise
 
     # Preparing
@@ -184,7 +186,7 @@ class Engine:
             self._errands.append((work, future))
             self._changed.notify_all()
         if self._closing:
-            self._fail_errands(RaySdError("the model is stopped"))
+            self._fail_errands()
         return future
 
     def _run_errand(self, work: Callable[[], Any], future: Future) -> None:
@@ -195,47 +197,52 @@ class Engine:
         except Exception as error:  # noqa: BLE001  told to who waits for it
             future.set_exception(error)
 
-    def _fail_errands(self, error: Exception) -> None:
+    def _fail_errands(self) -> None:
         with self._changed:
             errands = list(self._errands)
             self._errands.clear()
         for _, future in errands:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                future.set_exception(StoppedError())
 
     def _prepare(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._errands or self._waiting)
+            self._changed.wait_for(lambda: self._closing or self._errands or self._next())
             if self._closing:
                 return
             errand = self._errands.popleft() if self._errands else None
-            if errand is None:
-                number, ticket = min(self._waiting, key=lambda one: (self._turns.owed(one[1].order.owner), one[0]))
+            order = self._next() if errand is None else None
+            if order is not None:
+                order.tried_at = self._waiting.releases
         if errand is not None:
             self._run_errand(*errand)
-        else:
-            self._begin(number, ticket)
+        elif order is not None:
+            self._begin(order)
 
-    def _begin(self, number: int, ticket: Ticket) -> None:
-        picture = None
+    def _next(self) -> WaitingOrder | None:
+        """Who is prepared next. What is set aside is left out as it is cancelled or late with the next step of others."""
+        return self._waiting.next(self._turns, self.batching.patience, self.figures.steps)
+
+    def _begin(self, order: WaitingOrder) -> None:
+        ticket, picture = order.ticket, None
         if ticket.cancelled:
             self.figures.cancelled += 1
         elif ticket.late:
             self._fail([ticket], _too_late(ticket))
         else:
             try:
-                picture = self._picture(number, ticket)
+                picture = self._picture(order.number, ticket)
             except AdaptersInUseError:
-                with self._changed:
-                    self._changed.wait(0.05)  # until a picture ends and its adapters may go
+                if order.aside_since is None:
+                    order.aside_since = self.figures.steps
                 return
-            except RaySdError as error:
+            except RequestError as error:
                 self._fail([ticket], error)
             except Exception as error:
                 logger.exception("a picture could not be begun")
                 self._fail([ticket], error)
         with self._changed:
-            self._waiting.remove((number, ticket))
+            self._waiting.remove(order)
             if picture is not None:
                 self._pictures.append(picture)
                 self._changed.notify_all()
@@ -246,8 +253,8 @@ class Engine:
         adapters = self.adapters.acquire(order.request.adapters)
         try:
             versions = tuple(one.key for one in adapters)
-            key = None if order.key is None else (order.key, versions)
-            if key is not None and self._join(key, ticket):
+            key = (order.key, versions)
+            if self._join(key, ticket):
                 self.adapters.release(adapters)
                 return None
             pairs = list(zip(adapters, (weight for _, weight in order.request.adapters), strict=True))
@@ -259,8 +266,7 @@ class Engine:
             self.adapters.release(adapters)
             raise
         picture = Picture([ticket], key, adapters, alone, drawing, number)
-        if key is not None:
-            self._under_way[key] = picture
+        self._under_way[key] = picture
         return picture
 
     def _join(self, key: Hashable, ticket: Ticket) -> bool:
@@ -352,17 +358,17 @@ class Engine:
         for picture in chosen:
             drawing = picture.drawing
             picture.suspected = False
+            self.figures.unwanted_steps += not picture.wanted
             for ticket in picture.tickets:
                 ticket.step_taken()
                 ticket.tell(Stepped(drawing.taken, drawing.steps))
             if drawing.done:
                 to_decode.append(Undecoded(picture, drawing.latents, None))
-            elif picture.to_show:
-                to_decode.append(Undecoded(picture, batch.preview([drawing])[0], picture.shown))
-                picture.shown += 1
+            elif onlookers := picture.onlookers:
+                to_decode.append(Undecoded(picture, batch.preview([drawing])[0], onlookers))
         self._decoder.add(to_decode)
         with self._changed:
-            done = {one.picture for one in to_decode if one.look is None}
+            done = {one.picture for one in to_decode if one.onlookers is None}
             self._pictures = [picture for picture in self._pictures if picture not in done]
             self._changed.notify_all()
 
@@ -371,21 +377,20 @@ class Engine:
     def _show(self, one: Undecoded, image: Image.Image) -> None:
         """Tell who wants a picture what it looks like by now, or in the end."""
         picture = one.picture
-        if one.look is not None:
-            for ticket in picture.tickets:
-                ticket.tell(Shown(one.look, image))
+        if one.onlookers is not None:
+            for ticket in one.onlookers:
+                ticket.show(image)
             return
         with self._changed:
             self._forget(picture)
-            if picture.key is not None:
-                _keep(self._results, picture.key, image)
+            _keep(self._results, picture.key, image)
         self.figures.pictures += 1
         for ticket in picture.tickets:
             ticket.finish(image)
 
     def _left_out(self, one: Undecoded, error: Exception | None) -> None:
         """What was not decoded, since nobody wants it, or since it went wrong. A look that is missing is missed by nobody."""
-        if one.look is not None:
+        if one.onlookers is not None:
             return
         if error is not None:
             self._drop([one.picture], error)
@@ -401,6 +406,7 @@ class Engine:
             del self._under_way[picture.key]
         self.adapters.release(picture.adapters)
         with self._changed:
+            self._waiting.releases += 1
             self._changed.notify_all()
 
     def _drop(self, pictures: Iterable[Picture], error: Exception) -> None:
@@ -416,17 +422,16 @@ class Engine:
         for ticket in tickets:
             ticket.tell(Failed(error))
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _fail_all(self) -> None:
         with self._changed:
             self._closing = True
-            waiting = [ticket for _, ticket in self._waiting]
+            waiting = self._waiting.tickets
             pictures = {id(picture): picture for picture in self._pictures}
             self._changed.notify_all()
         pictures |= {id(picture): picture for picture in self._decoder.waiting}
         self._decoder.close()
-        stopped = RaySdError(f"the model has stopped: {error}")
-        self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], stopped)
-        self._fail_errands(stopped)
+        self._fail(waiting + [ticket for picture in pictures.values() for ticket in picture.tickets], StoppedError())
+        self._fail_errands()
 
 
 def _too_late(ticket: Ticket) -> DeadlineError:

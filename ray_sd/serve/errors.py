@@ -91,8 +91,10 @@ def of_failure(values: dict[str, Any], param: str = "adapters", model: str | Non
             return BusyError(values["message"], values["retry_after"])
         case "deadline":
             return ApiError(504, values["message"], "timeout_error", code="deadline_exceeded")
+        case "stopped":
+            return ApiError(503, values["message"], "server_error", code="replica_lost", retry_after=SOON)
         case "invalid":
-            return BadRequestError(values["message"])
+            return BadRequestError(values["message"], values["param"])
         case _:
             return ApiError(500, values["message"], "server_error", code="internal_error")
 
@@ -124,7 +126,10 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
 async def answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     kind = INVALID if error.status_code < 500 else "server_error"
-    answer = _answer(request, ApiError(error.status_code, str(error.detail), kind))
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is nothing at this path; {request.scope.get('root_path', '')}/docs lists all that there are"
+    answer = _answer(request, ApiError(error.status_code, message, kind))
     answer.headers.update(error.headers or {})
     if error.status_code == 405:
         answer.headers["Allow"] = _allowed(request)

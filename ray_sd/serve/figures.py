@@ -15,6 +15,8 @@ class EngineFigures:
     """Calls of the autoencoder."""
     pictures: int = 0
     cancelled: int = 0
+    unwanted_steps: int = 0
+    """Of pictures that nobody wanted any longer when these ended: those that were under way."""
     failed: int = 0
     results_found: int = 0
     """Pictures that were there already."""

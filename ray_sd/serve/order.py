@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 
 from PIL import Image
 
@@ -22,6 +24,13 @@ class DeadlineError(RaySdError):
     """A picture was not done in time."""
 
 
+class StoppedError(RaySdError):
+    """The engine draws no more, whatever it is asked."""
+
+    def __str__(self) -> str:
+        return "the engine has stopped"
+
+
 @dataclass(frozen=True)
 class Order:
     """A picture that somebody wants."""
@@ -34,12 +43,13 @@ class Order:
     owner: str = ""
     """Whose share of the model it takes."""
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
-        """Equal for orders of the same picture; None for what is never the same."""
-        if isinstance(self.request, EditRequest) or self.partial_images:
-            return None
-        return self.request
+        """Equal for orders of the same picture."""
+        request = self.request
+        if not isinstance(request, EditRequest):
+            return request
+        return (*request.settings().items(), _digest(request.image), request.mask and _digest(request.mask))
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,10 @@ class Failed:
     error: Exception
 
 
+def _digest(image: Image.Image) -> bytes:
+    return sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+
+
 Event = Queued | Stepped | Shown | Drawn | Failed
 Listener = Callable[[Event], None]
 
@@ -90,6 +104,7 @@ class Ticket:
         self._listener = listener
         self._ordered = time.monotonic()
         self._started: float | None = None
+        self._shown = 0
 
     def cancel(self) -> None:
         """Want it no longer: it takes no step more."""
@@ -105,6 +120,10 @@ class Ticket:
 
     def step_taken(self) -> None:
         self._started = self._started or time.monotonic()
+
+    def show(self, image: Image.Image) -> None:
+        self.tell(Shown(self._shown, image))
+        self._shown += 1
 
     def finish(self, image: Image.Image) -> None:
         now = time.monotonic()

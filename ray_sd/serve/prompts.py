@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from cachetools import LRUCache
 from torch import Tensor
 
+from ray_sd.errors import RequestError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.text import encode, stack
 from ray_sd.models import DiffusionModel
@@ -30,7 +31,8 @@ class EncodedPrompts:
     def conditions(self, request: ImageRequest, mix: Mix, alone: tuple[Loaded, float] | None) -> dict[str, Tensor]:
         """Text conditions of a request's rows.
 
-        mix: its adapters as they are called in the bank; alone: the one that does not stack, and its strength.
+        mix: its adapters as they are called in the bank; alone: the one that does not stack, and its strength. Raises
+        RequestError for what cannot be read.
         """
         cache = self._cache
         by = (mix, alone and (alone[0].key, alone[1]))
@@ -47,7 +49,11 @@ class EncodedPrompts:
                 for name in encoders:
                     self._stacked.choose(name, [mix])
                 spelled = Prompt(self._stacked.spell(prompt.text, mix), prompt.weighted)
-                found[prompt] = encode(self._model, [spelled])[spelled]
+                try:
+                    found[prompt] = encode(self._model, [spelled])[spelled]
+                except RequestError as error:
+                    error.param = "prompt" if prompt == request.prompts[-1] else "negative_prompt"
+                    raise
                 if _bytes(found[prompt]) <= cache.maxsize:
                     cache[prompt, by] = found[prompt]
         return stack([found[prompt] for prompt in request.prompts])

@@ -5,14 +5,15 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from math import inf
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from ray_sd.config.load import load_config, validate
 from ray_sd.config.serve import ServedModel, ServedPreset
-from ray_sd.errors import ConfigError, RaySdError
-from ray_sd.generate.shapes import picture_size
+from ray_sd.errors import ConfigError, RequestError
+from ray_sd.generate.parameters import parameters
 from ray_sd.media.pictures import image_bytes
 from ray_sd.models import load_model
 from ray_sd.requests import ImageRequest
@@ -24,12 +25,23 @@ from ray_sd.serve.live import with_changes
 from ray_sd.serve.logs import log_with_serve
 from ray_sd.serve.messages import AdaptersTold, PictureEvent, PictureJob, Unloaded
 from ray_sd.serve.metrics import ReplicaMetrics
-from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Event, Failed, Order, Queued, Shown, Stepped
+from ray_sd.serve.order import (
+    DeadlineError,
+    Drawn,
+    EngineBusyError,
+    Event,
+    Failed,
+    Order,
+    Queued,
+    Shown,
+    Stepped,
+    StoppedError,
+)
 from ray_sd.serve.scaling import QUEUED_STEPS
 
 logger = logging.getLogger(__name__)
 
-FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "internal"]
+FailureKind = Literal["invalid", "adapter", "busy", "in_use", "deadline", "stopped", "internal"]
 
 
 class ModelReplica:
@@ -76,6 +88,9 @@ class ModelReplica:
                     message = f"{error.waiting} pictures are waiting already; try again in {error.retry_after:.0f} s"
                     yield PictureEvent("failed", number, _failure("busy", message, retry_after=error.retry_after))
                     return
+                except StoppedError as error:
+                    yield PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
+                    return
             open_ones = len(job.requests)
             while open_ones:
                 number, event = await events.get()
@@ -114,21 +129,14 @@ class ModelReplica:
                 return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
 
     def _encoded(self, job: PictureJob, number: int, image: Image.Image) -> bytes:
-        return image_bytes(image, job.format, self._parameters(job, job.requests[number]), job.quality)
+        return image_bytes(image, job.format, self._parameters(job.requests[number]), job.quality)
 
-    def _parameters(self, job: PictureJob, request: ImageRequest) -> dict[str, Any]:
-        height, width = picture_size(self._engine.model, request)
-        return {
-            "model": self._name,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "scheduler": request.scheduler or self._engine.model.config.scheduler.sampler,
-            "size": f"{width}x{height}",
-            "adapters": [{"name": name, "weight": weight} for name, weight in request.adapters],
-        }
+    def _parameters(self, request: ImageRequest) -> dict[str, Any]:
+        """What a picture's file says of how it was made; of a base on this machine not where it lies."""
+        config = self._engine.model.config
+        base = Path(config.base).name if config.base and Path(config.base).is_absolute() else config.base
+        adapters = [{"name": name, "weight": weight} for name, weight in request.adapters]
+        return parameters(config, request) | {"base": base, "served_model": self._name, "adapters": adapters}
 
     async def adapters(self) -> AdaptersTold:
         """Which are in memory, and which could not be loaded."""
@@ -145,7 +153,10 @@ class ModelReplica:
 
     async def unload_adapter(self, name: str) -> Unloaded:
         """Forget an adapter, unless a picture needs it."""
-        forgotten, in_use = await asyncio.wrap_future(self._engine.unload(name))
+        try:
+            forgotten, in_use = await asyncio.wrap_future(self._engine.unload(name))
+        except StoppedError:  # whose adapters go with it
+            forgotten, in_use = 0, 0
         return Unloaded(forgotten, in_use, self._engine.seconds_for(1))
 
     async def figures(self) -> dict[str, Any]:
@@ -193,8 +204,11 @@ def failure_of(error: Exception, model: str, retry_after: float) -> dict[str, An
             return _failure("in_use", f"{message}; try again in {retry_after:.0f} s", retry_after=retry_after)
         case DeadlineError():
             return _failure("deadline", str(error))
-        case RaySdError():
-            return _failure("invalid", str(error))
+        case StoppedError():
+            message = f"the replica of '{model}' that was asked has stopped, and another one comes; ask again"
+            return _failure("stopped", message)
+        case RequestError():
+            return _failure("invalid", str(error), param=error.param)
         case _:
             logger.error("what %s was asked failed: %s", model, error)
             return _failure("internal", "this could not be done; the log of the server says why")

@@ -21,6 +21,7 @@ from ray.serve.config import DeploymentActorConfig
 from ray_sd.config.serve import ApiKey, RequestLimits
 from ray_sd.serve.admission import Admission, Admitted, Answered, Entered, Refused, Reused, UnderWay, Visit
 from ray_sd.serve.errors import INVALID, ApiError, BadRequestError, BusyError
+from ray_sd.serve.repeats import HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class SharedAdmission:
                 message = (
                     "another request was made by this Idempotency-Key; a request of its own needs a key of its own"
                 )
-                raise ApiError(422, message, INVALID, code="idempotency_key_reused")
+                raise ApiError(422, message, INVALID, HEADER, "idempotency_key_reused")
         return entered
 
     def leave(self, visit: Visit) -> None:

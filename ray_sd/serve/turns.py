@@ -31,7 +31,6 @@ class Picture:
     """In the order in which pictures came."""
     skipped: int = 0
     """Steps that others have taken since its last."""
-    shown: int = 0
     suspected: bool = False
     """Whether a step with it failed: it takes the next alone."""
 
@@ -55,11 +54,13 @@ class Picture:
         return any(not ticket.cancelled for ticket in self.tickets)
 
     @property
-    def to_show(self) -> bool:
-        """Whether a look at it is due: they are spread evenly over its steps."""
-        asked = max(ticket.order.partial_images for ticket in self.tickets)
+    def onlookers(self) -> list[Ticket]:
+        """Whose look at it is due after its last step: each one's are spread evenly over all steps."""
         taken, total = self.drawing.taken, self.drawing.steps
-        return self.shown < asked and taken * (asked + 1) >= total * (self.shown + 1) and not self.drawing.done
+        if taken == total:
+            return []
+        parts = [(ticket, ticket.order.partial_images + 1) for ticket in self.tickets]
+        return [ticket for ticket, count in parts if taken * count // total > (taken - 1) * count // total]
 
 
 class Turns:

@@ -22,6 +22,8 @@ from serving import serving
 from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
+from ray_sd import __version__
+from ray_sd.generate import ImageRequest, generate
 from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
@@ -100,14 +102,20 @@ def test_pictures_are_those_of_the_plain_pipeline(client: openai.OpenAI, tiny: P
         assert difference(picture, plain(tiny, "a cat", 5 + number)) <= SAME
         parameters = read_parameters(io.BytesIO(base64.b64decode(data.b64_json)))
         assert parameters == {
-            "model": "tiny",
+            "model": "tiny_served",
+            "base": tiny.name,
+            "served_model": "tiny",
+            "ray_sd": __version__,
             "prompt": "a cat",
             "negative_prompt": "",
+            "prompt_weighting": False,
             "seed": 5 + number,
             "num_inference_steps": 4,
             "guidance_scale": 3.0,
-            "scheduler": "ddim",
-            "size": "64x64",
+            "scheduler": None,
+            "sampler": "ddim",
+            "height": 64,
+            "width": 64,
             "adapters": [],
         }
 
@@ -136,6 +144,18 @@ def test_an_adapter_is_a_model_or_a_choice(client: openai.OpenAI, tiny: Path, fo
         {"name": "pet", "weight": 0.5},
         {"name": "word", "weight": 1.0},
     ]
+
+
+def test_weights_of_words_are_read_where_they_are_asked_for(client: openai.OpenAI, tiny: Path):
+    prompt = "a (red)1.8 cat"
+    model = load_model(tiny_config(tiny, scheduler={"sampler": "ddim"}))
+    drawn = []
+    for weighted in (True, False):
+        settings = {"seed": 5, "prompt_weighting": weighted}
+        drawn.append(opened(client.images.generate(prompt=prompt, extra_body=settings).data[0].b64_json))
+        request = ImageRequest(prompt, num_inference_steps=4, guidance_scale=3.0, **settings)
+        assert difference(drawn[-1], generate(model, [request])[0]) <= SAME
+    assert difference(*drawn) > 5 * SAME
 
 
 def test_models_are_listed(client: openai.OpenAI):
@@ -181,6 +201,10 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         prompt="a cat",
         extra_body=settings | {"adapters": json.dumps([{"name": "pet", "weight": 0.5}])},
     )
+    for response, is_masked in ((whole, False), (masked, True)):
+        parameters = read_parameters(io.BytesIO(base64.b64decode(response.data[0].b64_json)))
+        assert (parameters["strength"], parameters["mask"]) == (0.9, is_masked)
+        assert "image" not in parameters
     sizes = {opened(response.data[0].b64_json).size for response in (whole, masked)}
     assert sizes == {(64, 64)}
     assert difference(opened(whole.data[0].b64_json), opened(masked.data[0].b64_json)) > 5 * SAME
@@ -217,6 +241,8 @@ def test_edits_draw_over_a_picture_and_within_a_mask(client: openai.OpenAI):
         ),
         ({"prompt": "a", "response_format": "file"}, 400, "response_format", "b64_json"),
         ({"prompt": "(a", "prompt_weighting": True, "seed": 2**63}, 400, "seed", "seed: "),
+        ({"prompt": "a", "scheduler": "lcm", "num_inference_steps": 51}, 400, "num_inference_steps", "cannot take 51"),
+        ({"prompt": '("a", "b").blend(1, 2)', "prompt_weighting": True}, 400, "prompt", "more than weights"),
     ],
 )
 def test_bad_requests_are_told_in_openais_words(server: str, body: dict, status: int, param: str | None, words: str):
@@ -231,7 +257,8 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
     response = httpx.post(f"{server}/v1/images/generations", content=b"{", timeout=60)
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
     response = httpx.get(f"{server}/v1/nothing")
-    assert (response.status_code, response.json()["error"]["message"]) == (404, "Not Found")
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "invalid_request_error")
+    assert response.json()["error"]["message"] == "there is nothing at this path; /docs lists all that there are"
     with pytest.raises(openai.BadRequestError, match="this is no picture that is read"):
         client.images.edit(image=b"GIF89a", prompt="a cat")
     with pytest.raises(openai.APIStatusError, match="a request has at most 100000 bytes") as caught:
@@ -241,6 +268,12 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
         client.images.edit(image=[png(photo()), png(photo())], prompt="a cat")
     response = httpx.post(f"{server}/v1/images/edits", data={"prompt": "a"}, timeout=60)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
+
+
+def test_an_edit_that_leaves_no_step_names_strength(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match="strength 0.1 of 4 steps leaves none") as caught:
+        client.images.edit(image=png(photo()), prompt="a cat", extra_body={"strength": 0.1})
+    assert caught.value.param == "strength"
 
 
 def test_too_many_are_sent_away_with_a_time(server: str):
@@ -300,6 +333,7 @@ def test_who_leaves_a_stream_is_drawn_for_no_further(server: str):
     after = figures()
     assert after["cancelled"] == before["cancelled"] + 1
     assert 5 <= after["steps"] - before["steps"] < LONG["num_inference_steps"]
+    assert after["unwanted_steps"] - before["unwanted_steps"] <= 1  # the one that was under way
 
 
 def test_who_leaves_before_an_answer_is_drawn_for_no_further(server: str):
@@ -314,3 +348,4 @@ def test_who_leaves_before_an_answer_is_drawn_for_no_further(server: str):
     after = figures()
     assert after["cancelled"] == before["cancelled"] + 3
     assert after["steps"] - before["steps"] < LONG["num_inference_steps"]
+    assert after["unwanted_steps"] - before["unwanted_steps"] <= 3  # no more than one of each picture

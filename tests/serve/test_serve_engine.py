@@ -1,5 +1,6 @@
 """Pictures that enter and leave an engine between steps, and how they share them."""
 
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -7,14 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from orders import LONG, SAME, Client, draw
+from PIL import Image
 from tiny_models import difference
 from waiting import wait_for
 
 from ray_sd.config.serve import BatchingConfig
 from ray_sd.errors import RequestError
-from ray_sd.generate import ImageRequest
+from ray_sd.generate import EditRequest, ImageRequest
 from ray_sd.serve.adapter_folder import UnknownAdapterError
-from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Stepped
+from ray_sd.serve.errors import of_failure
+from ray_sd.serve.order import DeadlineError, Drawn, EngineBusyError, Failed, Order, Shown, Stepped, StoppedError
+from ray_sd.serve.replica import failure_of
 
 
 def test_pictures_enter_and_leave_between_steps(build):
@@ -49,8 +53,27 @@ def test_a_cancelled_picture_takes_no_more_steps(build):
     before = engine.figures.steps
     wait_for(lambda: not engine.busy)
     assert engine.figures.steps <= before + 1
+    assert engine.figures.unwanted_steps <= 1
     assert engine.figures.cancelled == 1
     assert not isinstance(client.events[0][-1], Drawn | Failed)
+
+
+def test_a_step_that_nobody_wants_when_it_ends_is_counted(build, monkeypatch: pytest.MonkeyPatch):
+    engine, ordered = build(), threading.Event()
+    client = Client(engine)
+    denoise = engine.model.denoise
+
+    def leaving(*given: object) -> torch.Tensor:
+        ordered.wait(300)
+        if engine.figures.steps == 3:
+            client.tickets[0].cancel()
+        return denoise(*given)
+
+    monkeypatch.setattr(engine.model, "denoise", leaving)
+    client.order(Order(LONG))
+    ordered.set()
+    wait_for(lambda: engine.figures.cancelled == 1)
+    assert (engine.figures.steps, engine.figures.unwanted_steps) == (4, 1)
 
 
 def test_a_deadline_ends_a_picture_and_no_other(build):
@@ -82,6 +105,52 @@ def test_the_same_picture_is_drawn_once(build):
     draw(engine, [Order(ImageRequest("a cat", seed=8, num_inference_steps=2))])
     assert engine.figures.prompts_encoded == 2
     assert engine.figures.prompts_found == 2
+
+
+def test_the_same_edit_is_drawn_once(build):
+    engine = build()
+    photo, mask = Image.new("RGB", (64, 64), "teal"), Image.new("L", (64, 64), 255)
+    edit = EditRequest("a cat", num_inference_steps=10, image=photo, mask=mask)
+    same = replace(edit, image=photo.copy(), mask=mask.copy())
+    first, second = draw(engine, [Order(edit), Order(same)])
+    assert first is second
+    assert engine.figures.pictures == 1
+    others = [
+        replace(edit, image=Image.new("RGB", (64, 64), "red")),
+        replace(edit, mask=Image.new("L", (64, 64), 254)),
+        replace(edit, mask=None),
+        replace(edit, strength=0.9),
+        replace(edit, seed=1),
+    ]
+    draw(engine, [Order(one) for one in others])
+    assert (engine.figures.pictures, engine.figures.results_found) == (6, 1)
+
+
+def test_a_stream_joins_a_picture_under_way_and_sees_what_still_comes(build, monkeypatch: pytest.MonkeyPatch):
+    engine, joined = build(), threading.Event()
+    denoise = engine.model.denoise
+
+    def held(*given: object) -> torch.Tensor:
+        if engine.figures.steps == 5:
+            joined.wait(300)
+        return denoise(*given)
+
+    monkeypatch.setattr(engine.model, "denoise", held)
+    client = Client(engine)
+    request = ImageRequest("a cat", num_inference_steps=8)
+    client.order(Order(request, partial_images=3))  # sees it after 2, 4 and 6 steps
+    client.wait(lambda: Stepped(5, 8) in client.events[0])
+    for partial_images in (1, 3, 0):  # of which those with one see it after 4
+        client.order(Order(request, partial_images=partial_images))
+    wait_for(lambda: engine.figures.results_found == 3)
+    joined.set()
+    client.finish()
+    assert engine.figures.steps == 8
+    looks = [[event.number for event in events if isinstance(event, Shown)] for events in client.events]
+    assert looks == [[0, 1, 2], [], [0], []]
+    assert len({id(events[-1].image) for events in client.events}) == 1
+    [again] = draw(engine, [Order(request)])
+    assert again is client.events[0][-1].image
 
 
 def test_a_picture_that_two_want_goes_on_when_one_leaves(build):
@@ -151,6 +220,51 @@ def test_errors_reach_who_asked_and_no_other(build):
     assert isinstance(size.error, RequestError)
     assert isinstance(fine, Drawn)
     assert engine.healthy
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ImageRequest("a cat", scheduler="lcm", num_inference_steps=51), "num_inference_steps"),
+        (EditRequest("a cat", num_inference_steps=5, image=Image.new("RGB", (64, 64)), strength=0.1), "strength"),
+        (ImageRequest("a <cat>", adapters=(("word", 1.0), ("other-word", 1.0))), "adapters"),
+        (ImageRequest('("a", "b").blend(1, 2)', prompt_weighting=True), "prompt"),
+        (ImageRequest("a cat", '("a", "b").blend(1, 2)', prompt_weighting=True), "negative_prompt"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_field(build, request_: ImageRequest, param: str):
+    client = Client(build())
+    client.order(Order(request_))
+    [failed] = client.finish()
+    again = pickle.loads(pickle.dumps(failed.error))
+    assert (type(again), str(again), again.param) == (RequestError, str(failed.error), param)
+    assert of_failure(failure_of(again, "tiny", 1.0)).param == param
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_engine_fails_what_is_under_way_and_what_comes(build, monkeypatch: pytest.MonkeyPatch):
+    engine = build(max_rows=2)
+    client = Client(engine)
+    for seed in range(3):
+        client.order(Order(replace(LONG, seed=seed)))
+    client.wait_for_step(0)
+    monkeypatch.setattr(engine._turns, "choose", lambda *given: {}["of our own"])
+    assert {type(event.error) for event in client.finish()} == {StoppedError}
+    assert not engine.healthy
+    with pytest.raises(StoppedError):
+        client.order(Order(LONG))
+    with pytest.raises(StoppedError):
+        engine.load("lora").result(60)
+
+
+def test_a_closed_engine_fails_what_is_under_way(build):
+    engine = build()
+    client = Client(engine)
+    client.order(Order(LONG))
+    client.wait_for_step(0)
+    engine.close()
+    [failed] = client.finish()
+    assert isinstance(failed.error, StoppedError)
 
 
 def test_a_step_that_memory_has_no_room_for_is_taken_by_fewer(build, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,15 +19,14 @@ from tiny_models import difference, export_adapter, tiny_config
 from waiting import wait_for
 
 from ray_sd.adapter import MANIFEST
-from ray_sd.errors import RaySdError
 from ray_sd.generate import ImageRequest
 from ray_sd.generate.bank import LoraBank
 from ray_sd.methods.lora import LORA_FILE
 from ray_sd.models import load_model
-from ray_sd.serve.adapter_folder import AdapterFolder, BrokenAdapterError, UnknownAdapterError
+from ray_sd.serve.adapter_folder import AdapterError, AdapterFolder, BrokenAdapterError, UnknownAdapterError
 from ray_sd.serve.adapters import AdaptersInUseError, LoadedAdapters
 from ray_sd.serve.errors import of_failure
-from ray_sd.serve.order import Drawn, Order
+from ray_sd.serve.order import DeadlineError, Drawn, Failed, Order, StoppedError
 from ray_sd.serve.replica import failure_of
 
 PICKLED = "pytorch_lora_weights.bin"
@@ -90,7 +90,7 @@ def test_adapters_are_loaded_before_they_are_asked_for_and_forgotten_between_pic
     with pytest.raises(UnknownAdapterError, match="no adapter 'nobody'"):
         engine.load("nobody").result(60)
     engine.close()
-    with pytest.raises(RaySdError, match="the model is stopped"):
+    with pytest.raises(StoppedError):
         engine.load("lora").result(60)
 
 
@@ -148,6 +148,41 @@ def test_what_has_no_room_is_not_loaded_before_it_is_asked_for(build, tiny: Path
     told = of_failure(failure_of(caught.value, "tiny", retry_after=3.0))
     assert (told.status, told.headers, told.code) == (409, {"Retry-After": "3"}, "adapters_in_use")
     ticket.cancel()
+
+
+def test_what_waits_for_room_holds_up_no_other_and_comes_when_there_is_room(build, tiny: Path, adapter_folder: Path):
+    probe = LoadedAdapters(load_model(tiny_config(tiny)), AdapterFolder(adapter_folder), PLENTY)
+    probe.acquire((("reads", 1.0),))
+    engine = build(memory_limit=probe.bytes, patience=10_000)
+    client = Client(engine)
+    in_memory = client.order(Order(replace(LONG, adapters=(("reads", 1.0),))))
+    client.wait_for_step(0)
+    short = ImageRequest("a cat", num_inference_steps=2)
+    client.order(Order(replace(short, adapters=(("lora", 1.0),))))
+    client.order(Order(replace(short, seed=1, adapters=(("lora", 1.0),)), deadline=time.monotonic() + 0.2))
+    cancelled = client.order(Order(replace(short, seed=2, adapters=(("lora", 1.0),))))
+    for request in (short, replace(short, adapters=(("reads", 1.0),))):
+        client.order(Order(request))
+    client.wait(lambda: all(events and isinstance(events[-1], Drawn) for events in client.events[4:]))
+    client.wait(lambda: isinstance(client.events[2][-1], Failed))
+    assert isinstance(client.events[2][-1].error, DeadlineError)
+    cancelled.cancel()
+    wait_for(lambda: engine.figures.cancelled == 1)
+    assert engine.waiting == 1
+    in_memory.cancel()
+    assert isinstance(client.finish()[1], Drawn)
+
+
+def test_adapters_that_never_fit_together_are_told_so(build, tiny: Path, adapter_folder: Path):
+    probe = LoadedAdapters(load_model(tiny_config(tiny)), AdapterFolder(adapter_folder), PLENTY)
+    probe.acquire((("lora", 1.0),))
+    engine = build(memory_limit=probe.bytes)
+    client = Client(engine)
+    client.order(Order(ImageRequest("a cat", num_inference_steps=2, adapters=(("lora", 1.0), ("reads", 1.0)))))
+    [failed] = client.finish()
+    assert isinstance(failed.error, AdapterError)
+    assert "the adapters lora and reads take more together than the " in str(failed.error)
+    assert all(one.pins == 0 for one in engine.adapters._loaded.values())
 
 
 def test_adapters_wait_for_room(build, tiny: Path, adapter_folder: Path):

@@ -117,7 +117,8 @@ def test_a_request_that_is_made_again_is_answered_by_the_same_picture(web: httpx
     assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
     assert figures()["pictures"] == drawn + 1
     other = web.post(PATH, json=SHORT, headers=repeated["headers"])
-    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    error = other.json()["error"]
+    assert (other.status_code, error["code"], error["param"]) == (422, "idempotency_key_reused", "Idempotency-Key")
     assert web.post(PATH, json=SHORT, headers=repeated["headers"] | key_of("bob")).status_code == 200
 
 
