@@ -135,5 +135,7 @@ def _overrides(config: ModelConfig) -> dict[str, Any]:
 def build_sampler(name: SchedulerName, noise_scheduler: DDPMScheduler) -> SchedulerMixin:
     """Raises RequestError for one that diffusers has not written for what the model predicts."""
     if name == "euler_ancestral" and noise_scheduler.config.prediction_type == "sample":
-        raise RequestError("euler_ancestral samples no model that predicts 'sample'; take euler or another")
+        raise RequestError(
+            "euler_ancestral samples no model that predicts 'sample'; take euler or another", param="scheduler"
+        )
     return SAMPLERS[name].from_config(noise_scheduler.config)
