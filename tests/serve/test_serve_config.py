@@ -57,6 +57,50 @@ def test_nobody_else_may_ask_without_a_key(host: str, monkeypatch: pytest.Monkey
         run(load_config([f"http.host={host}"], ServeConfig))
 
 
+def asked_of_ray(**args: Any) -> dict[str, dict[str, Any]]:
+    """What each deployment's replicas ask for, by its name."""
+    api = build(args)
+    _, _, models = api._bound_deployment.init_args
+    deployments = [api._bound_deployment, *(one._bound_deployment for one in models.values())]
+    return {one.name: one.ray_actor_options for one in deployments}
+
+
+def test_several_bases_fit_on_two_cores():
+    embedded = {"settings": ["model=emoji"]}
+    asked = asked_of_ray(models={"one": embedded, "two": embedded, "three": embedded})
+    assert asked.keys() == {"api", "model-one", "model-two", "model-three"}
+    assert sum(options["num_cpus"] for options in asked.values()) <= 2
+
+
+def test_each_base_has_the_resources_that_are_set_for_it():
+    embedded = {"settings": ["model=emoji"]}
+    asked = asked_of_ray(serve="sdxl", models={"sdxl": embedded, "emoji": embedded | {"num_cpus": 3, "num_gpus": 0.5}})
+    assert asked["model-sdxl"] == {"num_cpus": 1, "num_gpus": 1}
+    assert asked["model-emoji"] == {"num_cpus": 3, "num_gpus": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        (["models.emoji.num_cpus=1.9"], "2.15 CPUs, and the cluster has 2; lower models.NAME.num_cpus or models.NAME."),
+        (["models.emoji.num_cpus=0.6", "models.emoji.replicas.min=3"], "2.05 CPUs, and the cluster has 2; lower"),
+        (
+            ["serve=sd15", "models.sd15.settings=[model=emoji]"],
+            "1 GPUs, and the cluster has 0; lower models.NAME.num_gpus",
+        ),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_told_before_anything_is_started(
+    settings: list[str], needed: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ray_sd.serve.app.connect", lambda: None)
+    monkeypatch.setattr("ray_sd.serve.app.quiet_serve", lambda: None)
+    monkeypatch.setattr("ray_sd.serve.app.possible_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray_sd.serve.app.serve.start", lambda **options: pytest.fail("Serve was started"))
+    with pytest.raises(ConfigError, match=f"^models: replicas of .* and the HTTP side need {re.escape(needed)}"):
+        run(load_config(settings, ServeConfig))
+
+
 def test_a_first_request_is_told():
     config = load_config(["http.port=9000"], ServeConfig)
     told = greeting(config)
