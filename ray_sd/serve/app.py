@@ -7,6 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from ray_sd.cluster import connect, possible_resources, quiet_serve
 from ray_sd.config import ServeConfig
@@ -111,8 +112,11 @@ def check_resources(config: ServeConfig) -> None:
             )
 
 
-def run(config: ServeConfig) -> None:
-    """Serve until interrupted. Raises ConfigError for settings that are wrong, or need more than the cluster has."""
+def run(config: ServeConfig, began: float) -> None:
+    """Serve until interrupted. Raises ConfigError for settings that are wrong, or need more than the cluster has.
+
+    began: when the program did, on the monotonic clock.
+    """
     if not config.keys and not config.http.is_loopback:
         raise ConfigError(
             f"keys: whoever reaches {config.http.host} could ask; make one by python -m ray_sd.serve.gate, or leave "
@@ -124,8 +128,8 @@ def run(config: ServeConfig) -> None:
     check_resources(config)
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     try:
-        serve.run(application, name=NAME, route_prefix="/")
-        print(greeting(config), flush=True)  # noqa: T201
+        serve.run(application, name=NAME, route_prefix="/", logging_config=LoggingConfig(encoding="JSON"))
+        print(greeting(config, time.monotonic() - began), flush=True)  # noqa: T201
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -134,8 +138,8 @@ def run(config: ServeConfig) -> None:
         serve.delete(NAME)
 
 
-def greeting(config: ServeConfig) -> str:
-    """Where it is served, and a first request by curl and by OpenAI's client."""
+def greeting(config: ServeConfig, seconds: float) -> str:
+    """Where it is served, after how many seconds, and a first request by curl and by OpenAI's client."""
     address = config.http.url
     adapters = [entry.name for entry in AdapterFolder(absolute_paths(config).adapters)]
     served = ", ".join(config.models) + (f" with {', '.join(adapters)}" if adapters else "")
@@ -144,7 +148,7 @@ def greeting(config: ServeConfig) -> str:
     prompt = "a tiger face on a blue background"
     return "\n".join(
         [
-            f"serving {served} at {address} (every field: {address}/docs); Ctrl-C ends it",
+            f"serving {served} at {address} after {seconds:.0f} s (every field: {address}/docs); Ctrl-C ends it",
             "",
             f"curl -s {address}/v1/images/generations{header} -H 'Content-Type: application/json' \\",
             f'    -d \'{{"prompt": "{prompt}"}}\' | python -c \\',

@@ -54,7 +54,7 @@ def test_arguments_win_over_the_preset_that_they_name():
 def test_nobody_else_may_ask_without_a_key(host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray_sd.serve.app.connect", lambda: pytest.fail("Ray was started"))
     with pytest.raises(ConfigError, match=f"^keys: whoever reaches {re.escape(host)} could ask; make one by python -m"):
-        run(load_config([f"http.host={host}"], ServeConfig))
+        run(load_config([f"http.host={host}"], ServeConfig), 0)
 
 
 def asked_of_ray(**args: Any) -> dict[str, dict[str, Any]]:
@@ -98,16 +98,16 @@ def test_what_the_cluster_has_no_room_for_is_told_before_anything_is_started(
     monkeypatch.setattr("ray_sd.serve.app.possible_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr("ray_sd.serve.app.serve.start", lambda **options: pytest.fail("Serve was started"))
     with pytest.raises(ConfigError, match=f"^models: replicas of .* and the HTTP side need {re.escape(needed)}"):
-        run(load_config(settings, ServeConfig))
+        run(load_config(settings, ServeConfig), 0)
 
 
 def test_a_first_request_is_told():
     config = load_config(["http.port=9000"], ServeConfig)
-    told = greeting(config)
-    assert told.startswith("serving emoji with owl, owl-word at http://localhost:9000 ")
+    told = greeting(config, 12.3)
+    assert told.startswith("serving emoji with owl, owl-word at http://localhost:9000 after 12 s ")
     assert "Authorization" not in told
     key = {"keys": {"ann": {"sha256": "0" * 64}}, "http": {"host": "192.0.2.1"}}
-    with_key = greeting(configuration({"serve": "emoji"} | key))
+    with_key = greeting(configuration({"serve": "emoji"} | key), 12.3)
     assert "curl -s http://192.0.2.1:8000/v1/images/generations -H 'Authorization: Bearer YOUR-KEY'" in with_key
     assert 'api_key="YOUR-KEY"' in with_key
 
