@@ -1,6 +1,8 @@
 """The shipped configuration of the server, and what the guide says of it."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from ray_sd.errors import ConfigError
 from ray_sd.serve.app import build, configuration, greeting, run
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = [
-    yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
-]
+GUIDE = (ROOT / "docs/serving.md").read_text()
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)]
 
 
 def test_what_ships_is_a_deployment_of_the_embedded_model_and_its_adapters():
@@ -125,6 +126,26 @@ def test_the_guides_settings_are_settings(block: dict[str, Any]):
     config = validate({"models": {"emoji": {"settings": ["model=emoji"]}}} | block, ServeConfig)
     for served in config.models.values():
         load_config(list(served.settings), ServedPreset)
+
+
+@pytest.mark.parametrize("written", sorted(set(re.findall(r"serve run ray_sd\.serve\.app:build ([^\n`#]+)", GUIDE))))
+def test_the_guides_commands_for_ray_serve_compose(written: str):
+    configuration(dict(one.split("=", 1) for one in shlex.split(written)))
+
+
+@pytest.mark.parametrize(
+    ("row", "figure"),
+    [
+        ("mixed, 32 clients, images/s", "mixed_images_per_second_{}"),
+        ("uniform, 32 clients, images/s", "uniform_images_per_second_{}"),
+        ("mixed by chance, 95th percentile in s", "mixed_p95_seconds_{}"),
+        ("8 steps just after three of 50, s", "short_wait_seconds_{}"),
+    ],
+)
+def test_the_guides_figures_are_those_that_were_measured(row: str, figure: str):
+    figures = json.loads((ROOT / "benchmarks/results/serve_load.json").read_text())["figures"]
+    lock, batch, ours = (f"{figures[figure.format(way)]:.2f}" for way in ("lock", "batch", "ours"))
+    assert f"| {row} | {lock} | {batch} | {ours} |" in GUIDE
 
 
 @pytest.mark.parametrize(
