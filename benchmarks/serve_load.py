@@ -79,6 +79,8 @@ LORA_SCALE = 0.1
 """Of random LoRAs that change a picture a lot."""
 STEPS, GUIDANCE = (8, 12, 20, 30, 50), (1.0, 4.0)
 """That are mixed."""
+TRIED_SIZES, TRIED_WAITS = (4, 16, 32), (0.0, 0.02, 0.1)
+"""Of `batch`, by `--tune`; waits in seconds."""
 UTILIZATION = 0.8
 WARM_UP = 8.0
 """Seconds of a saturating load before any count: as long as a picture of many steps takes, so that they are in."""
@@ -228,6 +230,9 @@ def main() -> None:
         adapters = Path(scratch)
         export_adapters(model, adapters)
         with served(adapters, options.max_rows) as (address, replicas):
+            if options.tune:
+                asyncio.run(tune(Clients(address, options.clients), replicas["batch"], adapters, options.seconds))
+                return
             figures = asyncio.run(measure(Clients(address, options.clients), replicas, model, adapters, options))
     write_result("serve_load", figures, BARS, vars(options), at_most=AT_MOST, keep=not options.short)
 
@@ -336,6 +341,18 @@ async def measure(
         figures |= {f"mixed_p{share}_seconds_{way}": found[way] for share, found in percentiles.items()}
         figures |= {f"short_wait_seconds_{way}": short[way]}
     return {name: round(value, 3) for name, value in figures.items()}
+
+
+async def tune(clients: Clients, batch: Replica, adapters: Path, seconds: float) -> None:
+    """Show what `batch` makes of the mixed load with other sizes of its batches, and waits for them."""
+    await batch.handle.load_adapters.remote(adapters)
+    rows = []
+    for size, wait in itertools.product(TRIED_SIZES, TRIED_WAITS):
+        await batch.handle.tune.remote(size, wait)
+        work = await clients.saturate("batch", mixed_requests("tune"), batch.work_within(seconds))
+        rows.append([f"{size} pictures, {wait:g} s", f"{work.rate:.2f}", f"{work.core_share:.2f}"])
+        logger.info("%s: %s images/s with %s of the core", *rows[-1])
+    print_table("batch, mixed load", ["at most, and wait", "images/s", "share of the core"], rows)
 
 
 async def check_alike(clients: Clients, adapter: str | None) -> None:
@@ -485,6 +502,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=360, help="that come by chance; of fewer, a handful decide")
     parser.add_argument("--alone", type=int, default=12, help="requests with nobody else there, of each way")
     parser.add_argument("--max-rows", type=int, default=32, help="of a step of ours")
+    parser.add_argument("--tune", action="store_true", help="try sizes and waits of `batch` under the mixed load, only")
     parser.add_argument("--short", action="store_true", help="keep no result")
     return parser.parse_args()
 

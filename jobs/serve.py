@@ -1,6 +1,7 @@
 """Draw for whoever asks over HTTP: `python jobs/serve.py serve=sdxl adapters=runs/adapters`."""
 
 import sys
+import time
 from collections.abc import Sequence
 
 from ray_sd.config import ServeConfig
@@ -8,10 +9,11 @@ from ray_sd.config.load import load_config, run_job
 
 
 def main(argv: Sequence[str]) -> None:
+    began = time.monotonic()
     config = load_config(argv, ServeConfig)
     from ray_sd.serve.app import run
 
-    run(config)
+    run(config, began)
 
 
 if __name__ == "__main__":

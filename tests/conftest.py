@@ -39,6 +39,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_resume.py": 300,
         "train/test_job_submit.py": 120,
         "tune/test_preparer.py": 30,
+        "serve/test_serve_cli.py": 60,
         "test_notebook.py": 30,
         "draw/test_generation.py": 20,
         "embedded/test_clip.py": 20,

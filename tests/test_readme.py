@@ -8,18 +8,21 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ray_sd.config import ExperimentConfig, GenerateConfig, SweepConfig, TextToVideoConfig
+from ray_sd.config import ExperimentConfig, GenerateConfig, ServeConfig, SweepConfig, TextToVideoConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.load import load_config, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCHEMAS = {"train.py": ExperimentConfig, "encode.py": ExperimentConfig, "generate.py": GenerateConfig}
-SCHEMAS |= {"text_to_video.py": TextToVideoConfig, "sweep.py": SweepConfig}
+SCHEMAS |= {"text_to_video.py": TextToVideoConfig, "sweep.py": SweepConfig, "serve.py": ServeConfig}
 SCHEMAS |= {f"export.py {verb}": schema for verb, schema in EXPORTS.items()}
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
 TEXT = "\n".join(file.read_text() for file in DOCUMENTS).replace("\\\n", " ").replace(" $(ARGS)", "")
-COMMAND = r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|sweep\.py|text_to_video\.py|export\.py \w+) ([^\n`#]+)"
+COMMAND = (
+    r"python jobs/(train\.py|encode\.py(?! list| prune)|generate\.py|sweep\.py|text_to_video\.py|serve\.py|export\.py \w+)"
+    r" ([^\n`#]+)"
+)
 """The cache's verbs compose nothing."""
 SHOWN_ERROR = re.compile(rf"\$ {COMMAND}\n\s*error: ([^\n]*)")
 

@@ -78,6 +78,8 @@ class ServedModel(Schema):
     """What `jobs/generate.py` would be given: `model=sdxl`, `model.base=folder`."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Of the weights; `auto` is fp16 on GPUs and fp32 on CPUs. An autoencoder that overflows in fp16 stays in fp32."""
+    num_cpus: float = Field(0.5, ge=0)
+    """CPUs that Ray sets aside for a replica. Less than one lets models share a CPU; `threads` are not bound by it."""
     num_gpus: float = Field(0, ge=0)
     """GPUs of a replica. Less than one lets replicas share a GPU, without keeping them apart."""
     threads: int | None = Field(None, ge=1)

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from cachetools import TTLCache
 
@@ -136,7 +137,7 @@ class Admission:
         found = visit.repeat and self._found(visit.repeat)
         if found:
             return found
-        ahead = sum(place.visit.pictures for place in self._places.values() if place.visit.model == visit.model)
+        ahead = self._ahead(visit)
         refused = self._over_quota(visit.client, visit.key) or self._over_queue(visit, ahead)
         if refused:
             return refused
@@ -144,6 +145,11 @@ class Admission:
         self._asked[visit.client].append(now)
         self._places[visit.id] = _Place(visit, now, asyncio.get_running_loop().create_future())
         return Admitted(ahead)
+
+    async def ahead(self, id: str) -> int | None:
+        """Pictures of the same model that came before a visit's and are not done; None where it has no place."""
+        place = self._places.get(id)
+        return None if place is None else self._ahead(place.visit)
 
     async def over_quota(self, client: str, key: ApiKey) -> Refused | None:
         """What a request by this key would be refused with now. Nothing is counted."""
@@ -172,6 +178,10 @@ class Admission:
     async def file(self, name: str) -> bytes | None:
         self._forget_old()
         return self._files.get(name)
+
+    def _ahead(self, visit: Visit) -> int:
+        before = takewhile(lambda place: place.visit.id != visit.id, self._places.values())
+        return sum(place.visit.pictures for place in before if place.visit.model == visit.model)
 
     def _forget_old(self) -> None:
         now = self._clock()

@@ -1,8 +1,6 @@
 """The HTTP side: the OpenAI images API over models' replicas."""
 
 import asyncio
-import base64
-import json
 import logging
 import secrets
 import time
@@ -49,6 +47,7 @@ from ray_sd.serve.messages import PictureEvent, PictureJob
 from ray_sd.serve.picture_job import Edited, build_job
 from ray_sd.serve.repeats import HEADER, REPLAYED, repeat_of
 from ray_sd.serve.shared import Answer, SharedAdmission
+from ray_sd.serve.stream import STREAM_HEADERS, error_event, stream
 from ray_sd.serve.uploads import read_picture
 from ray_sd.serve.wire import (
     GenerationRequest,
@@ -200,8 +199,10 @@ class Api:
         if body.stream:
             entered = await self._admission.enter(visit)
             ahead = entered.ahead if isinstance(entered, Admitted) else None
-            told = _stream(self._events(base, job), job, body, kind, request, ahead)
-            return StreamingResponse(self._leaving(visit, told), media_type="text/event-stream")
+            told = stream(self._events(base, job), job, body.model, kind, ahead, lambda: self._admission.ahead(visit))
+            return StreamingResponse(
+                self._leaving(visit, told, request), media_type="text/event-stream", headers=STREAM_HEADERS
+            )
 
         async def draw(seconds: float) -> Answer:
             return await self._drawn(base, replace(job, seconds=seconds), body, request)
@@ -224,12 +225,15 @@ class Api:
         finally:
             events.cancel()
 
-    async def _leaving(self, visit: Visit, told: AsyncGenerator[str]) -> AsyncIterator[str]:
-        """What is told, and then the visit's place given back."""
+    async def _leaving(self, visit: Visit, told: AsyncGenerator[str], request: Request) -> AsyncIterator[str]:
+        """What is told, or the error that it ends with, and then the visit's place given back."""
         try:
             async with aclosing(told):
                 async for one in told:
                     yield one
+        except ApiError as error:
+            setattr(request.state, REASON, error.reason)
+            yield error_event(error)
         finally:
             self._admission.leave(visit)
 
@@ -251,70 +255,12 @@ class Api:
                 files[name] = event.content
                 data.append(ImageData(url=link(request, name), seed=one.seed))
             else:
-                data.append(ImageData(b64_json=_b64(event), seed=one.seed))
+                data.append(ImageData(b64_json=event.b64, seed=one.seed))
         response = ImagesResponse(
             created=int(time.time()),
             data=data,
             output_format=job.format,
-            size=_size_of(pictures[0]),
+            size=pictures[0].size,
             usage=usage(len(data)),
         )
         return Answer(response.model_dump_json().encode(), files)
-
-
-async def _stream(
-    events: AsyncGenerator[PictureEvent],
-    job: PictureJob,
-    body: PictureSettings,
-    kind: str,
-    request: Request,
-    ahead: int | None,
-) -> AsyncGenerator[str]:
-    """Server-sent events of a job's pictures, as OpenAI's client reads them.
-
-    ahead: pictures before them in all replicas; None where only the replica's own queue is known.
-    """
-    async with aclosing(events):
-        try:
-            async for event in events:
-                if event.kind == "failed":
-                    raise of_failure(event.values, model=body.model)
-                if event.kind == "queued" and ahead is not None:
-                    event = replace(event, values={"position": ahead + event.number})
-                yield _told(event, job, kind)
-        except ApiError as error:
-            yield _sent({"type": "error", **error.body})
-            setattr(request.state, REASON, error.reason)
-
-
-def _told(event: PictureEvent, job: PictureJob, kind: str) -> str:
-    number = event.number
-    common = {
-        "created_at": int(time.time()),
-        "output_format": job.format,
-        "quality": "auto",
-        "background": "opaque",
-        "image_index": number,
-    }
-    match event.kind:
-        case "partial":
-            values = {"partial_image_index": event.values["look"], "size": _size_of(event), "b64_json": _b64(event)}
-            return _sent({"type": f"{kind}.partial_image", **common, **values})
-        case "done":
-            values = {"size": _size_of(event), "b64_json": _b64(event), "seed": job.requests[number].seed}
-            return _sent({"type": f"{kind}.completed", **common, **values, "usage": usage(1)})
-        case _:  # a comment to clients that do not know it: the place in the queue, and steps
-            return f": {json.dumps({'image_index': number} | event.values)}\n\n"
-
-
-def _sent(data: dict[str, Any]) -> str:
-    return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
-
-
-def _b64(event: PictureEvent) -> str:
-    return base64.b64encode(event.content).decode()
-
-
-def _size_of(event: PictureEvent) -> str:
-    width, height = event.values["size"]
-    return f"{width}x{height}"

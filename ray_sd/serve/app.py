@@ -7,8 +7,9 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
-from ray_sd.cluster import connect, quiet_serve
+from ray_sd.cluster import connect, possible_resources, quiet_serve
 from ray_sd.config import ServeConfig
 from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.embedded import PICTURES, is_embedded
@@ -29,6 +30,8 @@ from ray_sd.serve.shared import admission_actor
 
 MOST_AT_ONCE = 1000
 """Requests that Serve hands a replica at once: the engine itself says when there are too many."""
+API_CPUS = 0.25
+"""That Ray sets aside for the HTTP side."""
 ROWS = 2
 """Of a picture with guidance."""
 NAME = "ray_sd"
@@ -45,7 +48,7 @@ def build(args: dict[str, Any]) -> Application:
             max_ongoing_requests=MOST_AT_ONCE,
             graceful_shutdown_timeout_s=config.limits.deadline,
             health_check_period_s=5,
-            ray_actor_options={"num_gpus": served.num_gpus},
+            ray_actor_options={"num_cpus": served.num_cpus, "num_gpus": served.num_gpus},
             **replica_options(served.replicas),
             request_router_config=RequestRouterConfig(
                 request_router_class="ray_sd.serve.router.AdapterRouter",
@@ -59,6 +62,7 @@ def build(args: dict[str, Any]) -> Application:
         name="api",
         max_ongoing_requests=MOST_AT_ONCE,
         graceful_shutdown_timeout_s=config.limits.deadline,  # a request may wait for a model's next replica
+        ray_actor_options={"num_cpus": API_CPUS},
         deployment_actors=[admission_actor(config.limits)],
     )
     return api.bind(to_dict(config), bases, models)
@@ -91,8 +95,28 @@ def describe(served: ServedModel) -> ServedBase:
     return ServedBase(config.name, size, factor, suits.num_inference_steps, suits.guidance_scale)
 
 
-def run(config: ServeConfig) -> None:
-    """Serve until interrupted. Raises ConfigError for settings that are wrong."""
+def check_resources(config: ServeConfig) -> None:
+    """Raises ConfigError where the cluster is too small for the replicas that are always there, which would wait for ever."""
+    found = possible_resources()
+    models = config.models.values()
+    needed = {
+        "CPU": API_CPUS + sum(served.replicas.min * served.num_cpus for served in models),
+        "GPU": sum(served.replicas.min * served.num_gpus for served in models),
+    }
+    for kind, number in needed.items():
+        has = found.get(kind, 0)
+        if number > has:
+            raise ConfigError(
+                f"models: replicas of {', '.join(config.models)} and the HTTP side need {number:g} {kind}s, and the cluster "
+                f"has {has:g}; lower models.NAME.num_{kind.lower()}s or models.NAME.replicas.min, or serve fewer models"
+            )
+
+
+def run(config: ServeConfig, began: float) -> None:
+    """Serve until interrupted. Raises ConfigError for settings that are wrong, or need more than the cluster has.
+
+    began: when the program did, on the monotonic clock.
+    """
     if not config.keys and not config.http.is_loopback:
         raise ConfigError(
             f"keys: whoever reaches {config.http.host} could ask; make one by python -m ray_sd.serve.gate, or leave "
@@ -101,10 +125,11 @@ def run(config: ServeConfig) -> None:
     application = build(to_dict(absolute_paths(config)))
     quiet_serve()
     connect()
+    check_resources(config)
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     try:
-        serve.run(application, name=NAME, route_prefix="/")
-        print(greeting(config), flush=True)  # noqa: T201
+        serve.run(application, name=NAME, route_prefix="/", logging_config=LoggingConfig(encoding="JSON"))
+        print(greeting(config, time.monotonic() - began), flush=True)  # noqa: T201
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -113,8 +138,8 @@ def run(config: ServeConfig) -> None:
         serve.delete(NAME)
 
 
-def greeting(config: ServeConfig) -> str:
-    """Where it is served, and a first request by curl and by OpenAI's client."""
+def greeting(config: ServeConfig, seconds: float) -> str:
+    """Where it is served, after how many seconds, and a first request by curl and by OpenAI's client."""
     address = config.http.url
     adapters = [entry.name for entry in AdapterFolder(absolute_paths(config).adapters)]
     served = ", ".join(config.models) + (f" with {', '.join(adapters)}" if adapters else "")
@@ -123,7 +148,7 @@ def greeting(config: ServeConfig) -> str:
     prompt = "a tiger face on a blue background"
     return "\n".join(
         [
-            f"serving {served} at {address} (every field: {address}/docs); Ctrl-C ends it",
+            f"serving {served} at {address} after {seconds:.0f} s (every field: {address}/docs); Ctrl-C ends it",
             "",
             f"curl -s {address}/v1/images/generations{header} -H 'Content-Type: application/json' \\",
             f'    -d \'{{"prompt": "{prompt}"}}\' | python -c \\',

@@ -1,5 +1,6 @@
 """What the HTTP side and the replicas of models tell each other."""
 
+import base64
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +33,17 @@ class PictureEvent:
     values: dict[str, Any] = field(default_factory=dict)
     content: bytes = b""
     """Of the picture's file."""
+
+    @property
+    def b64(self) -> str:
+        """The content in base64."""
+        return base64.b64encode(self.content).decode()
+
+    @property
+    def size(self) -> str:
+        """`WIDTHxHEIGHT` of a picture that is shown."""
+        width, height = self.values["size"]
+        return f"{width}x{height}"
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,13 @@ class SharedAdmission:
                 raise ApiError(422, message, INVALID, HEADER, "idempotency_key_reused")
         return entered
 
+    async def ahead(self, visit: Visit) -> int | None:
+        """Pictures of its model that came before a visit's and are not done; None where nobody counts."""
+        with suppress(UnreachableError):
+            ahead: int | None = await self._call("ahead", visit.id)
+            return ahead
+        return None
+
     def leave(self, visit: Visit) -> None:
         """Without waiting, so that it may be the last thing that a cancelled request does."""
         with suppress(UnreachableError):  # whose places are gone with it

@@ -79,6 +79,19 @@ def test_places_are_counted_by_model_until_they_are_given_back():
     tried(story)
 
 
+def test_who_waits_is_told_how_many_are_ahead_by_now():
+    async def story(admission: Admission, clock: Clock) -> None:
+        near = Near(admission)
+        for id, pictures, model in (("a", 2, "tiny"), ("b", 1, "other"), ("c", 1, "tiny"), ("d", 1, "tiny")):
+            await near.enter(visit(id, pictures, model=model))
+        assert [await near.ahead(visit(id)) for id in "acd"] == [0, 2, 3]
+        await admission.leave("a")
+        assert [await near.ahead(visit(id)) for id in "acd"] == [None, 0, 1]
+        assert await Near(None).ahead(visit("c")) is None
+
+    tried(story)
+
+
 def test_who_is_refused_is_told_when_there_is_room_by_how_fast_it_came_of_late():
     async def story(admission: Admission, clock: Clock) -> None:
         await admission.enter(visit("a", 4))

@@ -1,6 +1,8 @@
 """The shipped configuration of the server, and what the guide says of it."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from ray_sd.errors import ConfigError
 from ray_sd.serve.app import build, configuration, greeting, run
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = [
-    yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
-]
+GUIDE = (ROOT / "docs/serving.md").read_text()
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)]
 
 
 def test_what_ships_is_a_deployment_of_the_embedded_model_and_its_adapters():
@@ -54,16 +55,60 @@ def test_arguments_win_over_the_preset_that_they_name():
 def test_nobody_else_may_ask_without_a_key(host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray_sd.serve.app.connect", lambda: pytest.fail("Ray was started"))
     with pytest.raises(ConfigError, match=f"^keys: whoever reaches {re.escape(host)} could ask; make one by python -m"):
-        run(load_config([f"http.host={host}"], ServeConfig))
+        run(load_config([f"http.host={host}"], ServeConfig), 0)
+
+
+def asked_of_ray(**args: Any) -> dict[str, dict[str, Any]]:
+    """What each deployment's replicas ask for, by its name."""
+    api = build(args)
+    _, _, models = api._bound_deployment.init_args
+    deployments = [api._bound_deployment, *(one._bound_deployment for one in models.values())]
+    return {one.name: one.ray_actor_options for one in deployments}
+
+
+def test_several_bases_fit_on_two_cores():
+    embedded = {"settings": ["model=emoji"]}
+    asked = asked_of_ray(models={"one": embedded, "two": embedded, "three": embedded})
+    assert asked.keys() == {"api", "model-one", "model-two", "model-three"}
+    assert sum(options["num_cpus"] for options in asked.values()) <= 2
+
+
+def test_each_base_has_the_resources_that_are_set_for_it():
+    embedded = {"settings": ["model=emoji"]}
+    asked = asked_of_ray(serve="sdxl", models={"sdxl": embedded, "emoji": embedded | {"num_cpus": 3, "num_gpus": 0.5}})
+    assert asked["model-sdxl"] == {"num_cpus": 1, "num_gpus": 1}
+    assert asked["model-emoji"] == {"num_cpus": 3, "num_gpus": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        (["models.emoji.num_cpus=1.9"], "2.15 CPUs, and the cluster has 2; lower models.NAME.num_cpus or models.NAME."),
+        (["models.emoji.num_cpus=0.6", "models.emoji.replicas.min=3"], "2.05 CPUs, and the cluster has 2; lower"),
+        (
+            ["serve=sd15", "models.sd15.settings=[model=emoji]"],
+            "1 GPUs, and the cluster has 0; lower models.NAME.num_gpus",
+        ),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_told_before_anything_is_started(
+    settings: list[str], needed: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ray_sd.serve.app.connect", lambda: None)
+    monkeypatch.setattr("ray_sd.serve.app.quiet_serve", lambda: None)
+    monkeypatch.setattr("ray_sd.serve.app.possible_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray_sd.serve.app.serve.start", lambda **options: pytest.fail("Serve was started"))
+    with pytest.raises(ConfigError, match=f"^models: replicas of .* and the HTTP side need {re.escape(needed)}"):
+        run(load_config(settings, ServeConfig), 0)
 
 
 def test_a_first_request_is_told():
     config = load_config(["http.port=9000"], ServeConfig)
-    told = greeting(config)
-    assert told.startswith("serving emoji with owl, owl-word at http://localhost:9000 ")
+    told = greeting(config, 12.3)
+    assert told.startswith("serving emoji with owl, owl-word at http://localhost:9000 after 12 s ")
     assert "Authorization" not in told
     key = {"keys": {"ann": {"sha256": "0" * 64}}, "http": {"host": "192.0.2.1"}}
-    with_key = greeting(configuration({"serve": "emoji"} | key))
+    with_key = greeting(configuration({"serve": "emoji"} | key), 12.3)
     assert "curl -s http://192.0.2.1:8000/v1/images/generations -H 'Authorization: Bearer YOUR-KEY'" in with_key
     assert 'api_key="YOUR-KEY"' in with_key
 
@@ -81,6 +126,26 @@ def test_the_guides_settings_are_settings(block: dict[str, Any]):
     config = validate({"models": {"emoji": {"settings": ["model=emoji"]}}} | block, ServeConfig)
     for served in config.models.values():
         load_config(list(served.settings), ServedPreset)
+
+
+@pytest.mark.parametrize("written", sorted(set(re.findall(r"serve run ray_sd\.serve\.app:build ([^\n`#]+)", GUIDE))))
+def test_the_guides_commands_for_ray_serve_compose(written: str):
+    configuration(dict(one.split("=", 1) for one in shlex.split(written)))
+
+
+@pytest.mark.parametrize(
+    ("row", "figure"),
+    [
+        ("mixed, 32 clients, images/s", "mixed_images_per_second_{}"),
+        ("uniform, 32 clients, images/s", "uniform_images_per_second_{}"),
+        ("mixed by chance, 95th percentile in s", "mixed_p95_seconds_{}"),
+        ("8 steps just after three of 50, s", "short_wait_seconds_{}"),
+    ],
+)
+def test_the_guides_figures_are_those_that_were_measured(row: str, figure: str):
+    figures = json.loads((ROOT / "benchmarks/results/serve_load.json").read_text())["figures"]
+    lock, batch, ours = (f"{figures[figure.format(way)]:.2f}" for way in ("lock", "batch", "ours"))
+    assert f"| {row} | {lock} | {batch} | {ours} |" in GUIDE
 
 
 @pytest.mark.parametrize(

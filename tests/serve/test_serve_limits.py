@@ -64,21 +64,22 @@ def figures() -> dict[str, Any]:
 
 
 def begin_stream(stack: ExitStack, web: httpx.Client, **body: Any) -> Iterator[dict[str, Any]]:
-    """Comments of a stream that goes on until the stack is closed."""
+    """Events of a stream that goes on until the stack is closed."""
     settings = {"json": LONG | {"stream": True} | body, "headers": web.headers}
     stream = stack.enter_context(web.stream("POST", PATH, **settings))
     assert stream.status_code == 200
     lines = stream.iter_lines()
     stack.callback(lines.close)  # kept until then: an iterator that is let go closes its connection
-    return (json.loads(line[1:]) for line in lines if line.startswith(":"))
+    return (json.loads(line[6:]) for line in lines if line.startswith("data: "))
 
 
 def test_a_models_queue_is_one_whoever_is_asked(web: httpx.Client):
     with ExitStack() as stack:
         for ahead in (0, 3):
-            comments = begin_stream(stack, web, n=3)
-            places = [next(comment for comment in comments if "position" in comment) for _ in range(3)]
-            assert places == [{"image_index": number, "position": ahead + number} for number in range(3)]
+            events = begin_stream(stack, web, n=3)
+            places = [next(event for event in events if "position" in event) for _ in range(3)]
+            assert [place["image_index"] for place in places] == [0, 1, 2]
+            assert [place["position"] for place in places] == [ahead, ahead + 1, ahead + 2]
         for _ in range(4):
             answer = web.post(PATH, json=SHORT)
             assert answer.status_code == 429
