@@ -249,9 +249,9 @@ class Api:
             if body.response_format == "url":
                 name = new_file_name(job.format)
                 files[name] = event.content
-                data.append(ImageData(url=link(request, name), seed=one.seed))
+                data.append(ImageData(url=link(request, name), seed=one.seed, alone=event.values["alone"]))
             else:
-                data.append(ImageData(b64_json=_b64(event), seed=one.seed))
+                data.append(ImageData(b64_json=_b64(event), seed=one.seed, alone=event.values["alone"]))
         response = ImagesResponse(
             created=int(time.time()),
             data=data,
@@ -301,7 +301,12 @@ def _told(event: PictureEvent, job: PictureJob, kind: str) -> str:
             values = {"partial_image_index": event.values["look"], "size": _size_of(event), "b64_json": _b64(event)}
             return _sent({"type": f"{kind}.partial_image", **common, **values})
         case "done":
-            values = {"size": _size_of(event), "b64_json": _b64(event), "seed": job.requests[number].seed}
+            values = {
+                "size": _size_of(event),
+                "b64_json": _b64(event),
+                "seed": job.requests[number].seed,
+                "alone": event.values["alone"],
+            }
             return _sent({"type": f"{kind}.completed", **common, **values, "usage": usage(1)})
         case _:  # a comment to clients that do not know it: the place in the queue, and steps
             return f": {json.dumps({'image_index': number} | event.values)}\n\n"

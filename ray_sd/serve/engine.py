@@ -245,6 +245,7 @@ class Engine:
         order = ticket.order
         adapters = self.adapters.acquire(order.request.adapters)
         try:
+            ticket.alone = any(one.alone for one in adapters)
             versions = tuple(one.key for one in adapters)
             key = None if order.key is None else (order.key, versions)
             if key is not None and self._join(key, ticket):

@@ -93,7 +93,7 @@ class ModelReplica:
         match event:
             case Shown(0):
                 self._metrics.took("first_look_seconds", seconds)
-            case Drawn(_, _, waited):
+            case Drawn(_, _, waited, _):
                 self._metrics.took("queue_seconds", waited)
                 self._metrics.took("picture_seconds", seconds)
 
@@ -106,9 +106,9 @@ class ModelReplica:
             case Shown(look, image):
                 content = await asyncio.to_thread(self._encoded, job, number, image)
                 return PictureEvent("partial", number, {"look": look, "size": image.size}, content)
-            case Drawn(image, seconds, waited):
+            case Drawn(image, seconds, waited, alone):
                 content = await asyncio.to_thread(self._encoded, job, number, image)
-                values = {"seconds": seconds, "waited": waited, "size": image.size}
+                values = {"seconds": seconds, "waited": waited, "size": image.size, "alone": alone}
                 return PictureEvent("done", number, values, content)
             case Failed(error):
                 return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from orders import PLENTY, SAME, draw, plain
+from orders import PLENTY, SAME, Client, draw, plain
 from PIL import Image
 from tiny_models import difference, tiny_config
 
@@ -85,3 +85,12 @@ def test_edits_are_batched_with_the_rest(build):
     together, engine = draw(build(), orders), build()
     for order, picture in zip(orders, together, strict=True):
         assert difference(draw(engine, [order])[0], picture) <= SAME
+
+
+def test_what_does_not_stack_is_told_to_be_drawn_alone(build):
+    client = Client(build())
+    mixes = ["", "lora", "word", "dora", "loha lora", "dora"]
+    for mix in mixes:
+        adapters = tuple((name, 1.0) for name in mix.split())
+        client.order(Order(ImageRequest("a cat", seed=6, num_inference_steps=2, adapters=adapters)))
+    assert [event.alone for event in client.finish()] == [False, False, False, True, True, True]
