@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ray_sd.adapter import MANIFEST, tensor_names
+from ray_sd.adapter import MANIFEST
 from ray_sd.config.paths import local_path
 from ray_sd.errors import ArtifactError, RequestError, first_line
+from ray_sd.files import local
+from ray_sd.headers import read_header
 from ray_sd.serve.errors import NOT_FOUND
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -174,7 +176,7 @@ def _may_be_adapter(path: Path) -> bool:
 
 
 def _read_file(name: str, path: Path) -> AdapterEntry:
-    tensor_names(path)  # raises for what is no .safetensors file
+    read_header(local(path))  # raises for what is no .safetensors file
     stat = path.stat()
     version = hashlib.sha256(f"{stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()
     return AdapterEntry(name, path, "file", False, None, (), version[:12])
