@@ -44,7 +44,8 @@ class ModelReplica:
         model = place(load_model(config), settings)
         adapter_memory = settings.adapter_memory * 2**20
         rows = rows_that_fit(model, settings.batching, adapter_memory)
-        loaded = LoadedAdapters(model, AdapterFolder(adapters), adapter_memory)
+        self._folder = AdapterFolder(adapters)
+        loaded = LoadedAdapters(model, self._folder, adapter_memory)
         self._engine = Engine(model, loaded, settings.batching, inf if rows is None else rows)
         self._metrics = ReplicaMetrics(name)
         seconds = time.perf_counter() - began
@@ -62,6 +63,11 @@ class ModelReplica:
         tickets = []
         began = time.monotonic()
         deadline = began + job.seconds
+        try:
+            await self._folder.ready(name for name, _ in job.requests[0].adapters)
+        except AdapterError as error:
+            yield PictureEvent("failed", 0, failure_of(error, self._name, self._engine.seconds_for(1)))
+            return
         try:
             for number, request in enumerate(job.requests):
                 order = Order(request, job.partial_images, deadline, job.owner)
@@ -138,6 +144,7 @@ class ModelReplica:
     async def load_adapter(self, name: str) -> dict[str, Any] | None:
         """Have an adapter in memory before a picture asks for it; what failed, if it did."""
         try:
+            await self._folder.ready([name])
             await asyncio.wrap_future(self._engine.load(name))
         except Exception as error:  # noqa: BLE001  told to who asked
             return failure_of(error, self._name, self._engine.seconds_for(1))

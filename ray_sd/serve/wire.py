@@ -132,7 +132,7 @@ class ModelList(BaseModel):
 
 
 class AdapterCard(BaseModel):
-    """An adapter of the folder. Of one with a `problem` nothing may be known but its name and its size."""
+    """An adapter of the folder. Of one with a `problem` nothing may be known but its name."""
 
     name: str
     object: Literal["adapter"] = "adapter"

@@ -98,6 +98,11 @@ def test_the_guides_settings_are_settings(block: dict[str, Any]):
         ({"models": {"a": "model=emoji_video"}}, "model 'emoji_video' draws no pictures from prompts"),
         ({"models": {"a": {"settings": [], "batching": {"max_rows": 0}}}}, "models.a.batching.max_rows: "),
         ({"models": {"a": "model=emoji"}, "keys": {"ann": "secret"}}, "keys.ann"),
+        ({"serve": "emoji", "adapters": "no/such/folder"}, "adapters: there is no folder /"),
+        (
+            {"serve": "emoji", "adapters": "memory://no/such/bucket"},
+            "adapters: there is nothing in /no/such/bucket; put",
+        ),
     ],
 )
 def test_wrong_settings_are_told(args: dict[str, Any], words: str):
