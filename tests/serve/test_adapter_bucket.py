@@ -3,12 +3,14 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import fsspec
 import pytest
+from fastapi import Request
 from orders import PLENTY, SAME, draw
 from pyarrow import fs
 from tiny_models import difference, tiny_config
@@ -28,11 +30,14 @@ from ray_sd.serve.adapter_folder import (
 )
 from ray_sd.serve.adapter_places import WEEK, place_of
 from ray_sd.serve.adapters import LoadedAdapters
+from ray_sd.serve.api import Api
 from ray_sd.serve.catalog import Catalog, ServedBase
 from ray_sd.serve.errors import ApiError
+from ray_sd.serve.gate import ANYBODY, CLIENT
 from ray_sd.serve.messages import PictureEvent, PictureJob
 from ray_sd.serve.order import Order
 from ray_sd.serve.replica import ModelReplica
+from ray_sd.serve.wire import GenerationRequest
 
 MEMORY = fsspec.filesystem("memory")
 
@@ -178,6 +183,27 @@ def test_a_filesystem_of_pyarrows_own_is_read_and_copied_as_well(adapter_folder:
     changed = place.look("cat.safetensors")
     assert changed is not None
     assert place.fetch(changed, "cat") != copy
+
+
+def test_who_waits_for_a_bucket_is_no_event_loop(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    config = {"models": {"tiny": "model=emoji"}, "adapters": f"memory:/{bucket}"}
+    api = Api(config, {"tiny": ServedBase("tiny", (64, 64), 8, 20, 4.0, 32)}, {})
+    request = Request({"type": "http", "state": {CLIENT: ANYBODY}})
+    waited = []
+    for name in ("listing", "children", "copy_to"):
+        own = getattr(Location, name)
+
+        def watched(*given: object, own: Callable = own) -> object:
+            waited.append(threading.current_thread())
+            return own(*given)
+
+        monkeypatch.setattr(Location, name, watched)
+    base, job = asyncio.run(api._job(GenerationRequest(prompt="a cat", model="pet"), request))
+    assert (base, job.requests[0].adapters) == ("tiny", (("pet", 1.0),))
+    asyncio.run(api.list_models())
+    fetch(folder_of(bucket), "pet")
+    assert len(waited) > 3
+    assert threading.main_thread() not in waited
 
 
 def test_a_copy_that_is_not_whole_is_none(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
