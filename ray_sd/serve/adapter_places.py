@@ -180,11 +180,11 @@ class Bucket:
         strays = [file.name for file in files if ".." in PurePosixPath(file.name).parts]
         problem = f"its file {strays[0]} leads out of its folder" if strays else None
         size, created = sum(file.size for file in files), int(max(file.modified for file in files))
-        stamp = " ".join(sorted(f"{file.name} {file.stamp}" for file in files))
+        stamp = _digest("\n".join(sorted(f"{file.name} {file.stamp}" for file in files)))
         return Found(place, is_file, size, created, stamp, problem)
 
     def fetch(self, found: Found, name: str) -> Path:
-        copy = self._copies / f"{name}@{_digest(found.stamp)}"
+        copy = self._copies / f"{name}@{found.stamp}"
         if not copy.is_dir():
             self._copies.mkdir(parents=True, exist_ok=True)
             self._forget_old()
@@ -202,7 +202,8 @@ class Bucket:
 
     def told(self, text: str) -> str:
         text = re.sub(f"{re.escape(str(self._copies))}/[^/]+/", "", text)
-        return text.replace(f"{self._location.path.rstrip('/')}/", "")
+        root = self._location.path.rstrip("/")
+        return text.replace(f"{root}/", "") if root else text
 
     def _copy(self, found: Found, name: str, copy: Path) -> None:
         """Whole or not at all. Where another process is quicker, its copy is taken."""

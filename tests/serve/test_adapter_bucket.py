@@ -170,6 +170,8 @@ def test_a_filesystem_of_pyarrows_own_is_read_and_copied_as_well(adapter_folder:
     place = place_of(Location(filesystem, "registry"))
     assert place.names() == ["cat.safetensors", "pet"]
     assert place.look("cow") is None
+    assert place.told("registry/pet/x is damaged") == "pet/x is damaged"
+    assert place_of(Location(filesystem, "")).told("pet/x is damaged") == "pet/x is damaged"
     pet, cat = place.look("pet"), place.look("cat.safetensors")
     assert pet is not None
     assert cat is not None

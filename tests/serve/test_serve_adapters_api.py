@@ -40,7 +40,9 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = {
         name: tensor.repeat_interleave(2, -1) if tensor.ndim else tensor for name, tensor in load_file(file).items()
     }
-    save_file(wide, folder / "large.safetensors")
+    save_file(wide, folder / "larger.safetensors")
+    tells_nothing = {name: tensor for name, tensor in wide.items() if "attn2" not in name}
+    save_file(tells_nothing, folder / "large.safetensors")
     shutil.copytree(folder / "pet", folder / "damaged")
     (folder / "damaged" / "pytorch_lora_weights.safetensors").write_bytes(file.read_bytes())
     (folder / "pickled.bin").write_bytes(b"cos")
@@ -83,7 +85,7 @@ def listed(client: httpx.Client) -> dict[str, dict[str, Any]]:
 def test_all_adapters_are_listed_and_the_broken_ones_say_why(user: httpx.Client, folder: Path):
     cards = listed(user)
     assert set(cards) == {
-        *("pet", "word", "my-run", "strange", "file", "cat", "cut", "large", "damaged", "pickled.bin", "out")
+        *("pet", "word", "my-run", "strange", "file", "cat", "cut", "large", "larger", "damaged", "pickled.bin", "out")
     }
     pet = cards["pet"]
     assert (pet["kind"], pet["base"], pet["loaded"], pet["problem"]) == ("lora", "tiny", 0, None)
@@ -139,6 +141,7 @@ def test_a_user_loads_and_unloads_nothing(server: str, user: httpx.Client, metho
         ({"name": "a/b"}, 404, "no adapter 'a/b'"),
         ({"name": "cut"}, 400, "adapter 'cut' cannot be used: cut.safetensors cannot be read"),
         ({"name": "large"}, 400, "adapter 'large' cannot be used: large.safetensors: "),
+        ({"name": "larger"}, 400, "is for a base that reads texts of 64 numbers a token, which is not served"),
         ({"name": "strange"}, 400, "is for the base 'another', which is not served"),
         ({"names": ["pet"]}, 400, "names: no such field"),
     ],
