@@ -1,4 +1,4 @@
-"""Draw for whoever asks over HTTP: `python jobs/serve.py serve=sdxl adapters=runs/adapters`."""
+"""Draw for whoever asks over HTTP: `python jobs/serve.py serve=sdxl adapters=runs`."""
 
 import sys
 import time

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -142,21 +142,15 @@ def read_manifest(folder: Path) -> AdapterManifest:
     return manifest
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a `.safetensors` file. Raises ArtifactError where it cannot be read."""
-    with open_safetensors(path, "np") as content:  # which, other than "pt", does not import torch
-        return list(content.keys())
-
-
 @contextmanager
-def open_safetensors(path: Path, framework: Literal["pt", "np"]) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """Raises ArtifactError where it cannot be read."""
     if path.suffix != ".safetensors":
         raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has no {path.name}")
     try:
-        with safe_open(path, framework) as content:
+        with safe_open(path, "pt") as content:
             yield content
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error

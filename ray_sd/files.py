@@ -20,6 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file as its filesystem lists it."""
+
+    name: str
+    """From the folder that was listed; empty of a file that was listed itself."""
+    size: int
+    modified: float
+    """Seconds since 1970; 0 where the filesystem does not say."""
+    stamp: str
+    """Changes with its content: size and time, or all that an fsspec filesystem says of it, such as an ETag."""
+
+
+@dataclass(frozen=True)
 class Location:
     """A file or folder in a filesystem; pickles, so that it can be opened on any machine."""
 
@@ -51,6 +64,42 @@ class Location:
             logger.warning("%s: %d files are left out; their names are not UTF-8", self.path, len(found) - len(named))
         wanted = [i for i in named if not i.base_name.startswith(".") and i.base_name.lower().endswith(suffixes)]
         return sorted(wanted, key=lambda info: info.path)
+
+    def refresh(self) -> None:
+        """Have what is listed next be as it is then: many an fsspec filesystem remembers what it listed."""
+        if (filesystem := self._fsspec) is not None:
+            filesystem.invalidate_cache()
+
+    def listing(self) -> list[StoredFile]:
+        """The files below this folder, or this file itself; none where nothing is there."""
+        if (filesystem := self._fsspec) is not None:
+            return self._fsspec_listing(filesystem)
+        info = self.info()
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = [info] if info.type == fs.FileType.File else self.filesystem.get_file_info(selector)
+        return [
+            StoredFile(
+                one.path[len(self.path) :].strip("/"),
+                one.size,
+                (one.mtime_ns or 0) / 1e9,
+                f"{one.size} {one.mtime_ns}",
+            )
+            for one in found
+            if one.type == fs.FileType.File
+        ]
+
+    @property
+    def _fsspec(self) -> fsspec.AbstractFileSystem | None:
+        """The filesystem, where it is fsspec's."""
+        handler = getattr(self.filesystem, "handler", None)
+        return handler.fs if isinstance(handler, fs.FSSpecHandler) else None
+
+    def _fsspec_listing(self, filesystem: fsspec.AbstractFileSystem) -> list[StoredFile]:
+        files = []
+        for path, found in filesystem.find(self.path, detail=True).items():
+            info = found or filesystem.info(path)  # of a file that was listed itself `find` says nothing
+            files.append(StoredFile(path[len(self.path) :].strip("/"), info["size"], info.get("mtime", 0), str(info)))
+        return files
 
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "config",
     "requests",
+    "headers",
     "adapter",
     "models",
     "methods",
@@ -26,7 +27,7 @@ LAYERS = [
 ]
 BOTTOM = {"errors", "embedded", "config"}  # what anyone may import
 GROUND = ["files", "media"]  # what anyone else may import
-SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "requests", "serve"}
+SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "headers", "requests", "serve"}
 RAY_IN = {"cluster", "draw", "data", "train", "tune", "serve", "jobs"}
 """And only these may import `cluster`."""
 DEEPSPEED_IN = "ray_sd/train/engine.py"

@@ -189,11 +189,12 @@ class HttpConfig(Schema):
 class ServeConfig(Schema):
     """The application that Ray Serve runs (`jobs/serve.py`, `serve_config.yaml`)."""
 
-    local_paths = ("adapters",)
+    places = ("adapters",)
     models: dict[str, ServedModel] = Field(min_length=1)
     """Base models by the names that requests ask for them by; the first is taken where a request names none."""
     adapters: str | None = None
-    """Folder of adapters, by whose names requests ask for them; new ones are found as they come."""
+    """Folder or bucket (a URI, as of a dataset) of adapters and of training runs, by whose names requests ask for them; new
+    ones are found as they come."""
     keys: dict[str, ApiKey] = Field(default_factory=dict)
     """Keys by their holders' names, who share the models fairly by `policy: fair`. Without any this machine alone may ask."""
     limits: RequestLimits = RequestLimits()

@@ -11,9 +11,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_sd.adapter import tensor_names
 from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
+from ray_sd.files import local
+from ray_sd.headers import EMB_PARAMS, PAIR, TOKEN, Header, read_header
 from ray_sd.methods.weights import read_tensors
 
 Embedding = dict[str, Tensor]
@@ -23,10 +24,6 @@ LEARNED = "learned_embeds"
 """diffusers looks for a file of this name where none is given."""
 A1111 = "a1111"
 """Folder of the other layout, so that diffusers finds one file."""
-EMB_PARAMS = "emb_params"
-PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-TOKEN = "token"
-"""Key of the metadata under which a file of a pair says its token."""
 
 
 def write_embeddings(folder: Path, embeddings: dict[str, Embedding]) -> None:
@@ -75,21 +72,22 @@ def read_embeddings(folder: Path) -> dict[str, Embedding]:
 
 
 def holds_embedding(file: Path) -> bool:
-    """Whether a file has the names of one of these layouts; a LoRA has at least two tensors."""
-    names = tensor_names(file)
-    return len(names) == 1 or set(names) == set(PAIR)
+    """Whether a file has the names of one of these layouts."""
+    try:
+        return read_header(local(file)).is_embedding
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from error
 
 
 def read_embedding(file: Path, token: str | None = None) -> tuple[str, Embedding]:
     """Token and vectors of one file of any layout; `token` names what is in it otherwise."""
     tensors, metadata = read_tensors(file)
+    header = Header({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
+    if not header.is_embedding:
+        raise ArtifactError(f"{file} is no embedding of one token: it holds {', '.join(sorted(tensors)[:4])}")
     for name, tensor in tensors.items():
         if tensor.ndim not in (1, 2):
             raise ArtifactError(f"{file} is no embedding: {name} has {tensor.ndim} dimensions")
     vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
-    if set(vectors) == set(PAIR):
-        return token or metadata.get(TOKEN, file.stem), {part: vectors[name] for name, part in PAIR.items()}
-    if len(vectors) != 1:
-        raise ArtifactError(f"{file} is no embedding of one token: it holds {', '.join(sorted(vectors)[:4])}")
-    [(name, alone)] = vectors.items()
-    return token or (file.stem if name == EMB_PARAMS else name), {"text_encoder": alone}
+    parts = PAIR if set(vectors) == set(PAIR) else dict.fromkeys(vectors, "text_encoder")
+    return token or header.token(file.stem), {part: vectors[name] for name, part in parts.items()}

@@ -77,7 +77,7 @@ def read_weights(module: nn.Module, folder: Path, own: Mapping[str, Tensor]) -> 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read."""
-    with open_safetensors(path, "pt") as content:
+    with open_safetensors(path) as content:
         return {name: content.get_tensor(name) for name in list(content.keys())}, content.metadata() or {}
 
 

@@ -1,23 +1,34 @@
-"""A folder of adapters as it lies on the disk: what each says of itself without being loaded, and what is wrong with others."""
+"""The adapters of a registry: what each says of itself without being loaded, and what is wrong with others."""
 
+import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from ray_sd.adapter import MANIFEST, tensor_names
-from ray_sd.config.paths import local_path
+from cachetools import TTLCache
+
+from ray_sd.adapter import MANIFEST
 from ray_sd.errors import ArtifactError, RequestError, first_line
-from ray_sd.serve.errors import NOT_FOUND
+from ray_sd.files import locate
+from ray_sd.headers import read_header
+from ray_sd.serve.adapter_places import PICKLED, SAFETENSORS, Found, Place, UnreachableError, place_of
+from ray_sd.serve.errors import NOT_FOUND, UNREACHABLE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of adapters: nothing that could lead out of their folder."""
-SAFETENSORS = ".safetensors"
-PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-"""Of files that run code when they are read."""
+BELIEVED = 10.0
+"""Seconds for which what was read of a bucket's adapter is taken to be so still."""
+MOST_KNOWN = 10_000
+"""Adapters of a bucket of which that is kept."""
+THREADS = 16
+T = TypeVar("T")
 
 
 class AdapterError(RequestError):
@@ -49,27 +60,45 @@ class BrokenAdapterError(AdapterError):
         return f"adapter '{self.name}' cannot be used: {self.reason}"
 
 
+class AdaptersUnreachableError(AdapterError):
+    """Nobody can say now whether it is there."""
+
+    code = UNREACHABLE
+
+    def __str__(self) -> str:
+        return "the adapters cannot be looked up now; try again"
+
+
 @dataclass(frozen=True)
 class AdapterEntry:
     """An adapter as its folder tells it, without loading it."""
 
     name: str
-    path: Path
     kind: str
     """Method that made it; `file` of another tool's file."""
     rotates: bool
     """Whether it has no strength, because it rotates weights (OFT)."""
     base: str | None
-    """Name of the model that it was made for; None where nothing says so."""
+    """Name of the model that it was made for; None of another tool's file."""
+    text_width: int | None
+    """Of another tool's file, numbers a token that its base reads of texts; None where nothing tells."""
     tokens: tuple[str, ...]
     """Words that it adds."""
     version: str
     """Changes with its content."""
+    found: Found
 
     @property
     def key(self) -> str:
         """Name and version."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def made_for(self) -> str:
+        """For errors."""
+        if self.base is not None:
+            return f"the base '{self.base}'"
+        return f"a base that reads texts of {self.text_width} numbers a token"
 
 
 @dataclass(frozen=True)
@@ -77,113 +106,163 @@ class BrokenEntry:
     """What looks like an adapter and cannot be used."""
 
     name: str
-    path: Path
+    found: Found
     reason: str
 
 
-def bytes_of(entry: AdapterEntry | BrokenEntry) -> int:
-    """What an adapter takes on the disk; links of a broken one are not followed."""
-    path = entry.path
-    follows = isinstance(entry, AdapterEntry)
-    if path.is_symlink() and not follows:
-        return 0
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file() and (follows or not file.is_symlink()))
-
-
 class AdapterFolder:
-    """A folder whose subfolders and `.safetensors` files are adapters, by their names. Read anew whenever it is asked."""
+    """A folder or bucket whose subfolders and `.safetensors` files are adapters, by their names.
+
+    It is read anew whenever it is asked; of a bucket's adapter that is asked for again within seconds it is not.
+    """
 
     def __init__(self, path: Path | str | None) -> None:
-        self.path = None if path is None else local_path(str(path))
+        """path: of a folder, or the URI of a bucket."""
+        self._place: Place | None = None if path is None else place_of(locate(str(path), "adapters"))
+        self._remote = self._place is not None and self._place.remote
+        self._known: TTLCache[str, AdapterEntry] = TTLCache(MOST_KNOWN, BELIEVED if self._remote else 0)
+        self._lock = threading.Lock()
+        self._at_hand: dict[str, tuple[AdapterEntry, Path]] = {}
+        self._threads = ThreadPoolExecutor(THREADS, "adapters")
+
+    def check(self) -> None:
+        """Raises ConfigError where there is no such folder."""
+        if self._place is not None:
+            self._place.check()
+
+    async def ask(self, work: Callable[[], T]) -> T:
+        """Have something done that may wait for a bucket, by threads that nothing else waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def __iter__(self) -> Iterator[AdapterEntry]:
         """Those that can be read."""
         return (entry for entry in self.survey() if isinstance(entry, AdapterEntry))
 
     def survey(self) -> Iterator[AdapterEntry | BrokenEntry]:
-        """All that look like adapters."""
+        """All that look like adapters. Raises AdaptersUnreachableError."""
         names: set[str] = set()
-        for path in self._places():
-            name = path.name.removesuffix(SAFETENSORS)
-            try:
-                entry = self._entry(path)
-                if name in names:
-                    raise BrokenAdapterError(name, "there is a folder of the same name, which is taken")
-            except BrokenAdapterError as error:
-                yield BrokenEntry(name, path, error.reason)
-            else:
-                names.add(name)
+        with ThreadPoolExecutor(THREADS) as threads:
+            entries = list(threads.map(self._entry, self._file_names()))
+        for entry in entries:
+            if isinstance(entry, AdapterEntry):
+                if entry.name in names:
+                    reason = "there is a folder of the same name, which is taken"
+                    entry = BrokenEntry(entry.name, entry.found, reason)
+                names.add(entry.name)
+            if entry is not None:  # it was not taken away meanwhile
                 yield entry
 
     @property
     def names(self) -> list[str]:
-        """Of all that may be adapters, of which nothing is read."""
-        names = {path.name.removesuffix(SAFETENSORS) for path in self._places() if path.suffix not in PICKLED}
+        """Of all that may be adapters, of which nothing is read. Raises AdaptersUnreachableError."""
+        names = {name.removesuffix(SAFETENSORS) for name in self._file_names() if not name.endswith(PICKLED)}
         return sorted(name for name in names if NAME.fullmatch(name))
 
     def find(self, name: str) -> AdapterEntry:
-        """Raises UnknownAdapterError and BrokenAdapterError."""
-        broken: BrokenAdapterError | None = None
-        if self.path is not None and NAME.fullmatch(name):
-            for path in (self.path / name, self.path / f"{name}{SAFETENSORS}"):
-                if _may_be_adapter(path):
-                    try:
-                        return self._entry(path)
-                    except BrokenAdapterError as error:
-                        broken = broken or error
-        if broken is not None:
-            raise broken
+        """Raises UnknownAdapterError, BrokenAdapterError and AdaptersUnreachableError."""
+        broken: list[BrokenEntry] = []
+        for file_name in (name, f"{name}{SAFETENSORS}") if NAME.fullmatch(name) else ():
+            entry = self._entry(file_name)
+            if isinstance(entry, AdapterEntry):
+                return entry
+            if entry is not None:
+                broken.append(entry)
+        if broken:
+            raise BrokenAdapterError(name, broken[0].reason)
         known = self.names
         there = f"there are {', '.join(known[:20])}" if known else "there are none"
         raise UnknownAdapterError(name, f"no adapter '{name}'; {there}")
 
-    def _places(self) -> list[Path]:
-        if self.path is None or not self.path.is_dir():
-            return []
-        return sorted(path for path in self.path.iterdir() if _may_be_adapter(path))
+    async def ready(self, names: Iterable[str]) -> None:
+        """Have a bucket's adapters on this machine, as they are now. Raises AdapterError as `find` does."""
+        if self._remote:
+            for name in names:
+                await self.ask(partial(self._fetch, name))
 
-    def _entry(self, path: Path) -> AdapterEntry:
-        """Raises BrokenAdapterError."""
-        name = path.name.removesuffix(SAFETENSORS)
-        if not NAME.fullmatch(name):
-            raise BrokenAdapterError(name, "its name has other characters than letters, digits, '.', '_' and '-'")
-        try:
-            self._check_links(path)
-            return _read_file(name, path) if path.is_file() else _read_folder(name, path)
-        except (ArtifactError, OSError, RuntimeError) as error:  # Python's own for links in a circle
-            raise BrokenAdapterError(name, self.told(error)) from error
+    def at_hand(self, name: str) -> tuple[AdapterEntry, Path]:
+        """An adapter and its files on this machine; of a bucket's as `ready` had them last. Raises AdapterError."""
+        at_hand = self._at_hand.get(name) if self._remote else None
+        return at_hand or self._fetch(name)
 
     def told(self, error: Exception) -> str:
-        """What an error says, without where the folder lies."""
-        return first_line(error).replace(f"{self.path}/", "")
+        """What an error says, without where files lie."""
+        text = first_line(error)
+        return text if self._place is None else self._place.told(text)
 
-    def _check_links(self, path: Path) -> None:
-        """Raises ArtifactError for a link to what the server was not told to serve."""
-        assert self.path is not None  # noqa: S101
-        root = self.path.resolve()
-        for one in chain([path], path.rglob("*")):
-            if not one.resolve().is_relative_to(root):
-                raise ArtifactError(f"{one} is a link that leads out of the folder; put what it leads to in its place")
+    def _fetch(self, name: str) -> tuple[AdapterEntry, Path]:
+        entry = self.find(name)
+        assert self._place is not None  # noqa: S101
+        try:
+            path = self._place.fetch(entry.found, name)
+        except UnreachableError as error:
+            raise AdaptersUnreachableError(name, str(error)) from error
+        except OSError as error:
+            raise BrokenAdapterError(name, self.told(error)) from error
+        if self._remote:
+            self._at_hand[name] = entry, path
+        return entry, path
+
+    def _file_names(self) -> list[str]:
+        try:
+            return [] if self._place is None else self._place.names()
+        except UnreachableError as error:
+            raise AdaptersUnreachableError("", str(error)) from error
+
+    def _entry(self, file_name: str) -> AdapterEntry | BrokenEntry | None:
+        """What a file or folder says of itself; None where there is none. Raises AdaptersUnreachableError."""
+        if self._place is None:
+            return None
+        with self._lock:
+            known = self._known.get(file_name)
+        if known is not None:
+            return known
+        name = file_name.removesuffix(SAFETENSORS)
+        try:
+            found = self._place.look(file_name)
+            entry = None if found is None else self._read(self._place, name, found)
+        except UnreachableError as error:
+            raise AdaptersUnreachableError(name, str(error)) from error
+        if isinstance(entry, AdapterEntry):
+            with self._lock:
+                self._known[file_name] = entry
+        return entry
+
+    def _read(self, place: Place, name: str, found: Found) -> AdapterEntry | BrokenEntry:
+        try:
+            with place.reading():
+                return _read(name, found)
+        except ArtifactError as error:
+            return BrokenEntry(name, found, self.told(error))
 
 
-def _may_be_adapter(path: Path) -> bool:
-    if path.name.startswith("."):
-        return False
-    return path.is_symlink() or path.is_dir() or (path.suffix in (SAFETENSORS, *PICKLED) and path.is_file())
+def _read(name: str, found: Found) -> AdapterEntry:
+    """Raises ArtifactError and OSError."""
+    if not NAME.fullmatch(name):
+        raise ArtifactError("its name has other characters than letters, digits, '.', '_' and '-'")
+    if found.problem is not None:
+        raise ArtifactError(found.problem)
+    return _read_file(name, found) if found.is_file else _read_folder(name, found)
 
 
-def _read_file(name: str, path: Path) -> AdapterEntry:
-    tensor_names(path)  # raises for what is no .safetensors file
-    stat = path.stat()
-    version = hashlib.sha256(f"{stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()
-    return AdapterEntry(name, path, "file", False, None, (), version[:12])
+def _read_file(name: str, found: Found) -> AdapterEntry:
+    header = read_header(found.place)
+    return AdapterEntry(
+        name,
+        kind="file",
+        rotates=False,
+        base=None,
+        text_width=header.text_width,
+        tokens=(header.token(name),) if header.is_embedding else (),
+        version=_version(found.stamp.encode()),
+        found=found,
+    )
 
 
-def _read_folder(name: str, path: Path) -> AdapterEntry:
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"it has no {MANIFEST}")
-    raw = (path / MANIFEST).read_bytes()  # which lists the SHA-256 of every file
+def _read_folder(name: str, found: Found) -> AdapterEntry:
+    try:
+        raw = (found.place / MANIFEST).read()  # which lists the SHA-256 of every file
+    except FileNotFoundError:
+        raise ArtifactError(f"it has no {MANIFEST}, and is no run that has ended") from None
     try:
         manifest = json.loads(raw)
         method = manifest["config"]["method"]
@@ -195,4 +274,17 @@ def _read_folder(name: str, path: Path) -> AdapterEntry:
     except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"its {MANIFEST} cannot be read: {first_line(error)}") from error
     tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
-    return AdapterEntry(name, path, kind, rotates, base, tokens, hashlib.sha256(raw).hexdigest()[:12])
+    return AdapterEntry(
+        name,
+        kind=kind,
+        rotates=rotates,
+        base=base,
+        text_width=None,
+        tokens=tokens,
+        version=_version(raw),
+        found=found,
+    )
+
+
+def _version(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,18 +1,18 @@
 """`/v1/adapters`: the adapters of the folder, and which of them replicas have in memory."""
 
-import asyncio
 import logging
 from collections import Counter
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, BrokenEntry, bytes_of
-from ray_sd.serve.catalog import Catalog
+from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, BrokenEntry
+from ray_sd.serve.catalog import Catalog, not_served
 from ray_sd.serve.document import errors
 from ray_sd.serve.errors import (
     NOT_FOUND,
@@ -31,48 +31,49 @@ from ray_sd.serve.wire import AdapterCard, AdapterList, AdapterToLoad, AdapterUn
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/adapters"
+T = TypeVar("T")
 
 
 class AdapterRoutes:
     def __init__(self, catalog: Catalog, handles: dict[str, DeploymentHandle]) -> None:
         """handles: of the served models."""
         self._folder = catalog.folder
-        self._base_of = catalog.base_of
+        self._bases_of = catalog.bases_of
         self._handles = handles
 
     def add_to(self, app: FastAPI) -> None:
         guarded: dict[str, Any] = {"dependencies": [Depends(only_admins)]}
-        app.get(PATH, responses=errors(401, 403))(self.list_adapters)
+        app.get(PATH, responses=errors(401, 403, 503))(self.list_adapters)
         app.post(PATH, **guarded, responses=errors(400, 401, 403, 404, 409, 429, 500, 503))(self.load_adapter)
-        app.delete(f"{PATH}/{{name}}", **guarded, responses=errors(401, 403, 404, 409))(self.unload_adapter)
+        app.delete(f"{PATH}/{{name}}", **guarded, responses=errors(401, 403, 404, 409, 503))(self.unload_adapter)
 
     async def list_adapters(self) -> AdapterList:
         """All adapters of the folder as it is now, those that cannot be used with the reason."""
         told = [answer for base in self._handles for answer in await self._ask(base, "adapters")]
-        return AdapterList(data=await asyncio.to_thread(self._cards, told))
+        entries = await self._look_up(lambda: list(self._folder.survey()))
+        return AdapterList(data=[self._card(entry, told) for entry in entries])
 
     async def load_adapter(self, body: AdapterToLoad | None = None) -> AdapterCard | AdapterList:
-        """Load an adapter into every replica of its base, before a picture asks for it.
+        """Load an adapter into every replica of its base, before a picture asks for it; of each base that it may be for.
 
         Without a name nothing is loaded: the folder is listed, which is read anew whenever anything is asked.
         """
         if body is None or body.name is None:
             return await self.list_adapters()
-        try:
-            entry = await asyncio.to_thread(self._folder.find, body.name)
-        except AdapterError as error:
-            raise of_adapter(str(error), error.code, "name") from None
-        base = self._base_of(entry)
-        if base is None:
-            raise BadRequestError(_not_served(entry), "name")
-        failures = await self._ask(base, "load_adapter", entry.name)
-        if not failures:
-            message = f"no replica of '{base}' is there now; a request for a picture starts one"
+        entry = await self._look_up(partial(self._folder.find, body.name), "name")
+        bases = self._bases_of(entry)
+        if not bases:
+            raise BadRequestError(not_served(entry), "name")
+        told = [await self._ask(base, "load_adapter", entry.name) for base in bases]
+        # Where nothing tells whose it is, it is the base's that takes it.
+        failures = min(filter(None, told), key=lambda one: len(one) - one.count(None), default=None)
+        if failures is None:
+            message = f"no replica of {' or '.join(bases)} is there now; a request for a picture starts one"
             raise ApiError(503, message, "server_error", code="no_replica", retry_after=SOON)
         for failure in failures:
             if failure is not None:
                 raise of_failure(failure, param="name")
-        return self._card(entry, await self._ask(base, "adapters"))
+        return self._card(entry, [answer for base in bases for answer in await self._ask(base, "adapters")])
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         """Forget an adapter in all replicas. It stays in the folder, and is loaded again when it is asked for."""
@@ -87,9 +88,16 @@ class AdapterRoutes:
             )
             rest = ", the others have forgotten it" if len(having) > len(in_use) else ""
             raise ConflictError(f"{message}{rest}; try again", "adapter_in_use", max(one.retry_after for one in in_use))
-        if not having and name not in self._folder.names:
+        if not having and name not in await self._look_up(lambda: self._folder.names):
             raise NotFoundError("no adapter of that name is loaded, nor in the folder", "name", NOT_FOUND)
         return AdapterUnloaded(name=name, replicas=len(having))
+
+    async def _look_up(self, work: Callable[[], T], param: str | None = None) -> T:
+        """What the folder says; param: the field that names an adapter. Raises ApiError."""
+        try:
+            return await self._folder.ask(work)
+        except AdapterError as error:
+            raise of_adapter(str(error), error.code, param) from None
 
     async def _ask(self, base: str, method: str, *arguments: Any) -> list[Any]:
         """What each replica of a model answers; one that dies meanwhile has nothing to say."""
@@ -105,30 +113,20 @@ class AdapterRoutes:
                 raise result
         return [result for result in results if not isinstance(result, RayActorError)]
 
-    def _cards(self, told: list[AdaptersTold]) -> list[AdapterCard]:
-        cards = []
-        for entry in self._folder.survey():
-            with suppress(FileNotFoundError):  # it was taken away meanwhile
-                cards.append(self._card(entry, told))
-        return cards
-
     def _card(self, entry: AdapterEntry | BrokenEntry, told: list[AdaptersTold]) -> AdapterCard:
-        created = int(entry.path.lstat().st_mtime)
-        about: dict[str, Any] = {"name": entry.name, "bytes": bytes_of(entry), "created": created}
+        about: dict[str, Any] = {"name": entry.name, "bytes": entry.found.bytes, "created": entry.found.created}
         if isinstance(entry, BrokenEntry):
             return AdapterCard(**about, problem=entry.reason)
-        base = self._base_of(entry)
+        bases = self._bases_of(entry)
         failures = [answer.failures[entry.key] for answer in told if entry.key in answer.failures]
+        loaded = Counter(key for answer in told for key in answer.loaded)[entry.key]
+        problem = next(iter(failures), None) if bases else not_served(entry)
         return AdapterCard(
             **about,
             kind=entry.kind,
-            base=base,
+            base=next(iter(bases), None),
             tokens=list(entry.tokens),
             version=entry.version,
-            loaded=Counter(key for answer in told for key in answer.loaded)[entry.key],
-            problem=_not_served(entry) if base is None else next(iter(failures), None),
+            loaded=loaded,
+            problem=None if loaded and len(bases) > 1 else problem,
         )
-
-
-def _not_served(entry: AdapterEntry) -> str:
-    return f"adapter '{entry.name}' is for the base '{entry.base}', which is not served"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ class LoadedAdapters:
         return len(idle), len(versions) - len(idle)
 
     def _find(self, name: str) -> Loaded:
-        entry = self._folder.find(name)
+        entry, path = self._folder.at_hand(name)
         with self._lock:
             one = self._loaded.get(entry.key)
             if one is not None:
@@ -203,7 +204,7 @@ class LoadedAdapters:
                 return one
         self.misses += 1
         try:
-            one = self._load(entry, entry.key)
+            one = self._load(entry, path)
         except (ArtifactError, OSError) as error:
             reason = self._folder.told(error)
             with self._lock:
@@ -215,9 +216,10 @@ class LoadedAdapters:
             self._failures.pop(name, None)
         return one
 
-    def _load(self, entry: AdapterEntry, key: str) -> Loaded:
+    def _load(self, entry: AdapterEntry, path: Path) -> Loaded:
         began = time.perf_counter()
-        contents = self._read(entry)
+        contents = self._read(path)
+        key = entry.key
         one = Loaded(key, rotates=entry.rotates)
         if stacks(contents):
             if contents.updates:
@@ -231,12 +233,11 @@ class LoadedAdapters:
         logger.info("loaded adapter %s in %.2f s: %s", entry.name, time.perf_counter() - began, contents.summary())
         return one
 
-    def _read(self, entry: AdapterEntry) -> Contents:
-        if entry.path.is_dir():
-            manifest = read_manifest(entry.path)
-            check_base(self._model, entry.path, manifest, allow_other_base=False, switch=None)
-        contents = read_contents(entry.path, self._model)
-        if contents.weights and not (entry.path / PEFT).is_dir():
+    def _read(self, path: Path) -> Contents:
+        if path.is_dir():
+            check_base(self._model, path, read_manifest(path), allow_other_base=False, switch=None)
+        contents = read_contents(path, self._model)
+        if contents.weights and not (path / PEFT).is_dir():
             parts = ", ".join(contents.weights)
             raise ArtifactError(f"it is all weights of the {parts}; serve it as a model of its own")
         return contents

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -116,11 +117,11 @@ class Api:
 
     async def list_models(self) -> ModelList:
         """Base models and adapters."""
-        return ModelList(data=await asyncio.to_thread(lambda: list(self._catalog.cards())))
+        return ModelList(data=await self._catalog.folder.ask(lambda: list(self._catalog.cards())))
 
     async def show_model(self, model: str) -> ModelCard:
         """A base model or an adapter."""
-        return await asyncio.to_thread(self._catalog.card, model)
+        return await self._catalog.folder.ask(partial(self._catalog.card, model))
 
     async def health(self) -> dict[str, str]:
         """Whether the HTTP side is there; replicas that are not well are replaced by Ray Serve."""
@@ -144,7 +145,7 @@ class Api:
 
     async def generate(self, body: GenerationRequest, request: Request) -> Any:
         """Draw pictures of a prompt."""
-        base, job = self._job(body, request)
+        base, job = await self._job(body, request)
         return await self._answer(base, job, body, "image_generation", request, {})
 
     async def edit(self, request: Request) -> Any:
@@ -158,7 +159,7 @@ class Api:
             name: await asyncio.to_thread(read_picture, content, self._limits, name) for name, content in files.items()
         }
         edited = Edited(pictures["image"], pictures.get("mask"), body.strength)
-        base, job = self._job(body, request, edited)
+        base, job = await self._job(body, request, edited)
         return await self._answer(base, job, body, "image_edit", request, files)
 
     async def show_file(self, name: str) -> Response:
@@ -168,10 +169,13 @@ class Api:
             raise NotFoundError("no such picture; links are kept for a while only", code="file_not_found")
         return file_response(name, content)
 
-    def _job(self, body: PictureSettings, request: Request, edited: Edited | None = None) -> tuple[str, PictureJob]:
+    async def _job(
+        self, body: PictureSettings, request: Request, edited: Edited | None = None
+    ) -> tuple[str, PictureJob]:
         """The model that a request is for, and what it has to draw. Raises ApiError for what is not to be had."""
         client: Client = request.scope["state"][CLIENT]
-        return build_job(body, self._catalog, self._limits, self._config.defaults, client.name, edited)
+        build = partial(build_job, body, self._catalog, self._limits, self._config.defaults, client.name, edited)
+        return await self._catalog.folder.ask(build) if self._catalog.names_adapters(body) else build()
 
     async def _answer(
         self,
@@ -253,9 +257,9 @@ class Api:
             if body.response_format == "url":
                 name = new_file_name(job.format)
                 files[name] = event.content
-                data.append(ImageData(url=link(request, name), seed=one.seed))
+                data.append(ImageData(url=link(request, name), seed=one.seed, alone=event.values["alone"]))
             else:
-                data.append(ImageData(b64_json=event.b64, seed=one.seed))
+                data.append(ImageData(b64_json=event.b64, seed=one.seed, alone=event.values["alone"]))
         response = ImagesResponse(
             created=int(time.time()),
             data=data,

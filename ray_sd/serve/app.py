@@ -41,6 +41,7 @@ GROUP = "serve"
 def build(args: dict[str, Any]) -> Application:
     """The HTTP side and a deployment for each base model, named `model-NAME`. Raises ConfigError for settings that are wrong."""
     config = absolute_paths(configuration(args))
+    AdapterFolder(config.adapters).check()
     replica = serve.deployment(ModelReplica)
     models = {
         name: replica.options(
@@ -92,7 +93,8 @@ def describe(served: ServedModel) -> ServedBase:
     factor = model.latent_factor
     suits = ImageRequest("", **PICTURES if is_embedded(config.base) else {})
     size = (width * factor, height * factor)
-    return ServedBase(config.name, size, factor, suits.num_inference_steps, suits.guidance_scale)
+    width = model.unet.config.cross_attention_dim
+    return ServedBase(config.name, size, factor, suits.num_inference_steps, suits.guidance_scale, width)
 
 
 def check_resources(config: ServeConfig) -> None:

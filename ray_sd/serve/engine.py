@@ -252,6 +252,7 @@ class Engine:
         order = ticket.order
         adapters = self.adapters.acquire(order.request.adapters)
         try:
+            ticket.alone = any(one.alone for one in adapters)
             versions = tuple(one.key for one in adapters)
             key = (order.key, versions)
             if self._join(key, ticket):

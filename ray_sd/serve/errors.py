@@ -10,6 +10,7 @@ from starlette.routing import Match
 
 INVALID = "invalid_request_error"
 NOT_FOUND = "model_not_found"
+UNREACHABLE = "adapters_unreachable"
 SOON = 5.0
 """Seconds after which a replica that is not there may be."""
 REASON = "reason"
@@ -71,8 +72,10 @@ class BusyError(ApiError):
         super().__init__(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=retry_after)
 
 
-def of_adapter(message: str, code: str | None, param: str) -> ApiError:
-    """The answer to who names an adapter that is not there, or that cannot be used."""
+def of_adapter(message: str, code: str | None, param: str | None) -> ApiError:
+    """The answer to who names an adapter that is not there, that cannot be used, or of which nobody knows now."""
+    if code == UNREACHABLE:
+        return ApiError(503, message, "server_error", param, code, retry_after=SOON)
     kind = NotFoundError if code == NOT_FOUND else BadRequestError
     return kind(message, param, code)
 

@@ -80,6 +80,8 @@ class Drawn:
     """Since it was ordered."""
     waited: float
     """Of these, before its first step."""
+    alone: bool
+    """Whether it has an adapter that does not stack, and shared steps only with those that have the same."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Ticket:
     def __init__(self, order: Order, listener: Listener) -> None:
         self.order = order
         self.cancelled = False
+        self.alone = False
+        """As `Drawn` tells it."""
         self._listener = listener
         self._ordered = time.monotonic()
         self._started: float | None = None
@@ -127,4 +131,5 @@ class Ticket:
 
     def finish(self, image: Image.Image) -> None:
         now = time.monotonic()
-        self.tell(Drawn(image, now - self._ordered, (self._started or now) - self._ordered))
+        waited = (self._started or now) - self._ordered
+        self.tell(Drawn(image, now - self._ordered, waited, self.alone))

@@ -56,7 +56,8 @@ class ModelReplica:
         model = place(load_model(config), settings)
         adapter_memory = settings.adapter_memory * 2**20
         rows = rows_that_fit(model, settings.batching, adapter_memory)
-        loaded = LoadedAdapters(model, AdapterFolder(adapters), adapter_memory)
+        self._folder = AdapterFolder(adapters)
+        loaded = LoadedAdapters(model, self._folder, adapter_memory)
         self._engine = Engine(model, loaded, settings.batching, inf if rows is None else rows)
         self._metrics = ReplicaMetrics(name)
         seconds = time.perf_counter() - began
@@ -74,6 +75,11 @@ class ModelReplica:
         tickets = []
         began = time.monotonic()
         deadline = began + job.seconds
+        try:
+            await self._folder.ready(name for name, _ in job.requests[0].adapters)
+        except AdapterError as error:
+            yield PictureEvent("failed", 0, failure_of(error, self._name, self._engine.seconds_for(1)))
+            return
         try:
             for number, request in enumerate(job.requests):
                 order = Order(request, job.partial_images, deadline, job.owner)
@@ -108,7 +114,7 @@ class ModelReplica:
         match event:
             case Shown(0):
                 self._metrics.took("first_look_seconds", seconds)
-            case Drawn(_, _, waited):
+            case Drawn(_, _, waited, _):
                 self._metrics.took("queue_seconds", waited)
                 self._metrics.took("picture_seconds", seconds)
 
@@ -121,9 +127,9 @@ class ModelReplica:
             case Shown(look, image):
                 content = await asyncio.to_thread(self._encoded, job, number, image)
                 return PictureEvent("partial", number, {"look": look, "size": image.size}, content)
-            case Drawn(image, seconds, waited):
+            case Drawn(image, seconds, waited, alone):
                 content = await asyncio.to_thread(self._encoded, job, number, image)
-                values = {"seconds": seconds, "waited": waited, "size": image.size}
+                values = {"seconds": seconds, "waited": waited, "size": image.size, "alone": alone}
                 return PictureEvent("done", number, values, content)
             case Failed(error):
                 return PictureEvent("failed", number, failure_of(error, self._name, self._engine.seconds_for(1)))
@@ -146,6 +152,7 @@ class ModelReplica:
     async def load_adapter(self, name: str) -> dict[str, Any] | None:
         """Have an adapter in memory before a picture asks for it; what failed, if it did."""
         try:
+            await self._folder.ready([name])
             await asyncio.wrap_future(self._engine.load(name))
         except Exception as error:  # noqa: BLE001  told to who asked
             return failure_of(error, self._name, self._engine.seconds_for(1))

@@ -58,7 +58,7 @@ async def stream(
                     values = {"partial_image_index": event.values["look"]}
                     yield _sent(f"{kind}.partial_image", number, _picture(event, job) | values)
                 case "done":
-                    values = {"seed": job.requests[number].seed, "usage": usage(1)}
+                    values = {"seed": job.requests[number].seed, "alone": event.values["alone"], "usage": usage(1)}
                     yield _sent(f"{kind}.completed", number, _picture(event, job) | values)
 
 

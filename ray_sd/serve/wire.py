@@ -98,6 +98,10 @@ class ImageData(BaseModel):
     url: str | None = None
     revised_prompt: str | None = None
     seed: int
+    alone: bool = Field(
+        description="Whether one of its adapters does not stack (DoRA, LoHa, LoKr, OFT), so that the picture shared steps with "
+        "none but those that have the same one, and may have taken longer for it."
+    )
 
 
 class ImagesResponse(BaseModel):
@@ -128,7 +132,7 @@ class ModelList(BaseModel):
 
 
 class AdapterCard(BaseModel):
-    """An adapter of the folder. Of one with a `problem` nothing may be known but its name and its size."""
+    """An adapter of the folder. Of one with a `problem` nothing may be known but its name."""
 
     name: str
     object: Literal["adapter"] = "adapter"

@@ -39,7 +39,7 @@ def adapter_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def build(tiny: Path, adapter_folder: Path) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def build_one(memory_limit: int = PLENTY, folder: Path = adapter_folder, **limits: object) -> Engine:
+    def build_one(memory_limit: int = PLENTY, folder: Path | str = adapter_folder, **limits: object) -> Engine:
         model = load_model(tiny_config(tiny))
         adapters = LoadedAdapters(model, AdapterFolder(folder), memory_limit)
         engines.append(Engine(model, adapters, BatchingConfig(**limits)))

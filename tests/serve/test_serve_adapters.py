@@ -71,6 +71,27 @@ def test_a_folder_tells_what_is_in_it_and_what_is_wrong_with_the_rest(adapter_fo
                 AdapterFolder(folder).find(entry.name)
 
 
+def test_a_run_is_the_adapter_that_it_made(tiny: Path, adapter_folder: Path, tmp_path: Path):
+    shutil.copytree(adapter_folder / "lora", tmp_path / "my-dog" / "adapter")
+    for name in ("my-dog", "under-way"):
+        (tmp_path / name / "checkpoint-00000002").mkdir(parents=True)
+        (tmp_path / name / "checkpoint-00000002" / "state.pt").write_bytes(b"steps")
+    (tmp_path / "my-dog" / "latest").symlink_to(tiny)  # of the run, which is not served
+    (tmp_path / "cache").mkdir()
+    folder = AdapterFolder(tmp_path)
+    [entry] = folder
+    own = next(one for one in AdapterFolder(adapter_folder) if one.name == "lora")
+    assert (entry.name, entry.kind, entry.base, entry.version) == ("my-dog", "lora", "tiny", own.version)
+    assert entry.found.bytes == own.found.bytes
+    broken = {one.name: one.reason for one in folder.survey() if isinstance(one, BrokenEntry)}
+    assert broken == dict.fromkeys(("cache", "under-way"), "it has no manifest.json, and is no run that has ended")
+    [one] = loaded(tiny, tmp_path).acquire((("my-dog", 1.0),))
+    assert one.banked
+    (tmp_path / "my-dog" / "adapter" / "out").symlink_to(tiny)
+    with pytest.raises(BrokenAdapterError, match="my-dog/adapter/out is a link that leads out of the folder"):
+        folder.find("my-dog")
+
+
 @pytest.mark.parametrize(
     "name", ["../lora", "lora/../lora", "/etc/passwd", "", "lora/kohya/lora", ".", "..", "a" * 200, "lora\n"]
 )

@@ -30,14 +30,19 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_adapter(tiny, folder / "pet", {"name": "lora", "rank": 4}, name="tiny_served")
     word = {"name": "textual_inversion", "placeholder_token": "<cat>"}
     export_adapter(tiny, folder / "word", word, name="tiny_served")
+    dora = {"name": "lora", "rank": 4, "use_dora": True}
+    export_adapter(tiny, folder / "my-run" / "adapter", dora, name="tiny_served")
     export_adapter(tiny, folder / "strange", {"name": "lora", "rank": 4}, name="another")
     file = folder / "pet" / "kohya" / "lora.safetensors"
     shutil.copy(file, folder / "file.safetensors")
+    shutil.copy(folder / "word" / "a1111" / "cat.safetensors", folder / "cat.safetensors")
     (folder / "cut.safetensors").write_bytes(file.read_bytes()[:100])
     wide = {
         name: tensor.repeat_interleave(2, -1) if tensor.ndim else tensor for name, tensor in load_file(file).items()
     }
-    save_file(wide, folder / "large.safetensors")
+    save_file(wide, folder / "larger.safetensors")
+    tells_nothing = {name: tensor for name, tensor in wide.items() if "attn2" not in name}
+    save_file(tells_nothing, folder / "large.safetensors")
     shutil.copytree(folder / "pet", folder / "damaged")
     (folder / "damaged" / "pytorch_lora_weights.safetensors").write_bytes(file.read_bytes())
     (folder / "pickled.bin").write_bytes(b"cos")
@@ -79,12 +84,14 @@ def listed(client: httpx.Client) -> dict[str, dict[str, Any]]:
 
 def test_all_adapters_are_listed_and_the_broken_ones_say_why(user: httpx.Client, folder: Path):
     cards = listed(user)
-    assert set(cards) == {"pet", "word", "strange", "file", "cut", "large", "damaged", "pickled.bin", "out"}
+    assert set(cards) == {
+        *("pet", "word", "my-run", "strange", "file", "cat", "cut", "large", "larger", "damaged", "pickled.bin", "out")
+    }
     pet = cards["pet"]
     assert (pet["kind"], pet["base"], pet["loaded"], pet["problem"]) == ("lora", "tiny", 0, None)
     assert pet["bytes"] == sum(file.stat().st_size for file in (folder / "pet").rglob("*") if file.is_file())
     assert pet["created"] == int((folder / "pet").stat().st_mtime)
-    assert cards["word"]["tokens"] == ["<cat>"]
+    assert (cards["word"]["tokens"], cards["cat"]["tokens"]) == (["<cat>"], ["cat"])
     assert cards["strange"]["problem"] == "adapter 'strange' is for the base 'another', which is not served"
     assert "cannot be read as .safetensors" in cards["cut"]["problem"]
     assert "pickled weights are not read" in cards["pickled.bin"]["problem"]
@@ -134,6 +141,7 @@ def test_a_user_loads_and_unloads_nothing(server: str, user: httpx.Client, metho
         ({"name": "a/b"}, 404, "no adapter 'a/b'"),
         ({"name": "cut"}, 400, "adapter 'cut' cannot be used: cut.safetensors cannot be read"),
         ({"name": "large"}, 400, "adapter 'large' cannot be used: large.safetensors: "),
+        ({"name": "larger"}, 400, "is for a base that reads texts of 64 numbers a token, which is not served"),
         ({"name": "strange"}, 400, "is for the base 'another', which is not served"),
         ({"names": ["pet"]}, 400, "names: no such field"),
     ],
@@ -231,8 +239,21 @@ def test_a_replica_with_a_batch_to_draw_gives_an_adapters_requests_to_the_other(
         assert listed(admin)["file"]["loaded"] == 1  # where no picture needs it, it is gone
 
 
+def test_an_answer_says_what_was_drawn_alone_because_it_does_not_stack(user: httpx.Client):
+    request = {"prompt": "a cat", "seed": 1}
+    for body in (request | {"model": "my-run"}, request | {"adapters": ["my-run", "pet"]}):
+        assert [data["alone"] for data in user.post(GENERATIONS, json=body | {"n": 2}).json()["data"]] == [True] * 2
+    for body in (request, request | {"adapters": ["pet", "cat"]}):
+        assert user.post(GENERATIONS, json=body).json()["data"][0]["alone"] is False
+    for adapter, alone in (("my-run", "true"), ("pet", "false")):
+        streamed = user.post(GENERATIONS, json=request | {"model": adapter, "stream": True}).text
+        assert f'"alone": {alone}' in streamed
+
+
 def test_every_field_is_in_the_openapi_document(server: str):
     document = httpx.get(f"{server}/openapi.json").json()
     assert {"get", "post"} == set(document["paths"]["/v1/adapters"])
     assert {"401", "403", "404", "409"} <= set(document["paths"]["/v1/adapters/{name}"]["delete"]["responses"])
-    assert "loaded" in document["components"]["schemas"]["AdapterCard"]["properties"]
+    schemas = document["components"]["schemas"]
+    assert "loaded" in schemas["AdapterCard"]["properties"]
+    assert "does not stack" in schemas["ImageData"]["properties"]["alone"]["description"]

@@ -163,6 +163,11 @@ def test_the_guides_figures_are_those_that_were_measured(row: str, figure: str):
         ({"models": {"a": "model=emoji_video"}}, "model 'emoji_video' draws no pictures from prompts"),
         ({"models": {"a": {"settings": [], "batching": {"max_rows": 0}}}}, "models.a.batching.max_rows: "),
         ({"models": {"a": "model=emoji"}, "keys": {"ann": "secret"}}, "keys.ann"),
+        ({"serve": "emoji", "adapters": "no/such/folder"}, "adapters: there is no folder /"),
+        (
+            {"serve": "emoji", "adapters": "memory://no/such/bucket"},
+            "adapters: there is nothing in /no/such/bucket; put",
+        ),
     ],
 )
 def test_wrong_settings_are_told(args: dict[str, Any], words: str):

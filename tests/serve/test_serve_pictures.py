@@ -1,11 +1,13 @@
 """The engine's pictures, against diffusers' own pipelines, and against themselves in other company."""
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from orders import PLENTY, SAME, draw, plain
+from orders import PLENTY, SAME, Client, draw, plain
 from PIL import Image
 from tiny_models import difference, tiny_config
 
@@ -57,8 +59,8 @@ def test_a_picture_is_the_plain_pipelines_whatever_it_is_drawn_with(
     order, picture = MIXED[number], mixed_pictures[number]
     [expected] = plain(tiny, adapter_folder, [order])
     assert difference(picture, expected) <= SAME
-    [alone] = draw(mixed_engine, [order])
-    assert difference(alone, picture) <= SAME
+    [by_itself] = draw(mixed_engine, [order])
+    assert difference(by_itself, picture) <= SAME
     for other in mixed_pictures[:number] + mixed_pictures[number + 1 :]:
         assert other.size != picture.size or difference(other, picture) > 5 * SAME
 
@@ -85,3 +87,29 @@ def test_edits_are_batched_with_the_rest(build):
     together, engine = draw(build(), orders), build()
     for order, picture in zip(orders, together, strict=True):
         assert difference(draw(engine, [order])[0], picture) <= SAME
+
+
+def test_a_single_file_of_another_tool_draws_its_word(build, adapter_folder: Path, tmp_path: Path):
+    files = {"cat": "word/a1111/cat.safetensors", "word": "word/learned_embeds.safetensors"}
+    for name, file in files.items():
+        shutil.copy(adapter_folder / file, tmp_path / f"{name}.safetensors")
+    assert {entry.name: entry.tokens for entry in AdapterFolder(tmp_path)} == {"cat": ("cat",), "word": ("<cat>",)}
+    request = ImageRequest("a <cat> here", seed=5, num_inference_steps=3, adapters=(("word", 1.0),))
+    [expected] = draw(build(), [Order(request)])
+    other_word = replace(request, prompt="a cat here")
+    drawn = draw(
+        build(folder=tmp_path),
+        [Order(request), Order(replace(other_word, adapters=(("cat", 1.0),))), Order(replace(other_word, adapters=()))],
+    )
+    assert difference(drawn[0], expected) <= SAME
+    assert difference(drawn[1], expected) <= SAME
+    assert difference(drawn[2], expected) > 5 * SAME
+
+
+def test_what_does_not_stack_is_told_to_be_drawn_alone(build):
+    client = Client(build())
+    mixes = ["", "lora", "word", "dora", "loha lora", "dora"]
+    for mix in mixes:
+        adapters = tuple((name, 1.0) for name in mix.split())
+        client.order(Order(ImageRequest("a cat", seed=6, num_inference_steps=2, adapters=adapters)))
+    assert [event.alone for event in client.finish()] == [False, False, False, True, True, True]

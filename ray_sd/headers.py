@@ -1,0 +1,73 @@
+"""Headers of `.safetensors` files: what is in them, without a tensor being read, nor torch imported."""
+
+import json
+import re
+from dataclasses import dataclass
+
+from ray_sd.errors import ArtifactError, first_line
+from ray_sd.files import Location
+
+EMB_PARAMS = "emb_params"
+"""Name of the only tensor of an embedding whose token is the file's name."""
+PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""Tensors of an embedding for two text encoders."""
+TOKEN = "token"
+"""Key of the metadata under which a file of a pair says its token."""
+LENGTH_BYTES = 8
+LONGEST = 100_000_000
+"""Bytes of a header, as the format has it."""
+READS_TEXT = re.compile(r"attn2.*to_[kv].*(lora_A|down)\.weight$")
+"""Names, in any tool's spelling, of the half of a LoRA that multiplies what text encoders say."""
+
+
+@dataclass(frozen=True)
+class Header:
+    shapes: dict[str, tuple[int, ...]]
+    """Of the tensors, by their names."""
+    metadata: dict[str, str]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the names are those of an embedding's layouts; a LoRA has at least two tensors."""
+        return len(self.shapes) == 1 or set(self.shapes) == set(PAIR)
+
+    def token(self, stem: str) -> str:
+        """The word of an embedding; stem: of the file's name, which some layouts keep it in."""
+        if set(self.shapes) == set(PAIR):
+            return self.metadata.get(TOKEN, stem)
+        [name] = self.shapes
+        return stem if name == EMB_PARAMS else name
+
+    @property
+    def text_width(self) -> int | None:
+        """Numbers a token that the U-Net reads in the base that an embedding or a LoRA is for.
+
+        None where nothing tells, as of a LoRA that leaves the layers alone which read texts.
+        """
+        if self.is_embedding:
+            return sum(shape[-1] for shape in self.shapes.values() if shape)
+        return next(
+            (shape[1] for name, shape in self.shapes.items() if READS_TEXT.search(name) and len(shape) > 1), None
+        )
+
+
+def read_header(file: Location) -> Header:
+    """Raises ArtifactError where it cannot be read, or where the file is not as long as it says."""
+    name = file.path.rpartition("/")[2]
+    if not name.endswith(".safetensors"):
+        raise ArtifactError(f"{file.path} is no .safetensors file; pickled weights are not read")
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            size = stream.size()
+            length = int.from_bytes(stream.read_at(LENGTH_BYTES, 0), "little")
+            if not 0 < length <= min(LONGEST, size - LENGTH_BYTES):
+                raise ValueError("its header is cut off")
+            content = json.loads(stream.read_at(length, LENGTH_BYTES))
+        metadata = content.pop("__metadata__", {})
+        shapes = {name: tuple(one["shape"]) for name, one in content.items()}
+        end = max((one["data_offsets"][1] for one in content.values()), default=0)
+        if LENGTH_BYTES + length + end != size:
+            raise ValueError(f"it has {size} bytes, its header tells of {LENGTH_BYTES + length + end}")
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ArtifactError(f"{file.path} cannot be read as .safetensors: {first_line(error)}") from error
+    return Header(shapes, metadata)
