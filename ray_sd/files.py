@@ -40,7 +40,7 @@ class Location:
     path: str
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}" if self.path else name)
 
     def info(self) -> fs.FileInfo:
         return self.filesystem.get_file_info(self.path)

@@ -151,7 +151,7 @@ class Bucket:
     def check(self) -> None:
         try:
             there = self._location.info().type == fs.FileType.Directory
-        except OSError as error:
+        except Exception as error:
             raise ConfigError(f"adapters: {self._location.path} cannot be read: {first_line(error)}") from error
         if not there:
             raise ConfigError(
@@ -196,7 +196,9 @@ class Bucket:
     def reading(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except ArtifactError:
+            raise
+        except Exception as error:  # libraries of buckets have errors of their own
             logger.warning("%s cannot be read: %s", self._location.path, error)
             raise UnreachableError(str(error)) from error
 

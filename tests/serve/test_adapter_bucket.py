@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from fastapi import Request
 from orders import PLENTY, SAME, draw
-from pyarrow import fs
+from pyarrow import ArrowInvalid, fs
 from tiny_models import difference, tiny_config
 
 from ray_sd.adapter import read_manifest
@@ -208,6 +208,14 @@ def test_who_waits_for_a_bucket_is_no_event_loop(bucket: str, cache: Path, monke
     assert threading.main_thread() not in waited
 
 
+def test_an_archive_is_a_registry_too(adapter_folder: Path, tmp_path: Path, cache: Path):
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", adapter_folder)
+    folder = AdapterFolder(f"zip://::file://{archive}")
+    folder.check()
+    fetch(folder, "lora", "word")
+    assert read_manifest(folder.at_hand("lora")[1]).kind == "lora"
+
+
 def test_a_copy_that_is_not_whole_is_none(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
     copy = Location.copy_to
 
@@ -261,7 +269,7 @@ def test_a_bucket_that_does_not_answer_is_told_to_who_needs_it_and_to_no_other(
     catalog = Catalog({"tiny": ServedBase("tiny", (64, 64), 8, 20, 4.0, 32)}, folder_of(bucket))
 
     def dead(*given: object) -> None:
-        raise OSError("no route to secret-host")
+        raise ArrowInvalid("no route to secret-host")  # which is no OSError
 
     async def told(adapter: str | None) -> list[PictureEvent]:
         adapters = () if adapter is None else ((adapter, 1.0),)
