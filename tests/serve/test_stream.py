@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 JOB = PictureJob((ImageRequest("a cat", seed=1), ImageRequest("a cat", seed=2)), progress=True)
 FIRST_STEP = PictureEvent("step", 0, {"step": 1, "steps": 4})
-DONE = PictureEvent("done", 0, {"size": (64, 32)}, b"file")
+DONE = PictureEvent("done", 0, {"size": (64, 32), "alone": False}, b"file")
 
 
 class Replica:
