@@ -17,15 +17,14 @@ from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.sweep import PbtScheduler, hide_password
-from ray_sd.config.words import no_such
 from ray_sd.data import READER_CPUS
 from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
-from ray_sd.train.monitor import metric_names
 from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
+from ray_sd.tune.plan import check_plan
 from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
 from ray_sd.tune.record import RECORD, Recorder, read_record
@@ -89,9 +88,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     """
     folder = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": folder.storage_path})
-    space = Space(config)
-    space.check()
-    _check_metrics(config)
+    space = check_plan(config)
     check(config.experiment)
     begun = _check_resume(config, folder)
     folder.check_writable()
@@ -137,14 +134,6 @@ def sweep(config: SweepConfig) -> SweepResult:
     with tuning_environment(), watching():
         tuner.fit()
     return _finish(config, folder)
-
-
-def _check_metrics(config: SweepConfig) -> None:
-    """Raise ConfigError for a metric that no trial will report."""
-    known = metric_names(config.experiment)
-    for metric in config.sweep.metric:
-        if metric not in known:
-            raise ConfigError(f"sweep.metric: {no_such('metric', metric, known)}")
 
 
 def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:

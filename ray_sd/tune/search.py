@@ -32,6 +32,8 @@ SETTINGS, SEED = "settings", "seed"
 """Keys of a trial's configuration in Tune."""
 METRICS = "metrics"
 """Key of a report: the names of what was measured, among all that Tune adds."""
+STARTUP_TRIALS = 4
+"""Trials at least before what they came to is learnt from."""
 MOST_DRAWS = 200
 """Draws that constraints or repeats may throw away before a search ends."""
 
@@ -45,10 +47,10 @@ class SettingsSearch(OptunaSearch):
 
     def __init__(self, space: Space, config: SweepConfig, storage: BaseStorage | None) -> None:
         settings = config.sweep
-        several = len(settings.metric) > 1
+        several = len(config.metrics) > 1
         super().__init__(
             space.define,
-            metric=list(settings.metric) if several else settings.metric[0],
+            metric=list(config.metrics) if several else config.metrics[0],
             mode=list(settings.modes) if several else settings.modes[0],
             sampler=_sampler(config),
             study_name=config.name,
@@ -125,7 +127,7 @@ class SettingsSearch(OptunaSearch):
 def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
     """What stops trials. It judges by the first metric."""
     scheduler = config.sweep.scheduler
-    judged = {"time_attr": STEP, "metric": config.sweep.metric[0], "mode": config.sweep.modes[0]}
+    judged = {"time_attr": STEP, "metric": config.metrics[0], "mode": config.sweep.modes[0]}
     if isinstance(scheduler, AshaScheduler):
         return AsyncHyperBandScheduler(
             **judged,
@@ -143,7 +145,7 @@ def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
         return PopulationBasedTraining(
             **judged,
             perturbation_interval=scheduler.interval_steps or config.report_steps,
-            hyperparam_mutations={SETTINGS: {path: _domain(one) for path, one in config.sweep.space.items()}},
+            hyperparam_mutations={SETTINGS: {path: _domain(one) for path, one in space.distributions.items()}},
             quantile_fraction=scheduler.quantile,
             resample_probability=scheduler.resample_probability,
             custom_explore_fn=Explore(space),
@@ -166,7 +168,7 @@ def _sampler(config: SweepConfig) -> BaseSampler:
     if config.sweep.searcher == "random":
         return RandomSampler(seed=config.seed)
     # Trials at work are taken for bad ones meanwhile, so that those beside them are elsewhere.
-    startup = max(4, config.sweep.num_trials // 4)
+    startup = max(STARTUP_TRIALS, config.sweep.num_trials // 4)
     with warnings.catch_warnings():
         # Depending on its version it says of some of these that their interface can change.
         told = r"Argument ``(multivariate|group|constant_liar)`` is an experimental feature"
@@ -187,7 +189,6 @@ def _domain(distribution: Distribution) -> Any:
 
 def open_storage(url: str) -> BaseStorage:
     """The database of an Optuna study. Raises ConfigError where it cannot be opened."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return StudyStorage(url)
     except (SQLAlchemyError, ImportError, StorageInternalError) as error:
