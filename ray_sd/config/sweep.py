@@ -165,6 +165,8 @@ class SweepSettings(Schema):
     """Steps between reports, each with a checkpoint, validation loss and pictures; null takes an eighth of all steps."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; null takes as many as the cluster has room for."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes, over all its starts, after which a sweep begins no trial; those at work come to their end. Null sets no limit."""
     trial_time_limit: float | None = Field(None, gt=0)
     """Minutes of work after which a trial counts as failed; null waits."""
     max_failures: int = Field(1, ge=0)
@@ -216,6 +218,10 @@ class SweepSettings(Schema):
                 )
         if self.constraints:
             raise ValueError("scheduler pbt changes settings without a look at constraints; take another scheduler")
+        if self.time_limit is not None:
+            raise ValueError(
+                "scheduler pbt begins all trials together, which time_limit would part; set trainer.max_steps"
+            )
         if self.num_trials < 2:
             raise ValueError("scheduler pbt compares trials; set num_trials to 2 or more")
 

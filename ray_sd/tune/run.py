@@ -24,6 +24,7 @@ from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
+from ray_sd.tune.limit import LimitedSearch, time_limit
 from ray_sd.tune.plan import check_plan
 from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
@@ -51,7 +52,7 @@ DRAWING_CPUS = 0.5
 """What a task that draws pictures takes, as a run asks for it."""
 TRIAL_CPUS = 0.01
 """A trial's own process waits for its run; Tune takes no trial that needs nothing."""
-MAY_CHANGE = ("resume", "cache_path", "sweep.trial_time_limit")
+MAY_CHANGE = ("resume", "cache_path", "sweep.time_limit", "sweep.trial_time_limit")
 """Settings that may change while a sweep goes on."""
 
 
@@ -116,10 +117,10 @@ def sweep(config: SweepConfig) -> SweepResult:
             trainable,
             param_space=search.population() if is_population else None,
             tune_config=tune.TuneConfig(
-                search_alg=None if is_population else search,
+                search_alg=None if is_population else LimitedSearch(search, at_once),
                 scheduler=build_scheduler(config, space),
                 num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=at_once if is_population else None,
             ),
             run_config=tune.RunConfig(
                 name=TUNE,
@@ -131,7 +132,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         )
     for label, command in _watching(config, folder):
         logger.info("%s: %s", label, command)
-    with tuning_environment(), watching():
+    with tuning_environment(), watching(), time_limit(_seconds_left(config, folder)):
         tuner.fit()
     return _finish(config, folder)
 
@@ -201,12 +202,25 @@ def _study_url(config: SweepConfig, folder: RunFolder) -> str:
     return f"sqlite:///{folder.local / STUDY_FILE}"
 
 
+def _seconds_left(config: SweepConfig, folder: RunFolder) -> float:
+    """Of the sweep's time, of which earlier starts have taken theirs."""
+    record = read_record(folder)
+    return 60 * (config.sweep.time_limit or float("inf")) - (0 if record is None else record.seconds)
+
+
 def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
     record = read_record(folder)
     if record is None:
         raise RaySdError(f"{folder.path} lost its {RECORD}")
     if any(trial.status == "running" for trial in record.trials):
         raise RaySdError("the sweep was interrupted; the same command with resume=true goes on")
+    begun, wanted = len(record.trials), config.sweep.num_trials * config.sweep.num_seeds
+    if begun < wanted and _seconds_left(config, folder) <= 0:
+        logger.info(
+            "sweep: its time is over, and %d of %d trials began; resume=true with a larger sweep.time_limit goes on",
+            begun,
+            wanted,
+        )
     record.finished = True
     folder.write(RECORD, record.to_json())
     _write_table(record, folder)

@@ -140,6 +140,7 @@ def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
             **judged,
             grace_period=scheduler.grace_steps or config.report_steps,
             min_samples_required=scheduler.min_trials,
+            min_time_slice=float("inf"),  # none is paused for others, since to go on costs a start
         )
     if isinstance(scheduler, PbtScheduler):
         return PopulationBasedTraining(

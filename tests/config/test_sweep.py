@@ -42,3 +42,9 @@ def test_a_bad_distribution_is_told_by_its_path(distribution: str, words: str):
 )
 def test_what_is_no_distribution_is_told_by_its_path(distribution: str, words: str):
     assert problems(f"sweep.space.trainer.learning_rate={distribution}") == f"sweep.space.trainer.learning_rate{words}"
+
+
+def test_a_population_has_no_limit_after_which_nothing_begins():
+    assert problems("sweep.scheduler=pbt", "sweep.time_limit=10") == (
+        "sweep: scheduler pbt begins all trials together, which time_limit would part; set trainer.max_steps"
+    )

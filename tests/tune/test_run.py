@@ -9,9 +9,9 @@ import yaml
 
 from ray_sd.config.load import to_dict
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.record import new_record
+from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _watching, _write_report
+from ray_sd.tune.run import _commands, _preset, _seconds_left, _watching, _write_report
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -32,6 +32,17 @@ def test_the_password_of_a_study_is_not_shown(configure, tmp_path):
     config = configure("sweep.optuna_storage=postgresql://me:s3cret@host/db?sslmode=require&x=1")
     command = dict(_watching(config, RunFolder(str(tmp_path), "rates")))["study"]
     assert shlex.split(command) == ["optuna-dashboard", "postgresql://me:***@host/db?sslmode=require&x=1"]
+
+
+def test_a_sweep_has_the_time_that_earlier_starts_left(configure, tmp_path: Path):
+    folder = RunFolder(str(tmp_path), "rates")
+    assert _seconds_left(configure(), folder) == float("inf")
+    limited = configure("sweep.time_limit=2")
+    assert _seconds_left(limited, folder) == 120
+    record = new_record(limited, Space(limited))
+    record.seconds = 50.0
+    folder.write(RECORD, record.to_json())
+    assert _seconds_left(limited, folder) == 70
 
 
 def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
