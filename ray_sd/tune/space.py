@@ -57,11 +57,11 @@ class Space:
         corners = list(islice(self._corners(), MOST_CORNERS + 1))
         if len(corners) > MOST_CORNERS:
             corners = list(self._corners_apart())
-        inside = self._draws() if any(one.kind in RANGES for one in self._space.values()) else []
-        # What one draw is refused for, others are too, each with its own numbers.
-        problems = self._problems(corners) or self._problems(inside)[:1]
-        if problems:
+        if problems := self._problems(corners):
             raise ConfigError("\n".join(f"sweep.space: {problem}" for problem in problems))
+        inside = self._draws() if any(one.kind in RANGES for one in self._space.values()) else []
+        if problems := self._problems(inside):  # of which each draw has its own numbers
+            raise ConfigError(f"sweep.space: {problems[0]}")
         points = [point for point in self.grid() if point]
         if len(points) > self._num_trials:
             raise ConfigError(
