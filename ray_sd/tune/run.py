@@ -48,6 +48,8 @@ REFRESH_SECONDS = 30
 TABLE = "trials.parquet"
 CONFIG = "config.yaml"
 STUDY_FILE = "optuna.db"
+ARTIFACTS = "artifacts"
+"""What trials drew, for the study's dashboard."""
 DRAWING_CPUS = 0.5
 """What a task that draws pictures takes, as a run asks for it."""
 TRIAL_CPUS = 0.01
@@ -97,6 +99,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     storage = None if is_population else open_storage(_study_url(config, folder))
     if storage is not None and not begun:
         check_study(storage, config.name)
+    if storage is not None and folder.local is None and draws(config):
+        logger.info("study: without pictures, which it takes from local folders alone; they are in %s", REPORT)
     config = config.without_password()
     folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
@@ -112,7 +116,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     if begun and tune.Tuner.can_restore(state):
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
     else:
-        search = SettingsSearch(space, config, storage)
+        artifacts = None if folder.local is None else folder.local / ARTIFACTS
+        search = SettingsSearch(space, config, storage, artifacts)
         tuner = tune.Tuner(
             trainable,
             param_space=search.population() if is_population else None,
@@ -274,7 +279,10 @@ def _watching(config: SweepConfig, folder: RunFolder) -> list[tuple[str, str]]:
         commands.append(("curves", f"tensorboard --logdir {shlex.quote(f'{folder.given}/{TRIALS}')}"))
     if not isinstance(config.sweep.scheduler, PbtScheduler):
         study = config.without_password().sweep.optuna_storage or f"sqlite:///{folder.given}/{STUDY_FILE}"
-        commands.append(("study", f"optuna-dashboard {shlex.quote(study)}"))
+        command = f"optuna-dashboard {shlex.quote(study)}"
+        if folder.local is not None and draws(config):
+            command += f" --artifact-dir {shlex.quote(f'{folder.given}/{ARTIFACTS}')}"
+        commands.append(("study", command))
     return commands
 
 

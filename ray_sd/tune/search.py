@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
@@ -27,11 +28,14 @@ from ray_sd.config.sweep import AshaScheduler, Distribution, MedianScheduler, Pb
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.tune.results import STEP
 from ray_sd.tune.space import Settings, Space, key_of
+from ray_sd.tune.study import Ended, describe
 
 SETTINGS, SEED = "settings", "seed"
 """Keys of a trial's configuration in Tune."""
 METRICS = "metrics"
 """Key of a report: the names of what was measured, among all that Tune adds."""
+OF_ENDED = ("run", "samples")
+"""Of a report, what the study is told of a trial that ended."""
 STARTUP_TRIALS = 4
 """Trials at least before what they came to is learnt from."""
 MOST_DRAWS = 200
@@ -43,9 +47,13 @@ class SettingsSearch(OptunaSearch):
 
     With several seeds Optuna is told the mean of what they came to. Trials that were stopped it is told as pruned: what they had
     reached is no value beside those that came to their end. The study has the sweep's name.
+
+    artifacts: local folder for what trials drew; None keeps none in the study.
     """
 
-    def __init__(self, space: Space, config: SweepConfig, storage: BaseStorage | None) -> None:
+    def __init__(
+        self, space: Space, config: SweepConfig, storage: BaseStorage | None, artifacts: Path | None = None
+    ) -> None:
         settings = config.sweep
         several = len(config.metrics) > 1
         super().__init__(
@@ -57,6 +65,7 @@ class SettingsSearch(OptunaSearch):
             storage=storage,
         )
         self._settings_space = space
+        self._artifacts = artifacts
         self._first_seed, self._num_seeds = config.seed, settings.num_seeds
         self._max_steps = config.trainer.max_steps
         self._left = settings.num_trials
@@ -66,6 +75,9 @@ class SettingsSearch(OptunaSearch):
         self._members: dict[str, str] = {}
         """The trial that stands for each."""
         self._outcomes: dict[str, list[dict[str, Any] | None]] = defaultdict(list)
+        self._ended: dict[str, list[Ended]] = defaultdict(list)
+        self._last: dict[str, dict[str, Any]] = {}
+        """The newest report of each trial at work, which Tune does not repeat where one fails."""
         self._base = space.base() if settings.include_base else None
         # What is enqueued is asked for first, in this order.
         first = [self._base] if self._base is not None and space.holds(self._base) else []
@@ -92,18 +104,26 @@ class SettingsSearch(OptunaSearch):
         return {SETTINGS: tune.grid_search(members), SEED: self._first_seed}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._last[trial_id] = {name: result[name] for name in (STEP, *OF_ENDED) if name in result}
         if trial_id in self._ot_trials and self._num_seeds == 1:
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         head = self._members[trial_id]
         self._outcomes[head].append(None if error else result)
+        self._ended[head].append(self._end(trial_id, result or self._last.get(trial_id, {}), error))
         if head in self._ot_trials and len(self._outcomes[head]) == self._num_seeds:
             known = [outcome for outcome in self._outcomes[head] if outcome]
             ended = [outcome for outcome in known if outcome[STEP] >= self._max_steps]
             names = self.metric if isinstance(self.metric, list) else [self.metric]
             mean = {name: sum(one[name] for one in ended) / len(ended) for name in names if ended}
+            describe(self._ot_trials[head], self._ended[head], self._artifacts)
             super().on_trial_complete(head, mean or None, error=not known)
+
+    def _end(self, trial_id: str, last: dict[str, Any], error: bool) -> Ended:
+        step = int(last.get(STEP, 0))
+        status = "failed" if error else "finished" if step >= self._max_steps else "stopped"
+        return Ended(trial_id, status, step, **{name: last[name] for name in OF_ENDED if name in last})
 
     def _members_of(self, head: str) -> list[str]:
         return [trial for trial, of in self._members.items() if of == head]

@@ -1,6 +1,7 @@
 """What a sweep tells people, and what it leaves for the next run."""
 
 import html
+import logging
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ray_sd.config.load import to_dict
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _seconds_left, _watching, _write_report
+from ray_sd.tune.run import _commands, _preset, _seconds_left, _watching, _write_report, sweep
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -26,6 +27,29 @@ def test_each_way_to_watch_has_a_label_and_a_command_that_a_shell_takes(configur
     assert shlex.split(commands["study"]) == ["optuna-dashboard", f"sqlite:///{folder.path}/optuna.db"]
     assert [label for label, _ in _watching(configure("tracker=none"), folder)] == ["study"]
     assert [label for label, _ in _watching(configure(*PBT), folder)] == []
+
+
+def test_the_study_is_shown_with_what_trials_drew_where_that_is_local(configure, tmp_path):
+    config = configure("trainer.validation.prompts=a owl")
+    folder = RunFolder(str(tmp_path / "my sweeps"), "rates")
+    command = shlex.split(dict(_watching(config, folder))["study"])
+    assert command[2:] == ["--artifact-dir", f"{folder.path}/artifacts"]
+    remote = RunFolder(f"file://{tmp_path}", "rates")
+    assert "--artifact-dir" not in dict(_watching(config, remote))["study"]
+
+
+def test_a_sweep_behind_a_uri_says_that_its_study_has_no_pictures(
+    configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("ray_sd.tune.run.check", lambda experiment: None)
+    monkeypatch.setattr("ray_sd.tune.run.connect", lambda: pytest.fail("the end"))
+    caplog.set_level(logging.INFO)
+    drawing = ("trainer.validation.prompts=a owl", f"sweep.optuna_storage=sqlite:///{tmp_path / 'study.db'}")
+    words = "study: without pictures, which it takes from local folders alone; they are in report.html"
+    for name, place in (("here", tmp_path), ("there", f"file://{tmp_path}")):
+        with pytest.raises(pytest.fail.Exception, match="the end"):
+            sweep(configure(*drawing, f"name={name}", f"storage_path={place}"))
+        assert (words in caplog.messages) == (name == "there")
 
 
 def test_the_password_of_a_study_is_not_shown(configure, tmp_path):
