@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
 from itertools import islice, product
 from typing import Any
 
@@ -77,11 +79,27 @@ class Space:
         return validate(self._data(settings) | {"seed": seed}, ExperimentConfig)
 
     def base(self) -> Settings:
-        """The experiment's own values of what is swept, where they apply."""
+        """The experiment's own values of what is swept, where they apply, as the space lists them."""
+        return dict(self._base)
+
+    @cached_property
+    def _base(self) -> Settings:
         data = self._data({})
         return {
-            path: value_at(data, path) for path, distribution in self._space.items() if _applies(distribution, data)
+            path: self._own(path, data) for path, distribution in self._space.items() if _applies(distribution, data)
         }
+
+    def _own(self, path: str, data: dict[str, Any]) -> Any:
+        """The experiment's own value, or what is listed and means the same, as a kind's name alone may."""
+        own = value_at(data, path)
+        if not self._is_listed(path) or own in self._space[path].values:
+            return own
+        experiment = self.configure({}, data["seed"])
+        for value in self._space[path].values:
+            with suppress(ConfigError):  # of what cannot be, which `check` tells
+                if self.configure({path: value}, data["seed"]) == experiment:
+                    return value
+        return own
 
     def grid(self) -> list[Settings]:
         """Every combination of the grids' values; one of none where there is no grid."""

@@ -58,6 +58,21 @@ def test_own_settings_that_the_space_does_not_hold_are_tried_all_the_same():
     assert len(found) == 3
 
 
+def test_own_settings_are_those_that_are_listed_where_these_mean_the_same():
+    config = load(
+        "sweep.space={trainer.schedule: {choice: [constant, cosine]}, method.target_modules: {choice: [[to_q]]}}",
+        "trainer.schedule=constant",
+        "sweep.num_trials=4",
+    )
+    space = Space(config)
+    base = space.base()
+    assert base["trainer.schedule"] == "constant"
+    assert base["method.target_modules"] == list(config.method.target_modules)
+    tokens = Space(load_config(["sweep=tokens", "experiment=textual_inversion"], SweepConfig))
+    assert tokens.base()["method.initializer_token"] == "eagle"
+    assert tokens.holds(tokens.base())
+
+
 def test_the_same_seed_draws_the_same_and_another_other_settings():
     one, same, other = (drawn(load(f"seed={seed}", "sweep.searcher=random"), 4) for seed in (1, 1, 2))
     assert one == same
