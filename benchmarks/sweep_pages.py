@@ -1,6 +1,6 @@
 """Pictures of a sweep's report and of its study in Optuna's dashboard, for the guide: `python benchmarks/sweep_pages.py FOLDER`.
 
-FOLDER is that of a finished sweep, such as `runs/sweeps/learning_rate`. Needs Chromium and `ray-sd[dashboard]`.
+FOLDER is that of a finished sweep, such as `runs/sweeps/learning_rate`. Needs Chromium and `ray-sd[sweep]`.
 """
 
 import argparse

@@ -48,6 +48,19 @@ def test_what_is_tested_is_what_is_pinned():
         assert Version(importlib.metadata.version(name)).public == Version(pin.version).public, name
 
 
+def test_extras_that_people_are_told_of_are_there():
+    told = set()
+    for file in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/*.py"),
+        ROOT / "pyproject.toml",
+    ):
+        told |= {name for names in re.findall(r"ray-sd\[([a-z,]+)\]", file.read_text()) for name in names.split(",")}
+    assert "sweep" in told
+    assert told <= set(PROJECT["optional-dependencies"])
+
+
 def test_every_import_is_declared():
     """Something that only another package pulls in today may be gone tomorrow."""
     owners = importlib.metadata.packages_distributions()

@@ -37,11 +37,16 @@ Root = TypeVar("Root", bound=Schema)
 
 
 # mypy knows no default for a type variable's parameter.
-def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig) -> Root:  # type: ignore[assignment]
+def load_config(
+    arguments: Sequence[str],
+    schema: type[Root] = ExperimentConfig,  # type: ignore[assignment]
+    plan: Callable[[Root], str] | None = None,
+) -> Root:
     """The configuration that a command line asks for.
 
     `group=preset` chooses a preset (a group is a folder of presets, such as `model` or `model/vae`); any other
-    `path=value` sets one value, over what presets say. `--print-config` and `--help` print and exit with 0.
+    `path=value` sets one value, over what presets say. `--print-config` and `--help` print and exit with 0;
+    what `plan` says of the configuration is printed below it, as comments, and what it raises is raised.
     Its relative paths lead on from the folder that is the working one now. Raises ConfigError with one line a problem.
     """
     folders = _config_folders(arguments)
@@ -53,7 +58,8 @@ def load_config(arguments: Sequence[str], schema: type[Root] = ExperimentConfig)
     config = validate(data, schema, groups)
     config._origin = Origin(os.getcwd())
     if options.print_config:
-        print(to_yaml(config), end="")
+        lines = [] if plan is None else plan(config).splitlines()
+        print(to_yaml(config) + "".join(f"# {line}\n" for line in lines), end="")
         raise SystemExit(0)
     return config
 

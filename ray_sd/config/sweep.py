@@ -6,15 +6,19 @@ from pydantic import BeforeValidator, Field, field_serializer, field_validator, 
 
 from ray_sd.config.base import Schema, name_to_mapping
 from ray_sd.config.experiment import ExperimentConfig
+from ray_sd.config.metrics import PREFIX
 
 Mode = Literal["min", "max"]
 RANGES = ("uniform", "loguniform", "randint")
+KINDS = ("choice", "grid", *RANGES, "around")
 LOWER_IS_BETTER = ("loss", "lpips", "drift")
 """Ends of the names of metrics that are minimized unless `sweep.mode` says otherwise."""
+LOSSES = ("loss", "validation_loss")
+"""Of training itself, whatever else may be labelled so."""
 
 
 class Distribution(Schema):
-    """Values that a setting may take: one of `choice`, `grid`, `uniform`, `loguniform` and `randint`."""
+    """Values that a setting may take: one of `choice`, `grid`, `uniform`, `loguniform`, `randint` and `around`."""
 
     choice: tuple[Any, ...] | None = None
     """One of these."""
@@ -26,27 +30,41 @@ class Distribution(Schema):
     """A number between two, every factor as likely as any other."""
     randint: tuple[int, int] | None = None
     """A whole number from the first to the last, both included."""
+    around: float | None = Field(None, gt=1)
+    """A number between the experiment's own value divided by this and multiplied by it, every factor as likely as any other."""
     when: dict[str, Any] | None = None
     """Only where settings at these paths have these values, or one of a list of them."""
 
     @property
     def kind(self) -> str:
-        return next(name for name in ("choice", "grid", *RANGES) if getattr(self, name) is not None)
+        return next(name for name in KINDS if getattr(self, name) is not None)
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """All values of a choice or grid; the ends of a range."""
+        """All values of a choice or grid; the ends of a range, which `around` has once it is `placed`."""
         return getattr(self, self.kind)
+
+    def placed(self, own: Any) -> "Distribution":
+        """The same, `around` as the range that it is for an experiment's own value. Raises ValueError where that has none."""
+        if self.around is None:
+            return self
+        if not isinstance(own, float) or own <= 0:
+            raise ValueError(
+                f"around: the experiment has {own} there, which is no decimal number above 0; give a range"
+            )
+        return Distribution(loguniform=(own / self.around, own * self.around), when=self.when)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [name for name in ("choice", "grid", *RANGES) if getattr(self, name) is not None]
+        given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"{' and '.join(given)} together; give one of them"
                 if given
-                else f"no distribution; give one of: choice, grid, {', '.join(RANGES)}"
+                else f"no distribution; give one of: {', '.join(KINDS)}"
             )
+        if self.around is not None:
+            return self
         if not self.values:
             raise ValueError(f"{self.kind} names no value")
         if self.kind in RANGES and not self.values[0] < self.values[1]:
@@ -130,7 +148,7 @@ class SweepSettings(Schema):
     constraints: tuple[str, ...] = ()
     """What must hold of a trial's settings, such as `method.alpha <= 2 * method.rank`; other draws are thrown away."""
     metric: Annotated[tuple[str, ...], BeforeValidator(_one_to_list)] = ("validation_loss",)
-    """What counts: the name of a metric that a run reports, or two that are traded against each other."""
+    """What counts: a metric that a run reports, with or without its `val/`, or two that are traded against each other."""
     mode: Annotated[tuple[Mode, ...] | None, BeforeValidator(_one_to_list)] = None
     """`min` or `max` for each metric; null minimizes losses, drifts and LPIPS, and maximizes the others."""
     num_trials: int = Field(8, ge=1)
@@ -147,6 +165,8 @@ class SweepSettings(Schema):
     """Steps between reports, each with a checkpoint, validation loss and pictures; null takes an eighth of all steps."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; null takes as many as the cluster has room for."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes, over all its starts, after which a sweep begins no trial; those at work come to their end. Null sets no limit."""
     trial_time_limit: float | None = Field(None, gt=0)
     """Minutes of work after which a trial counts as failed; null waits."""
     max_failures: int = Field(1, ge=0)
@@ -198,6 +218,10 @@ class SweepSettings(Schema):
                 )
         if self.constraints:
             raise ValueError("scheduler pbt changes settings without a look at constraints; take another scheduler")
+        if self.time_limit is not None:
+            raise ValueError(
+                "scheduler pbt begins all trials together, which time_limit would part; set trainer.max_steps"
+            )
         if self.num_trials < 2:
             raise ValueError("scheduler pbt compares trials; set num_trials to 2 or more")
 
@@ -219,6 +243,13 @@ class SweepConfig(ExperimentConfig):
         """The same with `***` for the password of its database, for what Tune keeps in files."""
         hidden = self.sweep.model_dump(include={"optuna_storage"})
         return self.model_copy(update={"sweep": self.sweep.model_copy(update=hidden)})
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`sweep.metric` as runs report it: what is measured on pictures may be named without its `val/`."""
+        on_pictures = {metric.key for metric in self.trainer.validation.metrics}
+        whole = {name: f"{PREFIX}{name}" for name in self.sweep.metric if name not in LOSSES}
+        return tuple(whole[name] if whole.get(name) in on_pictures else name for name in self.sweep.metric)
 
     @property
     def report_steps(self) -> int:

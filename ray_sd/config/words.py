@@ -143,7 +143,7 @@ def _wrong(kind: str, context: dict[str, Any], value: Any, message: str, annotat
     if found and not isinstance(value, dict):
         names = dict.fromkeys(name for schema in found for name in schema.model_fields)
         return f"{shown} is no mapping; the settings below it are: {', '.join(names)}"
-    if kind.endswith(("_type", "_parsing", "_from_float", "_parsing_size")):
+    if kind.endswith(("too_long", "_type", "_parsing", "_from_float", "_parsing_size")):
         wanted = describe(annotation)
         return f"{shown} is neither true nor false" if wanted == "true or false" else f"{shown} is no {wanted}"
     return f"{shown}: {message[:1].lower()}{message[1:]}"

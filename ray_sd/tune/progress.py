@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ray_sd.config.sweep import LOSSES
 from ray_sd.tune.results import Sweep, Trial
 
 MOST_ROWS = 20
@@ -85,7 +86,8 @@ def table(sweep: Sweep, most_rows: int = MOST_ROWS) -> Table:
     drawn.add_column("", justify="right")
     for path in sweep.paths:
         drawn.add_column(path.rsplit(".", 1)[-1], justify="right")
-    for name in ("step", *(goal.metric for goal in sweep.objectives), "minutes"):
+    measured = _measured(sweep)
+    for name in ("step", *measured, "minutes"):
         drawn.add_column(name, justify="right")
     drawn.add_column("")
     numbered = list(enumerate(sweep.trials, start=1))
@@ -97,9 +99,9 @@ def table(sweep: Sweep, most_rows: int = MOST_ROWS) -> Table:
             f"{'* ' if best is not None and trial.id == best.id else ''}{number}",
             *(_short(trial.settings.get(path)) for path in sweep.paths),
             f"{trial.step}/{sweep.max_steps}",
-            *(_short(trial.last(goal.metric)) for goal in sweep.objectives),
+            *(_short(trial.last(metric)) for metric in measured),
             f"{trial.seconds / 60:.1f}",
-            f"{trial.status}{f': {trial.reason}' if trial.status == 'failed' else ''}",
+            f"{trial.status}{f': {trial.reason}' if trial.reason else ''}",
         )
         # As it is: Rich would read `[…]` in a value or a reason as its markup.
         drawn.add_row(*map(Text, cells), style=STYLES.get(trial.status, ""))
@@ -110,10 +112,18 @@ def line(sweep: Sweep, trial: Trial) -> str:
     """A trial's state in one line."""
     parts = [f"{path}={_short(value)}" for path, value in trial.settings.items()]
     parts += [f"step {trial.step}/{sweep.max_steps}"] if trial.reports else []
-    for goal in sweep.objectives:
-        value = trial.last(goal.metric)
-        parts += [] if value is None else [f"{goal.metric} {_short(value)}"]
+    for metric in _measured(sweep):
+        value = trial.last(metric)
+        parts += [] if value is None else [f"{metric} {_short(value)}"]
     return f"{trial.status}{f' ({trial.reason})' if trial.reason else ''}: {', '.join(parts)}"
+
+
+def _measured(sweep: Sweep) -> tuple[str, ...]:
+    """The metrics that are shown: what counts, and where that is no loss, that of rows held out, or else that of training."""
+    goals = tuple(goal.metric for goal in sweep.objectives)
+    reported = {metric for trial in sweep.trials for report in trial.reports for metric in report}
+    losses = [] if set(goals) & set(LOSSES) else [loss for loss in reversed(LOSSES) if loss in reported]
+    return goals + tuple(losses[:1])
 
 
 def _short(value: object) -> str:

@@ -28,9 +28,7 @@ OF_TRIAL = ("run", "samples", "adapter")
 
 
 def new_record(config: SweepConfig, space: Space) -> Sweep:
-    objectives = tuple(
-        Objective(metric, mode) for metric, mode in zip(config.sweep.metric, config.sweep.modes, strict=True)
-    )
+    objectives = tuple(Objective(metric, mode) for metric, mode in zip(config.metrics, config.sweep.modes, strict=True))
     validation = config.trainer.validation
     return Sweep(
         name=config.name,

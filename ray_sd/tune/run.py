@@ -18,16 +18,16 @@ from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.sweep import PbtScheduler, hide_password
-from ray_sd.config.words import no_such
 from ray_sd.data import READER_CPUS
 from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
-from ray_sd.train.monitor import metric_names
 from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, DRAWING_CPUS, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
+from ray_sd.tune.limit import LimitedSearch, time_limit
+from ray_sd.tune.plan import check_plan
 from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
 from ray_sd.tune.record import RECORD, Recorder, read_record
@@ -50,9 +50,11 @@ REFRESH_SECONDS = 30
 TABLE = "trials.parquet"
 CONFIG = "config.yaml"
 STUDY_FILE = "optuna.db"
+ARTIFACTS = "artifacts"
+"""What trials drew, for the study's dashboard."""
 TRIAL_CPUS = 0.01
 """A trial's own process waits for its run; Tune takes no trial that needs nothing."""
-MAY_CHANGE = ("resume", "cache_path", "sweep.trial_time_limit")
+MAY_CHANGE = ("resume", "cache_path", "sweep.time_limit", "sweep.trial_time_limit")
 """Settings that may change while a sweep goes on."""
 
 
@@ -89,9 +91,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     """
     folder = RunFolder(config.storage_path, config.name)
     config = config.model_copy(update={"storage_path": folder.storage_path})
-    space = Space(config)
-    space.check()
-    _check_metrics(config)
+    space = check_plan(config)
     check(config.experiment)
     begun = _check_resume(config, folder)
     folder.check_writable()
@@ -99,6 +99,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     storage = None if is_population else open_storage(_study_url(config, folder))
     if storage is not None and not begun:
         check_study(storage, config.name)
+    if storage is not None and folder.local is None and draws(config):
+        logger.info("study: without pictures, which it takes from local folders alone; they are in %s", REPORT)
     config = config.without_password()
     folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
 
@@ -115,15 +117,16 @@ def sweep(config: SweepConfig) -> SweepResult:
     if begun and tune.Tuner.can_restore(state):
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)
     else:
-        search = SettingsSearch(space, config, storage)
+        artifacts = None if folder.local is None else folder.local / ARTIFACTS
+        search = SettingsSearch(space, config, storage, artifacts)
         tuner = tune.Tuner(
             trainable,
             param_space=search.population() if is_population else None,
             tune_config=tune.TuneConfig(
-                search_alg=None if is_population else search,
+                search_alg=None if is_population else LimitedSearch(search, at_once),
                 scheduler=build_scheduler(config, space),
                 num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=at_once if is_population else None,
             ),
             run_config=tune.RunConfig(
                 name=TUNE,
@@ -135,17 +138,9 @@ def sweep(config: SweepConfig) -> SweepResult:
         )
     for label, command in _watching(config, folder):
         logger.info("%s: %s", label, command)
-    with tuning_environment(), watching():
+    with tuning_environment(), watching(), time_limit(_seconds_left(config, folder)):
         tuner.fit()
     return _finish(config, folder)
-
-
-def _check_metrics(config: SweepConfig) -> None:
-    """Raise ConfigError for a metric that no trial will report."""
-    known = metric_names(config.experiment)
-    for metric in config.sweep.metric:
-        if metric not in known:
-            raise ConfigError(f"sweep.metric: {no_such('metric', metric, known)}")
 
 
 def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:
@@ -220,12 +215,25 @@ def _study_url(config: SweepConfig, folder: RunFolder) -> str:
     return f"sqlite:///{folder.local / STUDY_FILE}"
 
 
+def _seconds_left(config: SweepConfig, folder: RunFolder) -> float:
+    """Of the sweep's time, of which earlier starts have taken theirs."""
+    record = read_record(folder)
+    return 60 * (config.sweep.time_limit or float("inf")) - (0 if record is None else record.seconds)
+
+
 def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
     record = read_record(folder)
     if record is None:
         raise RaySdError(f"{folder.path} lost its {RECORD}")
     if any(trial.status == "running" for trial in record.trials):
         raise RaySdError("the sweep was interrupted; the same command with resume=true goes on")
+    begun, wanted = len(record.trials), config.sweep.num_trials * config.sweep.num_seeds
+    if begun < wanted and _seconds_left(config, folder) <= 0:
+        logger.info(
+            "sweep: its time is over, and %d of %d trials began; resume=true with a larger sweep.time_limit goes on",
+            begun,
+            wanted,
+        )
     record.finished = True
     folder.write(RECORD, record.to_json())
     _write_table(record, folder)
@@ -279,7 +287,10 @@ def _watching(config: SweepConfig, folder: RunFolder) -> list[tuple[str, str]]:
         commands.append(("curves", f"tensorboard --logdir {shlex.quote(f'{folder.given}/{TRIALS}')}"))
     if not isinstance(config.sweep.scheduler, PbtScheduler):
         study = config.without_password().sweep.optuna_storage or f"sqlite:///{folder.given}/{STUDY_FILE}"
-        commands.append(("study", f"optuna-dashboard {shlex.quote(study)}"))
+        command = f"optuna-dashboard {shlex.quote(study)}"
+        if folder.local is not None and draws(config):
+            command += f" --artifact-dir {shlex.quote(f'{folder.given}/{ARTIFACTS}')}"
+        commands.append(("study", command))
     return commands
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
@@ -27,11 +28,16 @@ from ray_sd.config.sweep import AshaScheduler, Distribution, MedianScheduler, Pb
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.tune.results import STEP
 from ray_sd.tune.space import Settings, Space, key_of
+from ray_sd.tune.study import Ended, describe
 
 SETTINGS, SEED = "settings", "seed"
 """Keys of a trial's configuration in Tune."""
 METRICS = "metrics"
 """Key of a report: the names of what was measured, among all that Tune adds."""
+OF_ENDED = ("run", "samples")
+"""Of a report, what the study is told of a trial that ended."""
+STARTUP_TRIALS = 4
+"""Trials at least before what they came to is learnt from."""
 MOST_DRAWS = 200
 """Draws that constraints or repeats may throw away before a search ends."""
 
@@ -41,20 +47,25 @@ class SettingsSearch(OptunaSearch):
 
     With several seeds Optuna is told the mean of what they came to. Trials that were stopped it is told as pruned: what they had
     reached is no value beside those that came to their end. The study has the sweep's name.
+
+    artifacts: local folder for what trials drew; None keeps none in the study.
     """
 
-    def __init__(self, space: Space, config: SweepConfig, storage: BaseStorage | None) -> None:
+    def __init__(
+        self, space: Space, config: SweepConfig, storage: BaseStorage | None, artifacts: Path | None = None
+    ) -> None:
         settings = config.sweep
-        several = len(settings.metric) > 1
+        several = len(config.metrics) > 1
         super().__init__(
             space.define,
-            metric=list(settings.metric) if several else settings.metric[0],
+            metric=list(config.metrics) if several else config.metrics[0],
             mode=list(settings.modes) if several else settings.modes[0],
             sampler=_sampler(config),
             study_name=config.name,
             storage=storage,
         )
         self._settings_space = space
+        self._artifacts = artifacts
         self._first_seed, self._num_seeds = config.seed, settings.num_seeds
         self._max_steps = config.trainer.max_steps
         self._left = settings.num_trials
@@ -64,6 +75,9 @@ class SettingsSearch(OptunaSearch):
         self._members: dict[str, str] = {}
         """The trial that stands for each."""
         self._outcomes: dict[str, list[dict[str, Any] | None]] = defaultdict(list)
+        self._ended: dict[str, list[Ended]] = defaultdict(list)
+        self._last: dict[str, dict[str, Any]] = {}
+        """The newest report of each trial at work, which Tune does not repeat where one fails."""
         self._base = space.base() if settings.include_base else None
         # What is enqueued is asked for first, in this order.
         first = [self._base] if self._base is not None and space.holds(self._base) else []
@@ -90,18 +104,26 @@ class SettingsSearch(OptunaSearch):
         return {SETTINGS: tune.grid_search(members), SEED: self._first_seed}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._last[trial_id] = {name: result[name] for name in (STEP, *OF_ENDED) if name in result}
         if trial_id in self._ot_trials and self._num_seeds == 1:
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         head = self._members[trial_id]
         self._outcomes[head].append(None if error else result)
+        self._ended[head].append(self._end(trial_id, result or self._last.get(trial_id, {}), error))
         if head in self._ot_trials and len(self._outcomes[head]) == self._num_seeds:
             known = [outcome for outcome in self._outcomes[head] if outcome]
             ended = [outcome for outcome in known if outcome[STEP] >= self._max_steps]
             names = self.metric if isinstance(self.metric, list) else [self.metric]
             mean = {name: sum(one[name] for one in ended) / len(ended) for name in names if ended}
+            describe(self._ot_trials[head], self._ended[head], self._artifacts)
             super().on_trial_complete(head, mean or None, error=not known)
+
+    def _end(self, trial_id: str, last: dict[str, Any], error: bool) -> Ended:
+        step = int(last.get(STEP, 0))
+        status = "failed" if error else "finished" if step >= self._max_steps else "stopped"
+        return Ended(trial_id, status, step, **{name: last[name] for name in OF_ENDED if name in last})
 
     def _members_of(self, head: str) -> list[str]:
         return [trial for trial, of in self._members.items() if of == head]
@@ -125,7 +147,7 @@ class SettingsSearch(OptunaSearch):
 def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
     """What stops trials. It judges by the first metric."""
     scheduler = config.sweep.scheduler
-    judged = {"time_attr": STEP, "metric": config.sweep.metric[0], "mode": config.sweep.modes[0]}
+    judged = {"time_attr": STEP, "metric": config.metrics[0], "mode": config.sweep.modes[0]}
     if isinstance(scheduler, AshaScheduler):
         return AsyncHyperBandScheduler(
             **judged,
@@ -138,12 +160,13 @@ def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
             **judged,
             grace_period=scheduler.grace_steps or config.report_steps,
             min_samples_required=scheduler.min_trials,
+            min_time_slice=float("inf"),  # none is paused for others, since to go on costs a start
         )
     if isinstance(scheduler, PbtScheduler):
         return PopulationBasedTraining(
             **judged,
             perturbation_interval=scheduler.interval_steps or config.report_steps,
-            hyperparam_mutations={SETTINGS: {path: _domain(one) for path, one in config.sweep.space.items()}},
+            hyperparam_mutations={SETTINGS: {path: _domain(one) for path, one in space.distributions.items()}},
             quantile_fraction=scheduler.quantile,
             resample_probability=scheduler.resample_probability,
             custom_explore_fn=Explore(space),
@@ -166,7 +189,7 @@ def _sampler(config: SweepConfig) -> BaseSampler:
     if config.sweep.searcher == "random":
         return RandomSampler(seed=config.seed)
     # Trials at work are taken for bad ones meanwhile, so that those beside them are elsewhere.
-    startup = max(4, config.sweep.num_trials // 4)
+    startup = max(STARTUP_TRIALS, config.sweep.num_trials // 4)
     with warnings.catch_warnings():
         # Depending on its version it says of some of these that their interface can change.
         told = r"Argument ``(multivariate|group|constant_liar)`` is an experimental feature"
@@ -187,7 +210,6 @@ def _domain(distribution: Distribution) -> Any:
 
 def open_storage(url: str) -> BaseStorage:
     """The database of an Optuna study. Raises ConfigError where it cannot be opened."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return StudyStorage(url)
     except (SQLAlchemyError, ImportError, StorageInternalError) as error:

@@ -2,32 +2,48 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
 from itertools import islice, product
 from typing import Any
 
+import optuna
+from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import to_dict, validate
 from ray_sd.config.overrides import apply_values, value_at
-from ray_sd.config.sweep import Distribution, SweepConfig
+from ray_sd.config.sweep import RANGES, Distribution, SweepConfig
+from ray_sd.config.words import unknown_setting
 from ray_sd.errors import ConfigError
 
 Settings = dict[str, Any]
 """By path, in the order of the space; of a conditional path only where it applies."""
 MOST_CORNERS = 512
 """Combinations of corner values that are all checked; of more, each corner is checked beside the experiment's own values."""
+CHECKED_DRAWS = 64
+"""Draws from between the ends of ranges that are checked beside the corners."""
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # of each study it tells that it began
 
 
 class Space:
-    """The search space of a sweep over an experiment."""
+    """The search space of a sweep over an experiment.
+
+    Raises ConfigError where a distribution is around a value that the experiment does not have.
+    """
 
     def __init__(self, config: SweepConfig) -> None:
-        self._space = config.sweep.space
         self._constraints = config.sweep.constraints
         self._num_trials = config.sweep.num_trials
         self._experiment = to_dict(config.experiment)
+        self._space = {path: self._placed(path, one) for path, one in config.sweep.space.items()}
+
+    @property
+    def distributions(self) -> dict[str, Distribution]:
+        """By path, each with its range where it is around the experiment's own value."""
+        return self._space
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -43,36 +59,47 @@ class Space:
         corners = list(islice(self._corners(), MOST_CORNERS + 1))
         if len(corners) > MOST_CORNERS:
             corners = list(self._corners_apart())
-        problems: dict[str, str] = {}
-        for settings in corners:
-            try:
-                self.configure(settings, self._experiment["seed"])
-                self.allows(settings)
-            except ConfigError as error:
-                values = ", ".join(f"{path}={_shown(value)}" for path, value in settings.items())
-                for line in str(error).splitlines():
-                    problems.setdefault(line, f"{line} (in a trial of {values})")
-        if problems:
-            raise ConfigError("\n".join(f"sweep.space: {problem}" for problem in problems.values()))
+        if problems := self._problems(corners):
+            raise ConfigError("\n".join(f"sweep.space: {problem}" for problem in problems))
+        inside = self._draws() if any(one.kind in RANGES for one in self._space.values()) else []
+        if problems := self._problems(inside):  # of which each draw has its own numbers
+            raise ConfigError(f"sweep.space: {problems[0]}")
         points = [point for point in self.grid() if point]
         if len(points) > self._num_trials:
             raise ConfigError(
                 f"sweep.num_trials: grids of {len(points)} combinations do not fit into {self._num_trials} trials; "
                 f"set it to {len(points)} or more"
             )
-        if not any(map(self.allows, corners)) and self._constraints and len(corners) <= MOST_CORNERS:
+        if len(corners) <= MOST_CORNERS and not any(map(self.allows, [*corners, *inside])):
             raise ConfigError(f"sweep.constraints: {' and '.join(self._constraints)} hold of no corner of the space")
+        self._check_reach(corners)
 
     def configure(self, settings: Settings, seed: int) -> ExperimentConfig:
         """The experiment with these settings. Raises ConfigError where they are none that it takes."""
         return validate(self._data(settings) | {"seed": seed}, ExperimentConfig)
 
     def base(self) -> Settings:
-        """The experiment's own values of what is swept, where they apply."""
+        """The experiment's own values of what is swept, where they apply, as the space lists them."""
+        return dict(self._base)
+
+    @cached_property
+    def _base(self) -> Settings:
         data = self._data({})
         return {
-            path: value_at(data, path) for path, distribution in self._space.items() if _applies(distribution, data)
+            path: self._own(path, data) for path, distribution in self._space.items() if _applies(distribution, data)
         }
+
+    def _own(self, path: str, data: dict[str, Any]) -> Any:
+        """The experiment's own value, or what is listed and means the same, as a kind's name alone may."""
+        own = value_at(data, path)
+        if not self._is_listed(path) or own in self._space[path].values:
+            return own
+        experiment = self.configure({}, data["seed"])
+        for value in self._space[path].values:
+            with suppress(ConfigError):  # of what cannot be, which `check` tells
+                if self.configure({path: value}, data["seed"]) == experiment:
+                    return value
+        return own
 
     def grid(self) -> list[Settings]:
         """Every combination of the grids' values; one of none where there is no grid."""
@@ -148,11 +175,51 @@ class Space:
         apply_values(data, settings, ExperimentConfig)
         return data
 
+    def _placed(self, path: str, distribution: Distribution) -> Distribution:
+        try:
+            return distribution.placed(value_at(self._experiment, path))
+        except ValueError as error:
+            unknown = unknown_setting(path, ExperimentConfig)
+            raise ConfigError(f"sweep.space: {unknown}" if unknown else f"sweep.space.{path}: {error}") from None
+
+    def _problems(self, candidates: list[Settings]) -> list[str]:
+        """What is wrong with settings that the constraints allow, and with constraints: one line a problem."""
+        found: dict[str, str] = {}
+        for settings in candidates:
+            try:
+                if self.allows(settings):
+                    self.configure(settings, self._experiment["seed"])
+            except ConfigError as error:
+                values = ", ".join(f"{path}={shown(value)}" for path, value in settings.items())
+                for line in str(error).splitlines():
+                    found.setdefault(line, f"{line} (in a trial of {values})")
+        return list(found.values())
+
+    def _draws(self) -> list[Settings]:
+        """Settings from between the ends of ranges, always the same."""
+        study = optuna.create_study(sampler=RandomSampler(seed=0))
+        trials = [study.ask() for _ in range(CHECKED_DRAWS)]
+        for trial in trials:
+            self.define(trial)
+        return [self.values(trial.params) for trial in trials]
+
+    def _check_reach(self, corners: list[Settings]) -> None:
+        """Raise ConfigError for what is never tried, since no combination of listed values meets its conditions."""
+        for path, distribution in self._space.items():
+            conditions = distribution.when or {}
+            swept = [one for one in self._space if any(_meets(one, condition) for condition in conditions)]
+            listed = swept and all(map(self._is_listed, swept)) and len(corners) <= MOST_CORNERS
+            if listed and not any(path in settings for settings in corners):
+                wanted = " and ".join(f"{one}={shown(value)}" for one, value in conditions.items())
+                raise ConfigError(f"sweep.space.{path}.when: no trial has {wanted}, so that it would never be tried")
+
     def _check_conditions(self) -> None:
         """A condition may look at what is drawn before it, and a grid's only at other grids, since grids come first."""
         before: list[str] = []
         for path, distribution in self._space.items():
             for condition in distribution.when or {}:
+                if (wrong := unknown_setting(condition, ExperimentConfig)) is not None:
+                    raise ConfigError(f"sweep.space.{path}.when: {wrong}")
                 later = [other for other in self._space if other not in before and _meets(other, condition)]
                 if later:
                     raise ConfigError(
@@ -219,7 +286,8 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for people to read."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

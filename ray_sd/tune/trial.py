@@ -105,7 +105,7 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     result = run.result()
     if last.get(STEP) != result.step:  # it had come to its end before, and Tune was not told
         last = result.metrics | {STEP: result.step, "checkpoint": result.checkpoint, "run": result.run}
-    missing = [metric for metric in job.config.sweep.metric if metric not in last]
+    missing = [metric for metric in job.config.metrics if metric not in last]
     if missing:
         raise RaySdError(f"the last report has no {' and no '.join(missing)}")
     # The last report comes with the adapter, so that whatever ends the trial then finds it whole.

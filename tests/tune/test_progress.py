@@ -4,11 +4,11 @@ import logging
 import sys
 from io import StringIO
 
-from drawn_sweep import drawn_sweep
+from drawn_sweep import ANSWER, drawn_sweep
 from rich.console import Console
 from rich.text import Text
 
-from ray_sd.tune.progress import MOST_ROWS, Watcher, table
+from ray_sd.tune.progress import MOST_ROWS, Watcher, line, table
 
 
 def shown(sweep) -> str:
@@ -51,6 +51,27 @@ def test_where_nobody_watches_each_change_is_one_line():
     assert len(lines) == 3
     assert lines[2].startswith("trial 2: failed (its process died): trainer.learning_rate=")
     assert "validation_loss" in lines[0]
+
+
+def test_why_a_trial_was_stopped_is_shown():
+    sweep = drawn_sweep(8)
+    stopped = [trial for trial in sweep.trials if trial.status == "stopped"]
+    assert stopped
+    assert shown(sweep).count("stopped: others were better at step 100") == len(stopped)
+
+
+def test_a_loss_is_shown_beside_what_is_measured_on_pictures():
+    sweep = drawn_sweep(4, objectives=(ANSWER,))
+    rows = shown(sweep).splitlines()
+    heads = next(row for row in rows if "clip_score" in row)
+    assert heads.index("clip_score") < heads.index("validation_loss")
+    losses = [f"{trial.last('validation_loss'):.4g}" for trial in sweep.trials]
+    assert all(any(loss in row for row in rows) for loss in losses)
+    assert f"validation_loss {losses[0]}" in line(sweep, sweep.trials[0])
+    for trial in sweep.trials:
+        trial.reports = [{name: one[name] for name in ("step", "loss")} for one in trial.reports]
+    assert " loss " in shown(sweep)
+    assert shown(drawn_sweep(4)).count("loss") == 1
 
 
 def test_brackets_in_a_reason_are_shown_as_they_are():

@@ -1,6 +1,7 @@
 """What a sweep tells people, and what it leaves for the next run."""
 
 import html
+import logging
 import shlex
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import yaml
 
 from ray_sd.config.load import to_dict
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.record import new_record
+from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _watching, _write_report
+from ray_sd.tune.run import _commands, _preset, _seconds_left, _watching, _write_report, sweep
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -28,10 +29,44 @@ def test_each_way_to_watch_has_a_label_and_a_command_that_a_shell_takes(configur
     assert [label for label, _ in _watching(configure(*PBT), folder)] == []
 
 
+def test_the_study_is_shown_with_what_trials_drew_where_that_is_local(configure, tmp_path):
+    config = configure("trainer.validation.prompts=a owl")
+    folder = RunFolder(str(tmp_path / "my sweeps"), "rates")
+    command = shlex.split(dict(_watching(config, folder))["study"])
+    assert command[2:] == ["--artifact-dir", f"{folder.path}/artifacts"]
+    remote = RunFolder(f"file://{tmp_path}", "rates")
+    assert "--artifact-dir" not in dict(_watching(config, remote))["study"]
+
+
+def test_a_sweep_behind_a_uri_says_that_its_study_has_no_pictures(
+    configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("ray_sd.tune.run.check", lambda experiment: None)
+    monkeypatch.setattr("ray_sd.tune.run.connect", lambda: pytest.fail("the end"))
+    caplog.set_level(logging.INFO)
+    drawing = ("trainer.validation.prompts=a owl", f"sweep.optuna_storage=sqlite:///{tmp_path / 'study.db'}")
+    words = "study: without pictures, which it takes from local folders alone; they are in report.html"
+    for name, place in (("here", tmp_path), ("there", f"file://{tmp_path}")):
+        with pytest.raises(pytest.fail.Exception, match="the end"):
+            sweep(configure(*drawing, f"name={name}", f"storage_path={place}"))
+        assert (words in caplog.messages) == (name == "there")
+
+
 def test_the_password_of_a_study_is_not_shown(configure, tmp_path):
     config = configure("sweep.optuna_storage=postgresql://me:s3cret@host/db?sslmode=require&x=1")
     command = dict(_watching(config, RunFolder(str(tmp_path), "rates")))["study"]
     assert shlex.split(command) == ["optuna-dashboard", "postgresql://me:***@host/db?sslmode=require&x=1"]
+
+
+def test_a_sweep_has_the_time_that_earlier_starts_left(configure, tmp_path: Path):
+    folder = RunFolder(str(tmp_path), "rates")
+    assert _seconds_left(configure(), folder) == float("inf")
+    limited = configure("sweep.time_limit=2")
+    assert _seconds_left(limited, folder) == 120
+    record = new_record(limited, Space(limited))
+    record.seconds = 50.0
+    folder.write(RECORD, record.to_json())
+    assert _seconds_left(limited, folder) == 70
 
 
 def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

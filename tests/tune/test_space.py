@@ -9,12 +9,18 @@ import pytest
 from ray_sd.config import SweepConfig
 from ray_sd.config.load import load_config
 from ray_sd.errors import ConfigError
-from ray_sd.tune.search import SEED, SETTINGS, SettingsSearch
+from ray_sd.tune.search import SEED, SETTINGS, SettingsSearch, build_scheduler
 from ray_sd.tune.space import Space
 
 SCHEDULES = (
     "sweep.space.trainer.schedule={choice: [cosine, constant]}",
     "sweep.space.trainer.schedule.num_cycles={randint: [1, 3], when: {trainer.schedule.name: cosine}}",
+)
+
+
+METHODS = (
+    "sweep.space={method: {choice: [lora, oft]}, method.rank: {choice: [4, 8], when: {method.name: lora}}, "
+    "method.block_size: {choice: [8, 16], when: {method.name: oft}}}"
 )
 
 
@@ -42,7 +48,7 @@ def test_the_experiments_own_settings_come_first_and_draws_keep_to_their_ranges(
     assert len(found) == 8
     assert found[0][SETTINGS] == {"trainer.learning_rate": 0.002}
     rates = [one[SETTINGS]["trainer.learning_rate"] for one in found]
-    assert all(1e-4 <= rate <= 5e-2 for rate in rates)
+    assert all(0.002 / 30 <= rate <= 0.002 * 30 for rate in rates)
     assert len(set(rates)) == 8
 
 
@@ -50,6 +56,21 @@ def test_own_settings_that_the_space_does_not_hold_are_tried_all_the_same():
     found = suggestions(load("trainer.learning_rate=0.5", "sweep.num_trials=3"), 5)
     assert found[0][SETTINGS] == {"trainer.learning_rate": 0.5}
     assert len(found) == 3
+
+
+def test_own_settings_are_those_that_are_listed_where_these_mean_the_same():
+    config = load(
+        "sweep.space={trainer.schedule: {choice: [constant, cosine]}, method.target_modules: {choice: [[to_q]]}}",
+        "trainer.schedule=constant",
+        "sweep.num_trials=4",
+    )
+    space = Space(config)
+    base = space.base()
+    assert base["trainer.schedule"] == "constant"
+    assert base["method.target_modules"] == list(config.method.target_modules)
+    tokens = Space(load_config(["sweep=tokens", "experiment=textual_inversion"], SweepConfig))
+    assert tokens.base()["method.initializer_token"] == "eagle"
+    assert tokens.holds(tokens.base())
 
 
 def test_the_same_seed_draws_the_same_and_another_other_settings():
@@ -75,6 +96,53 @@ def test_a_conditional_setting_reaches_the_experiment():
     space = Space(load(*SCHEDULES))
     config = space.configure({"trainer.schedule": "cosine", "trainer.schedule.num_cycles": 3}, seed=5)
     assert (config.trainer.schedule.name, config.trainer.schedule.num_cycles, config.seed) == ("cosine", 3, 5)
+
+
+def test_each_method_has_settings_of_its_own():
+    config = load(METHODS, "sweep.include_base=false", "sweep.num_trials=8")
+    space = Space(config)
+    space.check()
+    tried = drawn(config, 8)
+    assert {tuple(one.items()) for one in tried} == {
+        (("method", "lora"), ("method.rank", 4)),
+        (("method", "lora"), ("method.rank", 8)),
+        (("method", "oft"), ("method.block_size", 8)),
+        (("method", "oft"), ("method.block_size", 16)),
+    }
+    assert [space.configure(one, seed=0).method.name for one in tried] == [one["method"] for one in tried]
+
+
+@pytest.mark.parametrize(("experiment", "rate"), [("demo", 2e-3), ("textual_inversion", 0.3), ("lora", 1e-4)])
+def test_the_preset_of_learning_rates_lies_around_that_of_the_experiment(experiment: str, rate: float):
+    config = load(f"experiment={experiment}", "dataset.source.path=photos")
+    space = Space(config)
+    space.check()
+    assert space.distributions["trainer.learning_rate"].loguniform == pytest.approx((rate / 30, rate * 30))
+    assert space.log_paths == ("trainer.learning_rate",)
+    rates = [one["trainer.learning_rate"] for one in drawn(config, 8)]
+    assert rates[0] == rate
+    assert all(rate / 30 <= one <= rate * 30 for one in rates)
+
+
+def test_a_population_draws_anew_around_the_experiments_own_value():
+    config = load("sweep.scheduler=pbt", "trainer.learning_rate=0.01", "sweep.space.trainer.learning_rate={around: 2}")
+    domain = build_scheduler(config, Space(config))._hyperparam_mutations[SETTINGS]["trainer.learning_rate"]
+    assert (domain.lower, domain.upper) == (0.005, 0.02)
+
+
+def test_what_constraints_forbid_need_not_be_a_configuration():
+    corner = (
+        "sweep.space={trainer.num_workers: {choice: [1, 2]}, trainer.batch_size: {choice: [7, 8]}}",
+        "sweep.constraints=trainer.batch_size % trainer.num_workers == 0",
+    )
+    Space(load(*corner)).check()
+    with pytest.raises(ConfigError, match="batch_size 7 is not divisible by num_workers 2"):
+        Space(load(corner[0])).check()
+
+
+def test_constraints_may_hold_between_the_corners_alone():
+    between = "sweep.constraints=0.001 < trainer.learning_rate < 0.01"
+    Space(load(between)).check()
 
 
 def test_constraints_throw_draws_away():
@@ -161,6 +229,26 @@ def test_a_search_goes_on_after_pickling():
         (
             ["sweep.space.trainer.batch_size={choice: [6, 7]}", "trainer.num_workers=2"],
             "sweep.space: trainer: batch_size 7 is not divisible by num_workers 2; try 6 or 8 (in a trial of",
+        ),
+        (
+            ["sweep.space={method.rank: {loguniform: [2, 32]}}"],
+            "sweep.space: method.rank: 9.159405841908152 is no whole number",  # which both ends are
+        ),
+        (
+            ["sweep.space.method.alpha={choice: [4, 8], when: {method.nam: lora}}"],
+            "sweep.space.method.alpha.when: method.nam: no such setting; did you mean 'name'?",
+        ),
+        (
+            [METHODS.replace("method.name: lora", "method.name: lara")],
+            "sweep.space.method.rank.when: no trial has method.name=lara, so that it would never be tried",
+        ),
+        (
+            ["sweep.space.method.rank={around: 2}"],
+            "sweep.space.method.rank: around: the experiment has 16 there, which is no decimal number above 0; give a range",
+        ),
+        (
+            ["sweep.space.trainer.learning_rat={around: 2}"],
+            "sweep.space: trainer.learning_rat: no such setting; did you mean 'learning_rate'?",
         ),
         (
             ["sweep.space.method.num_vectors={choice: [1, 4]}"],

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from formula_trial import RATE, use_formula
+from optuna.artifacts import get_all_artifact_meta
 from ray.util import placement_group_table
 
 from ray_sd.config.load import load_config
@@ -43,6 +44,13 @@ def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ra
     assert again.trainer.learning_rate == best.settings[RATE]
     states = {group["state"] for group in placement_group_table().values()}
     assert states <= {"REMOVED"}
+
+    storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
+    for known in optuna.load_study(study_name="learning_rate", storage=storage).trials:
+        (trial,) = (trial for trial in record["trials"] if trial["id"] == known.user_attrs["trial"])
+        assert (known.user_attrs["status"], known.user_attrs["steps"]) == ("finished", 4)
+        drawn_by_it = {Path(picture).name for picture in (trial["samples"], *trial["pictures"])}
+        assert {one.filename for one in get_all_artifact_meta(known, storage=storage)} == drawn_by_it
 
     # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())

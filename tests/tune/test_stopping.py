@@ -1,0 +1,135 @@
+"""What ends a trial or a sweep early: schedulers, and the sweep's time."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+from formula_trial import RATE, use_formula
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.util import placement_group_table
+from recorded import trials
+from waiting import wait_for
+
+from ray_sd.config import SweepConfig
+from ray_sd.tune.limit import LimitedSearch, time_limit
+from ray_sd.tune.run import sweep
+from ray_sd.tune.search import SETTINGS, SettingsSearch, build_scheduler
+from ray_sd.tune.space import Space
+
+GOOD, BAD = (2e-3, 3e-3), (1e-4, 0.3)
+"""By the formula a bad one's loss is many times a good one's at every step."""
+
+
+class FakeTrial:
+    """As much of Tune's as schedulers look at."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+def last_steps(config: SweepConfig, losses: list[float]) -> list[int]:
+    """How far trials come that run one after another, each with a loss that is the same at every report."""
+    scheduler, came_to = build_scheduler(config, Space(config)), []
+    for number, loss in enumerate(losses):
+        trial, decision = FakeTrial(str(number)), TrialScheduler.CONTINUE
+        scheduler.on_trial_add(None, trial)
+        step = 0
+        while decision == TrialScheduler.CONTINUE and step < config.trainer.max_steps:
+            step += config.report_steps
+            result = {"step": step, "validation_loss": loss, "training_iteration": step}
+            decision = scheduler.on_trial_result(None, trial, result)
+        scheduler.on_trial_complete(None, trial, result)
+        came_to.append(step)
+    return came_to
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "came_to"),
+    [
+        ("none", [8, 8, 8, 8, 8]),
+        ("asha", [8, 8, 2, 2, 8]),
+        ("{name: asha, grace_steps: 4}", [8, 8, 4, 4, 8]),
+        ("{name: median, min_trials: 1}", [8, 8, 2, 2, 8]),
+        ("{name: median, min_trials: 3}", [8, 8, 8, 2, 8]),
+        ("{name: median, min_trials: 1, grace_steps: 6}", [8, 8, 6, 6, 8]),
+    ],
+)
+def test_schedulers_stop_what_others_are_better_than(configure, scheduler: str, came_to: list[int]):
+    config = configure("trainer.max_steps=8", f"sweep.scheduler={scheduler}")
+    assert last_steps(config, [0.2, 0.1, 9.0, 8.0, 0.05]) == came_to
+
+
+def test_a_search_draws_nothing_once_the_time_is_over_and_goes_on_with_more(configure, tmp_path: Path):
+    config = configure()
+    searching = LimitedSearch(SettingsSearch(Space(config), config, None), at_once=2)
+    searching.add_configurations([tune.Experiment("rates", run=print, num_samples=2)])
+    with time_limit(3600):
+        assert searching.next_trial().config[SETTINGS] == Space(config).base()
+    with time_limit(0):
+        assert searching.next_trial() is None
+        assert searching.is_finished()
+        searching.save_to_dir(str(tmp_path), "first")
+    again = LimitedSearch(SettingsSearch(Space(config), config, None), at_once=2)
+    again.restore_from_dir(str(tmp_path))
+    with time_limit(3600):
+        assert not again.is_finished()
+        assert again.next_trial().config[SETTINGS] != Space(config).base()
+        assert again.is_finished()  # as many as it has
+
+
+@pytest.mark.slow
+def test_bad_trials_are_stopped_and_good_ones_end(
+    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    use_formula(monkeypatch)
+    sweep(
+        configure(
+            f"sweep.space.trainer.learning_rate={{grid: [{', '.join(map(str, GOOD + BAD))}]}}",
+            "sweep.include_base=false",
+            "sweep.num_trials=4",
+            "sweep.max_concurrent=1",
+            "sweep.scheduler=asha",
+        )
+    )
+    ended = {trial["settings"][RATE]: trial for trial in trials(tmp_path / "sweeps" / "learning_rate")}
+    assert {rate: (trial["status"], trial["reports"][-1]["step"]) for rate, trial in ended.items()} == dict.fromkeys(
+        GOOD, ("finished", 4)
+    ) | dict.fromkeys(BAD, ("stopped", 2))
+    assert all(ended[rate]["reason"] == "others were better at step 2" for rate in BAD)
+    wait_for(lambda: {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}, 60)
+    wait_for(lambda: ray.available_resources()["CPU"] == 4, 60)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_time_is_over_begins_nothing_and_goes_on_with_more(
+    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    use_formula(monkeypatch)
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "sweeps" / "learning_rate"
+    # Each trial that came to its end took a minute and a half.
+    clock = SimpleNamespace(monotonic=lambda: 90.0 * len(list(folder.glob("trials/*/adapter"))))
+    monkeypatch.setattr("ray_sd.tune.limit.time", clock)
+    settings = ("sweep.num_trials=3", "sweep.max_concurrent=1")
+    over = "1 of 3 trials began; resume=true with a larger sweep.time_limit goes on"
+
+    result = sweep(configure(*settings, "sweep.time_limit=0.001"))
+    assert [trial["status"] for trial in trials(folder)] == ["finished"]
+    assert over in caplog.text
+    assert json.loads((folder / "best" / "manifest.json").read_text())["rate"] == result.sweep.best().settings[RATE]
+    assert (folder / "report.html").is_file()
+
+    sweep(configure(*settings, "sweep.time_limit=0.001", "resume=true"))
+    assert len(trials(folder)) == 1
+
+    caplog.clear()
+    sweep(configure(*settings, "sweep.time_limit=1000", "resume=true"))
+    assert [trial["status"] for trial in trials(folder)] == ["finished"] * 3
+    assert over not in caplog.text
+    search = SettingsSearch(Space(configure(*settings)), configure(*settings), None)
+    foretold = [search.suggest(str(number))[SETTINGS] for number in range(3)]
+    assert [trial["settings"] for trial in trials(folder)] == foretold
