@@ -55,14 +55,17 @@ class Browser:
         self._process.wait(PATIENCE_SECONDS)
         self._reader.close()
 
-    def show(self, page: Path, *, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
-        """Open a report, at a size and in a theme, and wait for its charts."""
+    def show(
+        self, page: Path, *, width: int = 1400, height: int = 1000, dark: bool = False, keep: bool = False
+    ) -> None:
+        """Open a report, at a size and in a theme, and wait for its charts. keep: what was chosen in it before."""
         self._ask(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[theme])
-        self.run("try { sessionStorage.clear(); } catch {}")  # what was chosen in the page that was shown before
+        if not keep:
+            self.run("try { sessionStorage.clear(); } catch {}")
         self._ask("Page.navigate", url="about:blank")
         self.complaints.clear()
         self._ask("Page.navigate", url=page.as_uri())
