@@ -18,7 +18,7 @@ from PIL import Image
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-REPORT_SIZE = (1400, 2600)
+REPORT_SIZE = (1400, 3000)
 DASHBOARD_SIZE = (1400, 1000)
 PATIENCE_SECONDS = 60
 

@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray_sd.config import SweepConfig
 from ray_sd.errors import RaySdError, first_line
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.results import STEP, Objective, Status, Sweep, Trial
+from ray_sd.tune.results import STEP, Objective, Pictures, Status, Sweep, Trial
 from ray_sd.tune.search import METRICS, SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TRIALS, begun_runs
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 RECORD = "sweep.json"
 SECONDS_BETWEEN_REPORTS = 20.0
 AT_WORK = ("pending", "running")
-OF_TRIAL = ("run", "samples", "adapter")
+OF_TRIAL = ("run", "adapter")
 """What a report says beside its metrics."""
 
 
@@ -98,8 +98,9 @@ class Recorder(tune.Callback):
         for name in OF_TRIAL:
             if name in result:
                 setattr(known, name, result[name])
-        if known.samples is not None:
-            known.pictures = _pictures(known.samples)
+        known.pictures = [other for other in known.pictures if other.step < report[STEP]]
+        if "samples" in result:
+            known.pictures.append(_pictures(result["samples"], int(report[STEP])))
         known.seconds = self._seconds.get(known.id, 0.0) + result["time_total_s"]
         self._change(trial)
 
@@ -160,8 +161,8 @@ def failure(trial: TuneTrial) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _pictures(sheet: str) -> tuple[str, ...]:
-    """The pictures of a contact sheet each by itself, which lie in a folder of its name."""
+def _pictures(sheet: str, step: int) -> Pictures:
+    """What a contact sheet shows, and each of its pictures by itself, which lie in a folder of its name."""
     name = sheet.removesuffix(".png")
     folder = RunFolder(*name.rsplit("/", 1))
-    return tuple(f"{name}/{picture}" for picture in sorted(folder.names(".")))
+    return Pictures(step, sheet, tuple(f"{name}/{picture}" for picture in folder.names(".")))

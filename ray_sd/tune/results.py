@@ -15,6 +15,17 @@ STEP = "step"
 """Key of a report: its finished steps."""
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What the weights of one report drew."""
+
+    step: int
+    sheet: str
+    """All of them on one contact sheet."""
+    singles: tuple[str, ...] = ()
+    """Each by itself, one for each prompt, in the order of prompts; none of clips and enlargements."""
+
+
 @dataclass
 class Trial:
     """One setting of what is swept, and one run of it (with `num_seeds`, one of its runs)."""
@@ -36,10 +47,8 @@ class Trial:
     """How long it ran, over all its starts."""
     run: str = ""
     """Folder of its run."""
-    samples: str | None = None
-    """Contact sheet of the pictures that its last report drew; None where it drew none."""
-    pictures: tuple[str, ...] = ()
-    """The same pictures each by itself, one for each prompt, in the order of prompts."""
+    pictures: list[Pictures] = field(default_factory=list)
+    """Of every report that drew any, in the order of steps."""
     adapter: str | None = None
     """Folder of its adapter, once it is finished."""
 
@@ -132,7 +141,7 @@ class Sweep:
     @classmethod
     def from_json(cls, content: bytes) -> "Sweep":
         data = json.loads(content)
-        trials = [Trial(**trial | {"pictures": tuple(trial["pictures"])}) for trial in data.pop("trials")]
+        trials = [Trial(**trial | {"pictures": _pictures(trial["pictures"])}) for trial in data.pop("trials")]
         objectives = tuple(Objective(**goal) for goal in data.pop("objectives"))
         tuples: dict[str, Any] = {name: tuple(data.pop(name)) for name in ("paths", "log_paths", "prompts")}
         return cls(trials=trials, objectives=objectives, **tuples, **data)
@@ -156,6 +165,10 @@ def trials_table(sweep: Sweep, metrics: Sequence[str] | None = None) -> pa.Table
     columns |= {name: [trial.last(name) for trial in sweep.trials] for name in names if name != "step"}
     columns |= {"run": [trial.run for trial in sweep.trials], "adapter": [trial.adapter for trial in sweep.trials]}
     return pa.table(columns)
+
+
+def _pictures(written: list[dict[str, Any]]) -> list[Pictures]:
+    return [Pictures(one["step"], one["sheet"], tuple(one["singles"])) for one in written]
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -275,7 +275,10 @@ def _preset(best: Trial, config: SweepConfig) -> str:
 def _commands(experiment: ExperimentConfig, folder: RunFolder) -> list[tuple[str, str]]:
     """What to do with the winner: each a label and a command."""
     return [
-        ("train", f"python jobs/train.py --config-dir {folder.given} experiment=best name=…"),
+        (
+            "train",
+            f"python jobs/train.py --config-dir {folder.given} experiment=best name={Path(folder.given).name}-best",
+        ),
         ("use it", usage(experiment, f"{folder.given}/{BEST}")),
     ]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ray_sd.tune.results import Objective, Status, Sweep, Trial
+from ray_sd.tune.results import Objective, Pictures, Status, Sweep, Trial
 
 PROMPTS = ("an <owl> on a blue background", "an <owl> & a hat", 'a "sad" <owl>', "two <owl>s in the rain")
 RATE, RANK, WORD, DROPOUT, WARMUP = (
@@ -34,9 +34,10 @@ def drawn_sweep(
     paths: tuple[str, ...] = PATHS,
     num_seeds: int = 1,
     size: int = 64,
+    only_last: bool = False,
     running: bool = False,
 ) -> Sweep:
-    """A sweep of so many trials, with pictures of `size` pixels if it has a folder for them."""
+    """A sweep of so many trials, with pictures of `size` pixels at each report, or at the last, if it has a folder for them."""
     random = np.random.default_rng(0)
     sweep = Sweep(
         name="owl <sweep>",
@@ -53,7 +54,8 @@ def drawn_sweep(
         trial = Trial(f"{number:05d}", settings, seed, is_base=group == 0, run=f"/runs/owl/trials/{number:05d}")
         _train(trial, _status(number, count, running), random)
         if folder and trial.reports:
-            trial.pictures = _pictures(trial, folder, size)
+            drawn = trial.reports[-1:] if only_last else trial.reports
+            trial.pictures = [_pictures(trial, report, folder, size) for report in drawn]
         if trial.status == "finished":
             trial.adapter = f"{trial.run}/adapter"
         sweep.trials.append(trial)
@@ -108,9 +110,10 @@ def _quality(settings: dict[str, Any]) -> float:
     return float(np.exp(-((exponent + 3.6) ** 2) / 1.2) * (0.9 + 0.1 * settings.get(RANK, 8) / 32))
 
 
-def _pictures(trial: Trial, folder: Path, size: int) -> tuple[str, ...]:
-    """Faces on a ground, under the more noise the worse the trial."""
+def _pictures(trial: Trial, report: dict[str, float], folder: Path, size: int) -> Pictures:
+    """Faces on a ground, under the more noise the worse the trial and the earlier the report."""
     random = np.random.default_rng(int(trial.id))
+    step = int(report["step"])
     paths = []
     for number in range(len(PROMPTS)):
         face = Image.new("RGB", (size, size), ("#5b8def", "#d8b26e", "#8a7fd0", "#6fae8f")[number])
@@ -121,9 +124,9 @@ def _pictures(trial: Trial, folder: Path, size: int) -> tuple[str, ...]:
                 [size * left, size * 0.33, size * (left + 0.16), size * 0.49], fill="#f7e27a", outline="#222222"
             )
         draw.polygon([(size * 0.46, size * 0.5), (size * 0.56, size * 0.5), (size * 0.51, size * 0.6)], fill="#e8912d")
-        noise = random.normal(0, 90 * (1 - _quality(trial.settings)), (size, size, 3))
+        noise = random.normal(0, 90 * (1 - _quality(trial.settings) * step / MAX_STEPS), (size, size, 3))
         pixels = np.clip(np.asarray(face) + noise, 0, 255).astype(np.uint8)
-        path = folder / f"{trial.id}-{number}.png"
+        path = folder / f"{trial.id}-{step}-{number}.png"
         Image.fromarray(pixels).save(path)
         paths.append(str(path))
-    return tuple(paths)
+    return Pictures(step, paths[0], tuple(paths))

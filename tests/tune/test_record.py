@@ -35,17 +35,20 @@ def test_a_trial_is_followed_from_its_start_to_its_end(recorder: Recorder, tmp_p
     trial = SimpleNamespace(trial_id="abc", config={SETTINGS: base, SEED: 3})
     recorder.on_trial_start(0, [trial], trial)
     assert [recorded(tmp_path)[name] for name in ("status", "is_base", "seed")] == ["running", True, 3]
-    sheet = RunFolder(str(tmp_path / "run"), "samples")
-    for name in ("00.png", "01.png"):
-        sheet.write(f"step/{name}", b"")
-    recorder.on_trial_result(0, [trial], trial, reported(2, 5.0, validation_loss=0.5, run="run"))
-    samples = f"{sheet.path}/step.png"
-    recorder.on_trial_result(0, [trial], trial, reported(4, 9.0, validation_loss=0.25, samples=samples, adapter="a"))
+    drawn = RunFolder(str(tmp_path / "run"), "samples")
+    for name in ("step-2/00.png", "step-2/01.png"):
+        drawn.write(name, b"")
+    first, last = (f"{drawn.path}/step-{step}.png" for step in (2, 4))
+    recorder.on_trial_result(0, [trial], trial, reported(2, 5.0, validation_loss=0.5, run="run", samples=first))
+    recorder.on_trial_result(0, [trial], trial, reported(4, 9.0, validation_loss=0.25, samples=last, adapter="a"))
     recorder.on_trial_complete(0, [trial], trial)
     known = recorded(tmp_path)
     assert (known["status"], known["run"], known["adapter"], known["seconds"]) == ("finished", "run", "a", 9.0)
     assert known["reports"] == [{"step": 2, "validation_loss": 0.5}, {"step": 4, "validation_loss": 0.25}]
-    assert known["pictures"] == [f"{sheet.path}/step/00.png", f"{sheet.path}/step/01.png"]
+    assert known["pictures"] == [
+        {"step": 2, "sheet": first, "singles": [f"{drawn.path}/step-2/00.png", f"{drawn.path}/step-2/01.png"]},
+        {"step": 4, "sheet": last, "singles": []},
+    ]
 
 
 def test_a_trial_that_ends_early_was_stopped(recorder: Recorder, tmp_path: Path):
@@ -64,12 +67,14 @@ def test_a_sweep_that_goes_on_keeps_what_it_knows_and_replaces_what_is_reported_
     trial = SimpleNamespace(trial_id="abc", config={SETTINGS: {"trainer.learning_rate": 0.5}, SEED: 0})
     recorder.on_trial_start(0, [trial], trial)
     for step in (1, 2, 3):
-        recorder.on_trial_result(0, [trial], trial, reported(step, 5.0, validation_loss=1.0 * step))
+        report = reported(step, 5.0, validation_loss=1.0 * step, samples=f"{tmp_path}/samples/{step}.png")
+        recorder.on_trial_result(0, [trial], trial, report)
     recorder.setup()
     assert len(recorded(tmp_path)["reports"]) == 3
     recorder.on_trial_result(0, [trial], trial, reported(2, 1.5, validation_loss=7.0))
     known = recorded(tmp_path)
     assert known["reports"] == [{"step": 1, "validation_loss": 1.0}, {"step": 2, "validation_loss": 7.0}]
+    assert [pictures["step"] for pictures in known["pictures"]] == [1]
     assert known["seconds"] == 6.5
 
 

@@ -1,20 +1,21 @@
 import base64
+import gzip
 import io
 import json
 import re
-import shutil
-import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from browser import Browser, browser
 from drawn_sweep import ANSWER, BASE, DROPOUT, LOSS, MAX_STEPS, PROMPTS, RANK, RATE, WORD, drawn_sweep
 from PIL import Image
 from scipy import stats
 
-from ray_sd.tune.report import report_html
+from ray_sd.tune.report import report_html, thumbnails
 from ray_sd.tune.report.charts import curves, front
 from ray_sd.tune.report.grid import axes, ranked
 from ray_sd.tune.report.importance import _shares, importance
@@ -22,7 +23,7 @@ from ray_sd.tune.report.parallel import parallel
 from ray_sd.tune.report.seeds import seed_intervals
 from ray_sd.tune.report.thumbnails import SIZES, read_thumbnails
 from ray_sd.tune.report.words import duration, number, short_names
-from ray_sd.tune.results import Status, Sweep, Trial
+from ray_sd.tune.results import Pictures, Status, Sweep, Trial
 
 NAN = float("nan")
 COMMANDS = [("Train the winner <again>", "python jobs/train.py 'prompt=an <owl> & \"hat\"'")]
@@ -66,6 +67,11 @@ def page_of(sweep: Sweep, refresh_seconds: int | None = None) -> Page:
     return Page(report_html(sweep, configuration=CONFIGURATION, commands=COMMANDS, refresh_seconds=refresh_seconds))
 
 
+def grid_of(sweep: Sweep) -> dict:
+    """What the page's script is given of the pictures."""
+    return next(json.loads(script) for script in page_of(sweep).scripts if script.startswith('{"axes"'))
+
+
 def sweep_of(*trials: Trial, paths: tuple[str, ...] = ("a.x", "b.y"), log_paths: tuple[str, ...] = ()) -> Sweep:
     return Sweep("odd", (LOSS,), paths, log_paths, 100, (), list(trials), finished=True)
 
@@ -76,18 +82,24 @@ def trial(number: int, settings: dict, *losses: float, status: Status = "finishe
 
 
 def test_a_report_loads_nothing_from_anywhere(tmp_path: Path):
-    page = page_of(drawn_sweep(12, tmp_path, objectives=(LOSS, ANSWER)), refresh_seconds=10)
+    page = page_of(drawn_sweep(12, tmp_path, objectives=(LOSS, ANSWER), only_last=True), refresh_seconds=10)
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:")), (tag, name)
     styles = re.findall(r"<style>(.*?)</style>", report_html(drawn_sweep(0), configuration="", commands=[]), re.DOTALL)
     assert styles
     assert not any("url(" in style or "@import" in style for style in styles)
-    assert sum("plotly.js v" in script for script in page.scripts) == 1
+    (packed,) = [script for script in page.scripts if script.startswith("H4sI")]
+    assert "plotly.js v" in gzip.decompress(base64.b64decode(packed)).decode()
+
+
+@pytest.mark.slow
+def test_a_page_of_many_trials_is_small_without_their_pictures(many: Path):
+    assert many.stat().st_size < 3 * 10**6
 
 
 def test_what_trials_and_prompts_say_is_text_and_no_markup(tmp_path: Path):
-    sweep = drawn_sweep(12, tmp_path)
+    sweep = drawn_sweep(12, tmp_path, only_last=True)
     sweep.trials[2].reason = "</script><script>alert(1)</script>"
     sweep.trials[3].settings[WORD] = "</td><img src=x onerror=alert(2)>"
     page = page_of(sweep)
@@ -315,13 +327,13 @@ def test_a_cell_shows_its_best_trial_the_winner_before_all():
 
 
 def test_pictures_are_small_and_each_is_in_the_page_but_for_the_winners_once(tmp_path: Path):
-    sweep = drawn_sweep(4, tmp_path, size=512)
+    sweep = drawn_sweep(4, tmp_path, size=512, only_last=True)
     page = page_of(sweep)
     drawn = [one for one in sweep.trials if one.pictures]
     shown = [image for image in page.all("img") if image.get("id")]
     assert len(shown) == len(drawn) * len(PROMPTS)
     assert len(page.all("img")) == len(shown) + 2 * len(PROMPTS)  # the winner and the base, once more
-    assert {image["width"] for image in shown} == {"256", "128"}  # of noise, which takes many bytes, less
+    assert {image["width"] for image in shown} == {"512", "256"}  # of noise, which takes many bytes, less
     assert not any("class" in image for image in shown)
     most = 4 / 3 * SIZES[0][1] + 100
     assert all(len(image["src"]) < most for image in shown)
@@ -333,8 +345,9 @@ def test_small_pictures_keep_their_pixels(tmp_path: Path):
     picture = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
     picture.save(tmp_path / "picture.png")
     sweep = sweep_of(trial(0, {"a.x": 1}, 1.0))
-    sweep.trials[0].pictures = (str(tmp_path / "picture.png"),)
-    ((thumbnail,),) = read_thumbnails(sweep).values()
+    path = str(tmp_path / "picture.png")
+    sweep.trials[0].pictures = [Pictures(10, path, (path,))]
+    (((thumbnail,),),) = (steps.values() for steps in read_thumbnails(sweep).values())
     assert (thumbnail.width, thumbnail.height, thumbnail.is_small) == (32, 32, True)
     shown = Image.open(io.BytesIO(base64.b64decode(thumbnail.uri.partition(",")[2])))
     assert np.array_equal(np.asarray(shown), np.asarray(picture))
@@ -345,22 +358,44 @@ def test_a_page_of_very_many_pictures_takes_smaller_ones(tmp_path: Path):
     Image.fromarray(noise).save(tmp_path / "noise.png")
     sweep = drawn_sweep(300)
     for one in sweep.trials:
-        one.pictures = (str(tmp_path / "noise.png"),) * 20
-    found = [thumbnail for of_trial in read_thumbnails(sweep).values() for thumbnail in of_trial]
+        one.pictures = [Pictures(10, "", (str(tmp_path / "noise.png"),) * 20)]
+    found = [thumbnail for steps in read_thumbnails(sweep).values() for thumbnail in steps[10]]
     assert len(found) == 6000
     assert max(thumbnail.width for thumbnail in found) <= 64
     assert sum(len(thumbnail.uri) for thumbnail in found) < 20 * 2**20
 
 
+def test_older_pictures_are_there_as_far_as_the_page_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweep = drawn_sweep(3, tmp_path)
+    steps = [[one.step for one in reversed(trial.pictures)] for trial in sweep.trials]
+    assert [len(of_trial) for of_trial in steps] == [8, 8, 2]
+    assert [list(of_trial) for of_trial in read_thumbnails(sweep).values()] == steps
+    monkeypatch.setattr(thumbnails, "SIZES", SIZES[-1:])
+    newest = sum(one.bytes for of_trial in read_thumbnails(sweep).values() for one in next(iter(of_trial.values())))
+    # Room for two trials' four pictures at three steps, and not at a fourth.
+    monkeypatch.setattr(thumbnails, "PAGE_BYTES", newest + 7 * 4 * SIZES[-1][1])
+    assert [list(of_trial) for of_trial in read_thumbnails(sweep).values()] == [[400, 350, 300, 250]] * 2 + [[100]]
+    drawn = [drawn for trial in grid_of(sweep)["trials"] for drawn in trial["drawn"]]
+    assert [one["pictures"] is None for one in drawn] == [True, False, False, False] * 2 + [True]
+    assert drawn[1]["values"] == [number(sweep.trials[0].reports[-2]["validation_loss"])]
+
+
 def test_contact_sheets_stand_in_for_pictures_and_missing_ones_are_left_out(tmp_path: Path):
     sweep = drawn_sweep(4, tmp_path)
     for one in sweep.trials:
-        one.samples, one.pictures = one.pictures[0], ()
-    sweep.trials[1].samples = str(tmp_path / "gone.png")
-    found = read_thumbnails(sweep)
-    assert [len(of_trial) for of_trial in found.values()] == [1, 1, 1, 1]
-    assert [of_trial[0] is None for of_trial in found.values()] == [False, True, False, False]
+        one.pictures = [Pictures(drawn.step, drawn.sheet) for drawn in one.pictures]
+    sweep.trials[1].pictures[-1] = Pictures(MAX_STEPS, str(tmp_path / "gone.png"))
+    newest = [next(iter(steps.values())) for steps in read_thumbnails(sweep).values()]
+    assert [len(pictures) for pictures in newest] == [1, 1, 1, 1]
+    assert [pictures[0] is None for pictures in newest] == [False, True, False, False]
     assert "all at once" in page_of(sweep).text
+
+
+def test_curves_of_stopped_trials_are_dashed():
+    sweep = drawn_sweep(12)
+    lines = curves(sweep, LOSS, short_names(sweep.paths)).data
+    dashed = {line.meta[0] for line in lines if line.line.dash == "dash"}
+    assert dashed == {row for row, one in enumerate(sweep.trials) if one.status == "stopped"} != set()
 
 
 def test_far_outliers_do_not_flatten_the_curves():
@@ -393,6 +428,10 @@ def test_parallel_axes_are_logarithmic_where_drawn_so_and_name_categories():
     assert "<owl>" in axis["initializer_token"].ticktext
     assert axis["dropout"].ticktext[0] == "–"  # of trials without it
     assert "validation_loss" in axis
+    told = parallel(sweep, short_names(sweep.paths)).layout.meta
+    assert sorted(told["rows"]) == list(range(30))  # also those that have no line
+    (rates,) = [one["places"] for one in told["axes"] if one["name"] == "learning_rate"]
+    assert rates == pytest.approx([np.log10(sweep.trials[row].settings[RATE]) for row in told["rows"]])
     best = len(known) - 1
     assert axis["learning_rate"].values[best] == pytest.approx(np.log10(sweep.best().settings[RATE]))
 
@@ -423,7 +462,7 @@ def test_a_metric_that_some_trials_lack_is_left_empty():
 
 
 def test_headings_tables_and_charts_can_be_read_aloud(tmp_path: Path):
-    page = page_of(drawn_sweep(12, tmp_path, objectives=(LOSS, ANSWER), num_seeds=2))
+    page = page_of(drawn_sweep(12, tmp_path, objectives=(LOSS, ANSWER), num_seeds=2, only_last=True))
     assert page.all("html")[0]["lang"] == "en"
     assert len(page.all("h1")) == 1
     assert all(image["alt"] for image in page.all("img"))
@@ -459,85 +498,190 @@ def test_times_are_written_in_two_units(seconds: float, text: str):
     assert duration(seconds) == text
 
 
-@pytest.fixture
-def browse(tmp_path: Path) -> Callable[[str, str], tuple[dict, str]]:
-    """Runs a page and then a script in Chromium; returns what the script returned, and the page as it then was."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("chromium is not on the PATH; apt-get install chromium")
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
-    def run(html: str, script: str) -> tuple[dict, str]:
-        watch = (
-            "<script>window.errors = []; addEventListener('error', (e) => errors.push(e.message));"
-            "console.error = (...words) => errors.push(words.join(' '));</script>"
-        )
-        ask = (
-            "<script>addEventListener('load', () => setTimeout(() => { const told = (() => {" + script + "})();"
-            "document.body.append(Object.assign(document.createElement('output'),"
-            "{ textContent: JSON.stringify({ ...told, errors }) })); }, 4000));</script>"
-        )
-        page = tmp_path / "report.html"
-        page.write_text(html.replace("<head>", f"<head>{watch}", 1).replace("</body>", f"{ask}</body>"), "utf-8")
-        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--window-size=1400,1000"]
-        shown = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-        found = re.search(r"<output>(.*?)</output>", shown.stdout, re.DOTALL)
-        assert found, shown.stderr
-        parsed = Page(f"<p>{found.group(1)}</p>")
-        return json.loads(parsed.text), shown.stdout
 
-    return run
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
+    """A sweep with pictures, and its page."""
+    folder = tmp_path_factory.mktemp("report")
+    sweep = drawn_sweep(14, folder, objectives=(LOSS, ANSWER), num_seeds=2)
+    return sweep, written(sweep, folder)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of 200 trials without pictures."""
+    return written(drawn_sweep(200, objectives=(LOSS, ANSWER)), tmp_path_factory.mktemp("many"))
+
+
+def written(sweep: Sweep, folder: Path, **more: Any) -> Path:
+    path = folder / "report.html"
+    path.write_text(report_html(sweep, configuration=CONFIGURATION, commands=COMMANDS, **more), "utf-8")
+    return path
+
+
+def texts(chromium: Browser, selector: str) -> list[str]:
+    return chromium.run(f"[...document.querySelectorAll({selector!r})].map((found) => found.textContent)")
+
+
+def rows_shown(chromium: Browser) -> set[int]:
+    """The trials in the table, by their places in the sweep."""
+    ids = chromium.run("[...document.querySelectorAll('#table tbody tr:not([hidden])')].map((row) => row.id)")
+    return {int(name.removeprefix("trial-")) for name in ids}
+
+
+def choose(chromium: Browser, **settings: object) -> None:
+    """Of the selectors over the pictures."""
+    for name, value in settings.items():
+        chromium.run(f"document.querySelector('#axes').elements.{name}.value = {str(value)!r}")
+    chromium.run("document.querySelector('#axes').dispatchEvent(new Event('change'))")
 
 
 @pytest.mark.slow
-def test_a_browser_draws_every_chart_lays_the_grid_and_sorts_the_table(tmp_path: Path, browse: Callable):
-    sweep = drawn_sweep(14, tmp_path, objectives=(LOSS, ANSWER), num_seeds=2)
-    told, _ = browse(
-        report_html(sweep, configuration=CONFIGURATION, commands=COMMANDS),
-        """
-        const all = (selector) => [...document.querySelectorAll(selector)];
-        const charts = all(".chart");
-        const form = document.querySelector("#axes");
-        const texts = (selector) => all(selector).map((element) => element.textContent);
-        const cells = texts("#grid .cell");
-        form.elements.x.value = 1;
-        form.elements.y.value = -1;
-        form.elements.prompt.value = 2;
-        form.dispatchEvent(new Event("change"));
-        const sorted = (name) => {
-          all("#table thead button").find((button) => button.textContent === name).click();
-          return texts("#table tbody th");
-        };
-        return {
-          charts: charts.length,
-          drawn: charts.filter((chart) => chart.querySelector(".main-svg")).length,
-          buttons: texts(".modebar-btn").length && all(".modebar-btn").map((button) => button.dataset.title),
-          cells,
-          columns: texts("#grid thead th"),
-          rows: all("#grid tbody tr").length,
-          alt: document.querySelector("#grid img").alt,
-          rising: sorted("validation_loss"),
-          falling: sorted("validation_loss"),
-        };
-        """,
-    )
-    assert told["errors"] == []
-    assert told["drawn"] == told["charts"] >= 7
-    assert not any("hare" in title or "cloud" in title for title in told["buttons"])  # nothing sends a chart away
-    assert any("winner" in cell for cell in told["cells"])
-    assert any(re.search(r"best of \d+ trials", cell) for cell in told["cells"])
-    assert told["columns"] == [str(rank) for rank in sorted({one.settings[RANK] for one in sweep.trials})]
-    assert told["rows"] == 1
-    assert told["alt"].endswith(PROMPTS[2])
-    rising = [name[:5] for name in told["rising"]]
+def test_a_browser_draws_every_chart_lays_the_grid_and_sorts_the_table(page: tuple[Sweep, Path], chromium: Browser):
+    sweep, path = page
+    chromium.show(path)
+    drawn = chromium.run("[...document.querySelectorAll('.chart')].map((chart) => !!chart.querySelector('.main-svg'))")
+    assert drawn == [True] * len(drawn)
+    assert len(drawn) >= 7
+    buttons = chromium.run("[...document.querySelectorAll('.modebar-btn')].map((one) => one.dataset.title)")
+    assert buttons
+    assert not any("hare" in title or "cloud" in title for title in buttons)  # nothing sends a chart away
+    cells = texts(chromium, "#grid .cell")
+    assert any("winner" in cell for cell in cells)
+    assert any(re.search(r"best of \d+ trials", cell) for cell in cells)
+    choose(chromium, x=1, y=-1, prompt=2)
+    ranks = sorted({one.settings[RANK] for one in sweep.trials})
+    assert texts(chromium, "#grid thead th") == [str(rank) for rank in ranks]
+    assert len(texts(chromium, "#grid tbody tr")) == 1
+    assert chromium.run("document.querySelector('#grid img').alt").endswith(PROMPTS[2])
+
     known = {one.id: value for one in sweep.trials if (value := one.last("validation_loss")) is not None}
-    assert rising[: len(known)] == sorted(known, key=known.__getitem__)
-    assert [name[:5] for name in told["falling"]][: len(known)] == sorted(known, key=known.__getitem__, reverse=True)
+    for falling in (False, True):
+        chromium.run(
+            "[...document.querySelectorAll('thead button')].find((b) => b.textContent === 'validation_loss').click()"
+        )
+        order = [name[:5] for name in texts(chromium, "#table tbody th")]
+        assert order[: len(known)] == sorted(known, key=known.__getitem__, reverse=falling)
+    assert chromium.complaints == []
 
 
-def test_a_browser_shows_a_sweep_that_has_just_begun(browse: Callable):
+@pytest.mark.slow
+def test_a_brush_keeps_the_trials_that_pass_it_in_all_that_is_below(page: tuple[Sweep, Path], chromium: Browser):
+    sweep, path = page
+    chromium.show(path)
+    box = "(({ x, y, width, height }) => [x + width / 2, y, height])(document.querySelector({!r}).getBoundingClientRect())"
+    chromium.run("document.querySelector('#settings').scrollIntoView({ behavior: 'instant' })")
+    x, top, height = chromium.run(box.replace("{!r}", repr("#settings .axis-brush .background")))
+    chromium.drag((x, top + 0.4 * height), (x, top + 0.9 * height))
+    chromium.wait("() => !document.querySelector('#filtered').hidden")
+    low, high = chromium.run("document.querySelector('#settings .chart').data[0].dimensions[0].constraintrange")
+    rates = sorted({one.settings[RATE] for one in sweep.trials})  # so few that they are at equal distances
+    passing = {row for row, one in enumerate(sweep.trials) if low <= rates.index(one.settings[RATE]) <= high}
+    assert 0 < len(passing) < len(sweep.trials)
+    assert rows_shown(chromium) == passing
+    assert texts(chromium, "#filtered span") == [f"{len(passing)} of {len(sweep.trials)} trials"]
+    curve = "document.querySelector('#curves .chart').data.filter((line) => line.visible !== false).map((line) => line.meta[0])"
+    known = {row for row, one in enumerate(sweep.trials) if one.last("validation_loss") is not None}
+    assert set(chromium.run(curve)) == passing & known
+    front = (
+        "document.querySelector('#front .chart').data.flatMap((points) => points.customdata || []).map(([row]) => row)"
+    )
+    assert set(chromium.run(front)) == {row for row in passing if sweep.trials[row].last("clip_score") is not None}
+    assert {
+        int(row)
+        for row in chromium.run("[...document.querySelectorAll('#grid .cell')].map((cell) => cell.dataset.trial)")
+    } <= passing
+
+    chromium.run("document.querySelector('#filtered button').click()")
+    chromium.wait("() => document.querySelector('#filtered').hidden")
+    assert rows_shown(chromium) == set(range(len(sweep.trials)))
+    # The same by keys.
+    chromium.run("document.querySelector('#settings details').open = true")
+    chromium.run("document.querySelector('#ranges [aria-label=\"rank, from\"]').focus()")
+    chromium.press("ArrowRight")
+    chromium.wait("() => !document.querySelector('#filtered').hidden")
+    least = min(one.settings[RANK] for one in sweep.trials)
+    more = {row for row, one in enumerate(sweep.trials) if one.settings[RANK] > least}
+    assert rows_shown(chromium) == more
+    # A report of a running sweep reloads itself.
+    chromium.show(path, keep=True)
+    assert rows_shown(chromium) == more
+    assert chromium.complaints == []
+
+
+@pytest.mark.slow
+def test_pictures_are_chosen_by_step_and_seed_and_seen_large(page: tuple[Sweep, Path], chromium: Browser):
+    sweep, path = page
+    chromium.show(path)
+    ids = {row: one.id for row, one in enumerate(sweep.trials)}
+    choose(chromium, seed="", step=50)
+    at_last = chromium.run("document.querySelector('#table .pictures img').src")
+    assert chromium.run("document.querySelector('#grid img').src") != at_last
+    choose(chromium, seed=1, step=50)
+    cells = [
+        int(row)
+        for row in chromium.run("[...document.querySelectorAll('#grid .cell')].map((cell) => cell.dataset.trial)")
+    ]
+    assert {sweep.trials[row].seed for row in cells} == {1}
+    value = number(sweep.trials[cells[0]].reports[0]["validation_loss"])
+    assert value in texts(chromium, "#grid .cell")[0]
+
+    caption = "document.querySelector('#large').textContent"
+    chromium.run("document.querySelector('#grid .cell').focus()")
+    chromium.press("Enter")
+    chromium.wait("() => document.querySelector('#large').open")
+    told = chromium.run(caption)
+    assert f"trial {ids[cells[0]]}" in told
+    assert f"step 50 · validation_loss {value}" in told
+    assert PROMPTS[0] in told
+    assert f"rank={sweep.trials[cells[0]].settings[RANK]}" in told
+    chromium.press("ArrowRight")
+    chromium.press("ArrowDown")
+    assert f"trial {ids[cells[1]]}" in chromium.run(caption)
+    assert PROMPTS[1] in chromium.run(caption)
+    chromium.press("Escape")
+    assert not chromium.run("document.querySelector('#large').open")
+    chromium.run("document.querySelector('#table .pictures button').click()")
+    chromium.run("document.querySelector('#large a').click()")
+    assert not chromium.run("document.querySelector('#large').open")
+    assert chromium.run("document.querySelector('#table tr.shown').id") == "trial-0"
+    assert chromium.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1400, False)])
+def test_many_trials_fit_a_phone_and_a_dark_theme(width: int, dark: bool, many: Path, chromium: Browser):
+    chromium.show(many, width=width, dark=dark)
+    assert chromium.complaints == []
+    assert chromium.run("document.documentElement.scrollWidth") == width
+    ground = chromium.run("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")
+    assert max(ground) < 64 if dark else min(ground) > 192
+    assert chromium.run("document.querySelector('#settings .chart').data[0].dimensions[0].values.length") > 100
+
+
+@pytest.mark.slow
+def test_a_browser_that_cannot_unpack_the_charts_says_so(page: tuple[Sweep, Path], chromium: Browser, tmp_path: Path):
+    _, path = page
+    old = tmp_path / "old.html"
+    old.write_text(
+        path.read_text("utf-8").replace("<head>", "<head><script>delete window.DecompressionStream</script>")
+    )
+    chromium.show(old)
+    (note, *others) = set(texts(chromium, ".chart .note"))
+    assert "a browser of 2023 or later" in note
+    assert not others
+    assert texts(chromium, "#grid .cell")
+
+
+def test_a_browser_shows_a_sweep_that_has_just_begun(tmp_path: Path, chromium: Browser):
     sweep = drawn_sweep(0, running=True)
     sweep.trials = [Trial("00000", dict(BASE) | {DROPOUT: None}, 0, is_base=True, status="pending")]
-    told, page = browse(report_html(sweep, configuration="", commands=[], refresh_seconds=60), "return {};")
-    assert told["errors"] == []
-    assert "plotly.js v" not in page  # which is five megabytes, for no chart
+    path = written(sweep, tmp_path, refresh_seconds=60)
+    chromium.show(path)
+    assert chromium.complaints == []
+    assert len(path.read_text()) < 10**5  # without plotly, which draws no chart here

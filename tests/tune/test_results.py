@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from drawn_sweep import ANSWER, LOSS, drawn_sweep
 
-from ray_sd.tune.results import Objective, Status, Sweep, Trial, trials_table
+from ray_sd.tune.results import Objective, Pictures, Status, Sweep, Trial, trials_table
 
 NAN = float("nan")
 
@@ -26,8 +26,7 @@ def ids(trials: list[Trial]) -> list[str]:
 def test_a_sweep_is_read_as_it_was_written():
     sweep = drawn_sweep(12, objectives=(LOSS, ANSWER), running=True)
     sweep.trials[0].settings["method.target"] = ["to_q", "to_k"]
-    sweep.trials[0].pictures = ("a.png", "b.png")
-    sweep.trials[0].samples = "sheet ü.png"
+    sweep.trials[0].pictures = [Pictures(50, "sheet ü.png", ("a.png", "b.png")), Pictures(100, "sheet.png")]
     sweep.seconds = 12.5
     read = Sweep.from_json(sweep.to_json())
     for trial in (*sweep.trials, *read.trials):  # NaN equals nothing

@@ -81,7 +81,7 @@ def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch
     _write_report(record, config, folder)
     commands = dict(_commands(config.experiment, folder) + _watching(config, folder))
     assert commands == {
-        "train": "python jobs/train.py --config-dir runs/sweeps/learning_rate experiment=best name=…",
+        "train": "python jobs/train.py --config-dir runs/sweeps/learning_rate experiment=best name=learning_rate-best",
         "use it": "python jobs/generate.py model=tiny_random adapter=runs/sweeps/learning_rate/best prompt='…'",
         "curves": "tensorboard --logdir runs/sweeps/learning_rate/trials",
         "study": "optuna-dashboard sqlite:///runs/sweeps/learning_rate/optuna.db",

@@ -50,7 +50,7 @@ def curves(sweep: Sweep, objective: Objective, names: Mapping[str, str]) -> go.F
             legendgroup=role,
             showlegend=role not in shown,
             opacity=1 if stands_out else _fading(len(sweep.trials)),
-            line={"color": colour, "width": width},
+            line={"color": colour, "width": width, "dash": "dash" if trial.status == "stopped" else "solid"},
             marker={
                 "color": colour,
                 "symbol": "x" if trial.status == "failed" else "circle",

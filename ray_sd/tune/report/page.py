@@ -1,7 +1,11 @@
 """The page: what each of its parts says, put into one HTML file that needs nothing else."""
 
+import base64
+import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +20,7 @@ from ray_sd.tune.report.importance import ROUGH_BELOW, importance
 from ray_sd.tune.report.parallel import parallel
 from ray_sd.tune.report.seeds import seed_intervals
 from ray_sd.tune.report.style import BASE, STATUS, WINNER
-from ray_sd.tune.report.thumbnails import picture_labels, read_thumbnails
+from ray_sd.tune.report.thumbnails import Thumbnails, picture_labels, read_thumbnails
 from ray_sd.tune.report.verdict import base_of, verdict
 from ray_sd.tune.report.words import ABSENT, count, duration, number, setting, settings, short_names
 from ray_sd.tune.results import STEP, Status, Sweep, Trial
@@ -55,6 +59,7 @@ def report_html(
     itself anew until the sweep is finished.
     """
     names = short_names(sweep.paths)
+    thumbnails = read_thumbnails(sweep)
     return _TEMPLATES.get_template("page.html").render(
         sweep=sweep,
         names=names,
@@ -67,9 +72,9 @@ def report_html(
         configuration=configuration,
         commands=commands,
         refresh_seconds=None if sweep.finished else refresh_seconds,
-        pictures=read_thumbnails(sweep),
+        pictures={of: next(iter(steps.values()), ()) for of, steps in thumbnails.items()},
         labels=picture_labels(sweep),
-        grid=_grid(sweep, names),
+        grid=_grid(sweep, names, thumbnails),
         curves=[_chart(charts.curves(sweep, goal, names)) for goal in sweep.objectives],
         parallel=_chart(parallel(sweep, names)),
         importance=_importance(sweep, names),
@@ -80,7 +85,7 @@ def report_html(
             if (intervals := seed_intervals(sweep, goal))
         ],
         columns=_columns(sweep, names),
-        plotly=get_plotlyjs(),
+        plotly=_packed_plotly(),
         style=_asset("page.css"),
         script=_asset("page.js"),
     )
@@ -91,21 +96,34 @@ def _statuses(sweep: Sweep) -> list[tuple[Status, int]]:
     return [(status, found.count(status)) for status in get_args(Status) if status in found]
 
 
-def _grid(sweep: Sweep, names: Mapping[str, str]) -> dict[str, Any]:
-    """What the page's script lays out: axes, and trials with what a cell says of them."""
+def _grid(sweep: Sweep, names: Mapping[str, str], thumbnails: Mapping[str, Mapping[int, Thumbnails]]) -> dict[str, Any]:
+    """What the page's script lays out: axes, and trials with what a cell says of them.
+
+    The newest pictures of each trial it finds in the table; older ones are here.
+    """
     order = {trial.id: place for place, trial in enumerate(ranked(sweep))}
     best = sweep.best()
     return {
         "axes": [
             {"name": names.get(axis.path, SEED), "columns": axis.columns, "places": axis.places} for axis in axes(sweep)
         ],
+        "goals": [goal.metric for goal in sweep.objectives],
         "trials": [
             {
                 "id": trial.id,
                 "status": trial.status,
                 "rank": order[trial.id],
-                "values": [
-                    number(value) for goal in sweep.objectives if (value := trial.last(goal.metric)) is not None
+                "seed": trial.seed,
+                "values": [_told(trial.last(goal.metric)) for goal in sweep.objectives],
+                "drawn": [
+                    {
+                        "step": step,
+                        "values": [_told(_at(trial, step, goal.metric)) for goal in sweep.objectives],
+                        "pictures": [one and [one.uri, one.width, one.height, one.is_small] for one in pictures]
+                        if place
+                        else None,
+                    }
+                    for place, (step, pictures) in enumerate(thumbnails[trial.id].items())
                 ],
                 "role": "winner" if trial is best else "base" if trial.is_base else "",
                 "settings": ", ".join(settings(trial.settings, names)),
@@ -113,6 +131,15 @@ def _grid(sweep: Sweep, names: Mapping[str, str]) -> dict[str, Any]:
             for trial in sweep.trials
         ],
     }
+
+
+def _at(trial: Trial, step: int, metric: str) -> float | None:
+    """A metric at the report of a step; None where it has none."""
+    return next((report.get(metric) for report in trial.reports if report[STEP] == step), None)
+
+
+def _told(value: float | None) -> str | None:
+    return number(value) if value is not None and isfinite(value) else None
 
 
 def _importance(sweep: Sweep, names: Mapping[str, str]) -> dict[str, Any] | None:
@@ -159,6 +186,12 @@ def _chart(figure: go.Figure | None) -> Chart | None:
     if figure is None:
         return None
     return Chart(htmlsafe_json_dumps(figure, dumps=go.Figure.to_json), figure.layout.height or HEIGHT)
+
+
+@cache
+def _packed_plotly() -> str:
+    """Plotly's script, of five megabytes, as the page's own unpacks it."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 def _asset(name: str) -> str:

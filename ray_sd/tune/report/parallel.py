@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
@@ -17,22 +18,38 @@ MOST_CATEGORIES = 8
 
 
 def parallel(sweep: Sweep, names: Mapping[str, str]) -> go.Figure | None:
-    """Settings and objectives of the trials of which all objectives are known, one line a trial."""
+    """Settings and objectives of the trials of which all objectives are known, one line a trial.
+
+    The layout's `meta` has what the page filters by: each trial's place in the sweep, and its place on each axis, also of the
+    trials that have no line.
+    """
     known = [trial for trial in ranked(sweep) if all(trial.last(goal.metric) is not None for goal in sweep.objectives)]
     paths = [path for path in sweep.paths if any(path in trial.settings for trial in known)]
     if len(known) < 2 or not paths:
         return None
     known.reverse()  # the best are drawn last, above the others
-    dimensions = [
-        _setting_dimension(names[path], [trial.settings.get(path, ABSENT) for trial in known], path in sweep.log_paths)
+    lineless = [trial for trial in sweep.trials if trial not in known]
+    trials = [*known, *lineless]
+    axes = [
+        _setting_axis(names[path], [trial.settings.get(path, ABSENT) for trial in trials], path in sweep.log_paths)
         for path in paths
     ]
     for goal in reversed(sweep.objectives):
         values = [trial.last(goal.metric) for trial in known]
-        dimensions.append(_objective_dimension(goal, [value for value in values if value is not None]))
-    figure = new_figure(margin={"l": 60, "r": 60, "t": 56, "b": 24})
+        axes.append(_objective_axis(goal, [value for value in values if value is not None]))
+    rows = {trial.id: row for row, trial in enumerate(sweep.trials)}
+    figure = new_figure(
+        margin={"l": 60, "r": 60, "t": 56, "b": 24},
+        meta={
+            "rows": [rows[trial.id] for trial in trials],
+            "axes": [
+                {"name": axis.title, "kind": axis.kind, "absent": axis.absent, "places": list(axis.places)}
+                for axis in axes
+            ],
+        },
+    )
     figure.add_parcoords(
-        dimensions=dimensions,
+        dimensions=[axis.dimension(len(known)) for axis in axes],
         line={"color": list(range(len(known))), "colorscale": FROM_WORST_TO_BEST, "showscale": False},
         meta=[f"{label(trial, names)}<br>{_values(trial, sweep)}" for trial in known],
         labelangle=0,
@@ -40,57 +57,71 @@ def parallel(sweep: Sweep, names: Mapping[str, str]) -> go.Figure | None:
     return figure
 
 
-def _setting_dimension(title: str, values: Sequence[Any], is_log: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Axis:
+    title: str
+    kind: Literal["category", "linear", "log"]
+    places: tuple[float, ...]
+    """Of each trial."""
+    ticks: dict[float, str]
+    absent: float | None = None
+    """The place of trials to which a number does not apply, where there are any."""
+
+    def dimension(self, lines: int) -> dict[str, Any]:
+        """As plotly has it, of so many of the trials."""
+        low, high = min(self.ticks), max(self.ticks)
+        return {
+            "label": plain(self.title),
+            "values": self.places[:lines],
+            "range": [low, high] if low < high else [low - 1, high + 1],
+            "tickvals": list(self.ticks),
+            "ticktext": list(self.ticks.values()),  # plotly takes these as they are, and makes no markup of them
+        }
+
+
+def _setting_axis(title: str, values: Sequence[Any], is_log: bool) -> _Axis:
     given = [value for value in values if value != ABSENT]
     if len({setting(value) for value in given}) <= MOST_CATEGORIES or not all(map(is_number, given)):
-        return _category_dimension(plain(title), values)
-    return _dimension(plain(title), values, is_log)
+        return _category_axis(title, values)
+    return _number_axis(title, values, is_log)
 
 
-def _objective_dimension(objective: Objective, values: Sequence[float]) -> dict[str, Any]:
+def _objective_axis(objective: Objective, values: Sequence[float]) -> _Axis:
     """What lies far outside stands at the axis' end, which says so."""
     low, high = inside(values)
     kept = [min(max(value, low), high) for value in values]
-    axis = _dimension(plain(objective.metric), kept, is_log=low > 0 and high / low > LOG_ABOVE)
+    axis = _number_axis(objective.metric, kept, is_log=low > 0 and high / low > LOG_ABOVE)
+    first, last = min(axis.ticks), max(axis.ticks)
     if high < max(values):
-        axis["ticktext"][-1] = f"≥ {axis['ticktext'][-1]}"
+        axis.ticks[last] = f"≥ {axis.ticks[last]}"
     if low > min(values):
-        axis["ticktext"][0] = f"≤ {axis['ticktext'][0]}"
+        axis.ticks[first] = f"≤ {axis.ticks[first]}"
     return axis
 
 
-def _dimension(title: str, values: Sequence[Any], is_log: bool) -> dict[str, Any]:
+def _number_axis(title: str, values: Sequence[Any], is_log: bool) -> _Axis:
     """An axis of numbers; what is absent stands below them."""
     given = [value for value in values if value != ABSENT]
-    if is_log and min(given) > 0:
+    is_log = is_log and min(given) > 0
+    if is_log:
         values = [value if value == ABSENT else math.log10(value) for value in values]
         ticks = {math.log10(tick): number(tick) for tick in _log_ticks(min(given), max(given))}
     else:
         ticks = {tick: number(tick) for tick in _ticks(min(given), max(given))}
+    below = None
     if len(given) < len(values):
         below = min(ticks) - 0.15 * (max(ticks) - min(ticks))
         ticks = {below: ABSENT} | ticks
         values = [below if value == ABSENT else value for value in values]
-    return _axis(title, values, ticks)
+    return _Axis(title, "log" if is_log else "linear", tuple(values), ticks, below)
 
 
-def _category_dimension(title: str, values: Sequence[Any]) -> dict[str, Any]:
+def _category_axis(title: str, values: Sequence[Any]) -> _Axis:
     """An axis of values at equal distances, what is absent lowest."""
     kinds = {setting(value): value for value in values}
     ordered = sorted(kinds, key=lambda text: (text != ABSENT, order_of(kinds[text])))
     ticks = {float(place): cut(text) for place, text in enumerate(ordered)}
-    return _axis(title, [ordered.index(setting(value)) for value in values], ticks)
-
-
-def _axis(title: str, values: Sequence[float], ticks: Mapping[float, str]) -> dict[str, Any]:
-    low, high = min(ticks), max(ticks)
-    return {
-        "label": title,
-        "values": values,
-        "range": [low, high] if low < high else [low - 1, high + 1],
-        "tickvals": list(ticks),
-        "ticktext": list(ticks.values()),  # plotly takes these as they are, and makes no markup of them
-    }
+    return _Axis(title, "category", tuple(ordered.index(setting(value)) for value in values), ticks)
 
 
 def _ticks(low: float, high: float) -> list[float]:
