@@ -171,7 +171,7 @@ def test_the_api_streams_what_a_client_waits_for_and_keeps_proxies_from_holding_
             return 1
 
     async def answer() -> httpx.Response:
-        base = ServedBase("emoji", (64, 64), 8, 20, 4.0)
+        base = ServedBase("emoji", (64, 64), 8, 20, 4.0, 32)
         api = Api({"models": {"emoji": {"settings": ["model=emoji"]}}}, {"emoji": base}, {"emoji": replica})
         api._admission = Asked()
         transport = httpx.ASGITransport(api.__serve_build_asgi_app__())
