@@ -32,7 +32,10 @@ def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ra
     assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]
     assert [trial["is_base"] for trial in record["trials"]].count(True) == 1
     assert all([report["step"] for report in trial["reports"]] == [2, 4] for trial in record["trials"])
-    assert all(Path(picture).is_file() for trial in record["trials"] for picture in trial["pictures"])
+    for trial in record["trials"]:
+        assert [drawn["step"] for drawn in trial["pictures"]] == [2, 4]
+        assert all(Path(drawn["sheet"]).is_file() for drawn in trial["pictures"])
+        assert all(Path(path).is_file() for drawn in trial["pictures"] for path in drawn["singles"] or ["missing"])
 
     table = pq.read_table(folder / "trials.parquet").to_pylist()
     losses = {row[RATE]: row["validation_loss"] for row in table}
