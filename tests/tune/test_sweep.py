@@ -52,7 +52,7 @@ def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ra
     for known in optuna.load_study(study_name="learning_rate", storage=storage).trials:
         (trial,) = (trial for trial in record["trials"] if trial["id"] == known.user_attrs["trial"])
         assert (known.user_attrs["status"], known.user_attrs["steps"]) == ("finished", 4)
-        drawn_by_it = {Path(picture).name for picture in (trial["samples"], *trial["pictures"])}
+        drawn_by_it = {Path(path).name for path in (trial["pictures"][-1]["sheet"], *trial["pictures"][-1]["singles"])}
         assert {one.filename for one in get_all_artifact_meta(known, storage=storage)} == drawn_by_it
 
     # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
