@@ -35,6 +35,8 @@ from ray.train.v2._internal.constants import (
     get_env_vars_to_propagate,
 )
 from ray.tune.constants import TUNE_ENV_VARS
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from waiting import wait_for
 
 from ray_sd.cluster import (
     ADDRESS,
@@ -51,6 +53,7 @@ from ray_sd.cluster import (
     TUNE_WRITES,
     UV_RUN,
     WATCHER,
+    give_back_of_dead,
     has_gpus,
     is_one_machine,
     names_cluster,
@@ -291,6 +294,23 @@ def test_a_cluster_is_one_machine_while_no_other_is_alive(ray_cluster: None, mon
     assert is_one_machine()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
     assert not is_one_machine()
+
+
+def test_what_a_dead_actor_holds_is_given_back_and_nothing_else(ray_cluster: None):
+    class Controller:
+        def reserve(self, cpus: int) -> None:
+            ray.get(placement_group([{"CPU": cpus}]).ready())
+
+    mine, living, dead = placement_group([{"CPU": 1}]), *(ray.remote(num_cpus=0)(Controller).remote() for _ in range(2))
+    ray.get([mine.ready(), living.reserve.remote(1), dead.reserve.remote(2)])
+    assert give_back_of_dead() == 2
+    ray.kill(dead)
+    wait_for(lambda: give_back_of_dead() == 1)
+    wait_for(lambda: ray.available_resources().get("CPU") == 2)
+    assert placement_group_table(mine)["state"] == "CREATED"
+    remove_placement_group(mine)
+    ray.kill(living)
+    wait_for(lambda: give_back_of_dead() == 0 and ray.available_resources().get("CPU") == 4)
 
 
 def test_what_an_autoscaler_may_start_counts(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):

@@ -3,16 +3,19 @@
 import logging
 import shlex
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import ray
 import yaml
 from ray import tune
 from ray.actor import ActorHandle
+from ray.tune.experiment import Trial as TuneTrial
 
-from ray_sd.cluster import connect, has_gpus, possible_resources, quiet_tune, tuning_environment
+from ray_sd.cluster import connect, give_back_of_dead, has_gpus, possible_resources, quiet_tune, tuning_environment
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
@@ -52,6 +55,8 @@ CONFIG = "config.yaml"
 STUDY_FILE = "optuna.db"
 ARTIFACTS = "artifacts"
 """What trials drew, for the study's dashboard."""
+END_SECONDS = 10.0
+"""How long the processes of trials may take to end, where this driver has other runs, which hold their share on."""
 TRIAL_CPUS = 0.01
 """A trial's own process waits for its run; Tune takes no trial that needs nothing."""
 MAY_CHANGE = ("resume", "cache_path", "sweep.time_limit", "sweep.trial_time_limit")
@@ -132,7 +137,7 @@ def sweep(config: SweepConfig) -> SweepResult:
                 name=TUNE,
                 storage_path=folder.path,
                 failure_config=tune.FailureConfig(max_failures=config.sweep.max_failures),
-                callbacks=[recorder],
+                callbacks=[recorder, GivesBack()],
                 verbose=0,
             ),
         )
@@ -140,7 +145,22 @@ def sweep(config: SweepConfig) -> SweepResult:
         logger.info("%s: %s", label, command)
     with tuning_environment(), watching(), time_limit(_seconds_left(config, folder)):
         tuner.fit()
+    _give_all_back()
     return _finish(config, folder)
+
+
+class GivesBack(tune.Callback):
+    """Gives trials that come the share of the cluster that those have left taken whose processes were ended."""
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        give_back_of_dead()
+
+
+def _give_all_back() -> None:
+    """Wait until the processes of the last trials have ended, and give back what they leave taken."""
+    deadline = time.monotonic() + END_SECONDS
+    while give_back_of_dead() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:

@@ -23,12 +23,10 @@ from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.data import PreparedData
 from ray_sd.errors import RaySdError
 from ray_sd.methods import build_method
-from ray_sd.train.monitor import LOGS
 from ray_sd.train.resume import CONFIG, stored_config
 from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
-from ray_sd.train.trackers import HISTORY
 from ray_sd.tune.reporter import Reporter
 from ray_sd.tune.results import STEP
 from ray_sd.tune.search import METRICS, SEED, SETTINGS
@@ -37,9 +35,6 @@ from ray_sd.tune.space import Space
 TRIALS = "trials"
 POINTER = "checkpoint.json"
 POLL_SECONDS = 0.5
-START_SECONDS = 120.0
-"""How much longer than its limit a trial may take that has not logged a step: one that ends while its workers start leaves their
-share of the cluster taken for good, since Ray Train lets nobody know of it before they have."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +169,7 @@ def _whole_reports(
         except Empty:
             if done:
                 break
-            late = time.monotonic() - deadline
-            if late > START_SECONDS or (late > 0 and _has_logged(config)):
+            if time.monotonic() > deadline:
                 raise RaySdError("it took longer than sweep.trial_time_limit") from None
             continue
         step = part[STEP]
@@ -184,10 +178,6 @@ def _whole_reports(
         while found and (parts[first := min(found)] == 1 + drawn_too):
             yield found.pop(first)
     yield from (found[step] for step in sorted(found))
-
-
-def _has_logged(config: ExperimentConfig) -> bool:
-    return RunFolder(config.storage_path, config.name).read(f"{LOGS}/{HISTORY}") is not None
 
 
 def _tell(report: dict[str, Any], began: float) -> None:
