@@ -51,7 +51,7 @@ def _providers(model: DiffusionModel) -> list[Any]:
 def _encode(model: DiffusionModel, provider: Any, prompt: str) -> Tensor:
     """[L, D] of one text encoder, cut or filled with empty chunks to the model's length."""
     with torch.no_grad():
-        text = provider.build_conditioning_tensor(prompt)[0]
+        text = provider.build_conditioning_tensor_for_conjunction(_parsed(prompt))[0][0]
         length = provider.conditioning_provider.max_token_count
         missing = max(0, model.config.prompt_chunks - len(text) // length)
         text = torch.cat([text, *[provider.conditioning_provider.empty_z[0].to(text)] * missing])
@@ -78,22 +78,28 @@ def _has_weights(prompt: str) -> bool:
     return any(fragment.weight != 1 for fragment in _fragments(prompt))
 
 
-@lru_cache(maxsize=1024)  # compel's parser takes tens of milliseconds, far more than the encoder of a small model
-def _fragments(prompt: str) -> tuple[Any, ...]:
+def _fragments(prompt: str) -> Sequence[Any]:
     """Parts of a prompt, each with `text` and `weight`."""
+    return _parsed(prompt).prompts[0].children
+
+
+@lru_cache(maxsize=1024)  # it takes tens of milliseconds, far more than the encoder of a small model
+def _parsed(prompt: str) -> Any:
+    """A prompt as compel reads it: of one part, in fragments."""
     try:
-        parts = _compel().Compel.parse_prompt_string(prompt).prompts
+        parsed = _compel().Compel.parse_prompt_string(prompt)
     except Exception as error:
         raise RequestError(
             f"the weights of the prompt '{prompt}' cannot be read: {str(error).splitlines()[0]}"
         ) from error
-    fragments = tuple(parts[0].children) if len(parts) == 1 and type(parts[0]).__name__ == "FlattenedPrompt" else ()
+    parts = parsed.prompts
+    fragments = parts[0].children if len(parts) == 1 and type(parts[0]).__name__ == "FlattenedPrompt" else ()
     if not fragments or any(type(fragment).__name__ != "Fragment" for fragment in fragments):
         raise RequestError(
             f"the prompt '{prompt}' asks for more than weights; understood are (red)1.5, red++, (red)0.5 and red--, "
             "not .blend(), .and() or .swap()"
         )
-    return fragments
+    return parsed
 
 
 def _compel() -> Any:
