@@ -31,7 +31,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_trackers.py": 10,
         "data/test_clip_rows.py": 30,
         "serve/test_serve_device.py": 60,
-        "tune/test_report.py": 35,
+        "tune/test_report_browser.py": 35,
         "train/test_optimizers.py": 2,
     },
     {

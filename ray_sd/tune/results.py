@@ -13,6 +13,8 @@ Status = Literal["pending", "running", "finished", "stopped", "failed"]
 """`stopped` by the scheduler, because others were better."""
 STEP = "step"
 """Key of a report: its finished steps."""
+NOTABLE = 0.05
+"""Share of a value by which one must be better to be worth a word."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,17 @@ class Sweep:
             return next(iter(self.front()), None)
         winners = min(groups.values(), key=lambda trials: fmean(self._costs(trial)[0] for trial in trials))
         return min(winners, key=self._costs)
+
+    def turning_point(self, trial: Trial) -> tuple[int, float] | None:
+        """Step and value at which a trial was best in the first objective, where that is notably better than its last."""
+        goal = self.objectives[0]
+        given = [(report[STEP], report.get(goal.metric)) for report in trial.reports]
+        known = [(step, value) for step, value in given if value is not None and isfinite(value)]
+        if not known:
+            return None
+        step, value = min(known, key=lambda report: goal.cost(report[1]))
+        last = known[-1][1]
+        return (int(step), value) if goal.cost(last) - goal.cost(value) > NOTABLE * abs(last) else None
 
     def _comparable(self) -> list[Trial]:
         """Those of which every objective is known and that came as far as any did."""

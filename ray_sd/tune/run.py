@@ -83,6 +83,9 @@ class SweepResult:
             goals = ", ".join(f"{goal.metric} {best.last(goal.metric):.4g}" for goal in self.sweep.objectives)
             settings = " ".join(f"{path}={value}" for path, value in best.settings.items())
             lines += [f"best:     {settings} ({goals})", f"adapter:  {self.adapter}"]
+            if (turned := self.sweep.turning_point(best)) is not None:
+                step, value = turned
+                lines.append(f"hint:     {value:.4g} at step {step}: fewer steps may do (trainer.max_steps={step})")
         lines.append(f"report:   {self.folder}/report.html")
         return "\n".join([*lines, *(f"{f'{label}:':<9} {command}" for label, command in self.commands)])
 
@@ -200,12 +203,13 @@ def _trials_at_once(config: SweepConfig) -> int:
 
     Where there is room for one alone, its pictures take what it leaves.
     """
-    trainer, found = config.trainer, possible_resources()
+    trainer, found, with_pictures = config.trainer, possible_resources(), draws(config)
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
-    cpus, of_trial = found.get("CPU", 0), TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
-    room = max((cpus - DRAWING_CPUS if draws(config) else cpus) / of_trial, min(1, cpus / of_trial))
+    of_trial = TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
+    room = _room(found.get("CPU", 0), of_trial, DRAWING_CPUS if with_pictures else 0)
     if use_gpu:
-        room = min(room, found.get("GPU", 0) / (trainer.num_workers * trainer.gpus_per_worker))
+        gpus, of_trial = found.get("GPU", 0), trainer.num_workers * trainer.gpus_per_worker
+        room = min(room, _room(gpus, of_trial, 1 if with_pictures and gpus - of_trial >= 1 else 0))
     fit = int(room + 1e-9)
     if fit < 1:
         raise ConfigError(
@@ -216,6 +220,10 @@ def _trials_at_once(config: SweepConfig) -> int:
     at_once = min(fit, config.sweep.max_concurrent or fit)
     logger.info("sweep: %d trials at once, since there is room for %d", at_once, fit)
     return at_once
+
+
+def _room(found: float, of_trial: float, of_pictures: float) -> float:
+    return max((found - of_pictures) / of_trial, min(1, found / of_trial))
 
 
 def _threads(config: SweepConfig, at_once: int) -> int:

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from ray_sd.config.load import to_dict
+from ray_sd.errors import ConfigError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _seconds_left, _watching, _write_report, sweep
+from ray_sd.tune.run import _commands, _preset, _seconds_left, _trials_at_once, _watching, _write_report, sweep
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -56,6 +57,32 @@ def test_the_password_of_a_study_is_not_shown(configure, tmp_path):
     config = configure("sweep.optuna_storage=postgresql://me:s3cret@host/db?sslmode=require&x=1")
     command = dict(_watching(config, RunFolder(str(tmp_path), "rates")))["study"]
     assert shlex.split(command) == ["optuna-dashboard", "postgresql://me:***@host/db?sslmode=require&x=1"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "with_pictures", "at_once"),
+    [
+        (1, 1.0, False, 1),
+        (1, 0.25, False, 4),
+        (1, 0.25, True, 4),
+        (4, 1.0, False, 4),
+        (4, 1.0, True, 3),
+        (2, 0.5, True, 2),
+    ],
+)
+def test_small_trials_share_a_gpu_and_pictures_have_one_where_there_are_several(
+    configure, monkeypatch: pytest.MonkeyPatch, gpus: int, share: float, with_pictures: bool, at_once: int
+):
+    monkeypatch.setattr("ray_sd.tune.run.possible_resources", lambda: {"CPU": 64.0, "GPU": float(gpus)})
+    monkeypatch.setattr("ray_sd.tune.run.has_gpus", lambda: True)
+    pictures = ["trainer.validation.prompts=a owl"] if with_pictures else []
+    assert _trials_at_once(configure("trainer.use_gpu=null", f"trainer.gpus_per_worker={share}", *pictures)) == at_once
+
+
+def test_a_trial_that_no_gpu_is_there_for_is_refused(configure, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray_sd.tune.run.possible_resources", lambda: {"CPU": 64.0, "GPU": 1.0})
+    with pytest.raises(ConfigError, match=r"a trial of 2 workers does not fit into the cluster's 64 CPUs and 1 GPUs"):
+        _trials_at_once(configure("trainer.use_gpu=true", "trainer.num_workers=2"))
 
 
 def test_a_sweep_has_the_time_that_earlier_starts_left(configure, tmp_path: Path):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 from ray.util import placement_group_table
-from recorded import trials
+from recorded import history, reported_lines, trials
 from waiting import wait_for
 
 from ray_sd.errors import RaySdError
@@ -56,9 +56,11 @@ def test_more_trials_than_slots_with_kills_a_failure_and_early_stops(configure, 
     )
     folder = tmp_path / "sweeps" / "learning_rate"
     killed: list[str] = []
+    done: dict[str, list[str]] = {}
 
     def disturb() -> None:
-        wait_for(lambda: list(folder.glob("trials/*/checkpoint-00000002")))
+        wait_for(lambda: (folder / "sweep.json").exists() and reported_lines(folder))
+        done.update(reported_lines(folder))
         for name in (WORKER, TRIAL):
             kill(name)
             killed.append(name)
@@ -68,6 +70,8 @@ def test_more_trials_than_slots_with_kills_a_failure_and_early_stops(configure, 
     result = sweep(config)
     disturber.join()
     assert killed == [WORKER, TRIAL]
+    assert done
+    assert all(history(folder, trial)[: len(lines)] == lines for trial, lines in done.items())
 
     ended = Counter(trial["status"] for trial in trials(folder))
     assert ended["failed"] == 1

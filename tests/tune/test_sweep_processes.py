@@ -6,23 +6,24 @@ from pathlib import Path
 
 import pytest
 from killing import kill_with_cluster
-from recorded import trials
+from recorded import history, reported_lines, trials
 from waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_and_runs_no_finished_trial_again(sweep_settings, tmp_path: Path):
-    command = [sys.executable, "jobs/sweep.py", *sweep_settings, "sweep.max_concurrent=1"]
+def test_a_killed_driver_goes_on_and_does_again_neither_a_trial_nor_a_step(sweep_settings, tmp_path: Path):
+    command = [sys.executable, "jobs/sweep.py", *sweep_settings, "sweep.max_concurrent=1", "trainer.max_steps=8"]
     folder = tmp_path / "sweeps" / "learning_rate"
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
-        wait_for(lambda: list(folder.glob("trials/*/checkpoint-00000004")))
-        wait_for(lambda: len(list(folder.glob("trials/*/config.yaml"))) == 2)
+        wait_for(lambda: list(folder.glob("trials/*/checkpoint-00000008")))
+        wait_for(lambda: len(reported_lines(folder)) == 2)
         kill_with_cluster(driver)
     before = {trial["id"]: trial for trial in trials(folder)}
     assert [trial["status"] for trial in before.values()] == ["finished", "running"]
+    done = reported_lines(folder)
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "resume=true" in refused.stderr
@@ -34,6 +35,7 @@ def test_a_killed_driver_goes_on_and_runs_no_finished_trial_again(sweep_settings
     assert after[first] == before[first]
     assert len({trial["settings"]["trainer.learning_rate"] for trial in after.values()}) == 2
     assert len(list(folder.glob("trials/*/config.yaml"))) == 2  # nothing began anew
+    assert all(history(folder, trial)[: len(lines)] == lines for trial, lines in done.items())
 
 
 ON_ONE_CPU = """

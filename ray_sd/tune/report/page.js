@@ -116,6 +116,7 @@
     if (figure.data[0].type === "parcoords") brushAsKept(figure);
     const settings = {
       responsive: true, displaylogo: false,
+      plotGlPixelRatio: 1, // its lines are one pixel of these wide, and at its usual two too faint
       // Named one by one, since plotly.js adds one that sends the chart to a server.
       modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], plotlyServerURL: "",
       // Over axes with labels at their tops the buttons would lie on these, bars need none, and phones have fingers.

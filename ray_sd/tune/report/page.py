@@ -166,7 +166,7 @@ def _columns(sweep: Sweep, names: Mapping[str, str]) -> list[Column]:
         values = [trial.last(metric) for trial in sweep.trials]
         columns.append(
             Column(
-                metric,
+                f"{metric} at the end" if metric in names.values() else metric,
                 metric,
                 tuple(ABSENT if value is None else number(value) for value in values),
                 tuple("" if value is None else value for value in values),

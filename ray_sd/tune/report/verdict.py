@@ -29,6 +29,7 @@ def verdict(sweep: Sweep) -> list[str]:
             else "No trial beats it in either."
         )
     sentences += _against_base(sweep, best)
+    sentences += _earlier(sweep, best)
     for goal in sweep.objectives[:1]:
         sentences += _over_seeds(seed_intervals(sweep, goal), best, goal)
     return sentences
@@ -63,6 +64,17 @@ def _against_base(sweep: Sweep, best: Trial) -> list[str]:
         return [f"The experiment's own settings have no value to compare with: trial {base.id} is {base.status}."]
     early = "" if base.status == "finished" else f" at step {base.step}"
     return [f"The experiment's own settings, trial {base.id}, came to {' and '.join(parts)}{early}."]
+
+
+def _earlier(sweep: Sweep, best: Trial) -> list[str]:
+    turned = sweep.turning_point(best)
+    if turned is None:
+        return []
+    step, value = turned
+    return [
+        f"At step {step} its {sweep.objectives[0].metric} was {number(value)}, better than in the end: fewer steps may do "
+        f"(trainer.max_steps={step})."
+    ]
 
 
 def _difference(old: float, new: float) -> str:
