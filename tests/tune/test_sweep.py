@@ -21,11 +21,21 @@ from ray_sd.tune.results import Trial
 from ray_sd.tune.run import sweep
 from ray_sd.tune.search import open_storage
 
+CLIP = "model: embedded/emoji_clip"
+LIKENESS = f"{{name: subject_similarity, {CLIP}, references: embedded/pictures/owl, prompts: owl}}"
+DRIFT = f"{{name: base_drift, {CLIP}, without: owl}}"
+
 
 @pytest.mark.slow
-def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ray_cluster: None):
-    drawn = ("trainer.validation.prompts=a owl on a red background", "trainer.validation.num_inference_steps=1")
-    result = sweep(configure(*drawn))
+def test_a_sweep_trains_and_keeps_the_adapter_whose_pictures_are_best(configure, tmp_path: Path, ray_cluster: None):
+    result = sweep(
+        configure(
+            "sweep.metric=[subject_similarity, base_drift]",
+            "trainer.validation.prompts=[a owl on a red background, a dog on a blue background]",
+            "trainer.validation.num_inference_steps=1",
+            f"trainer.validation.metrics=[{LIKENESS}, {DRIFT}]",
+        )
+    )
     folder = tmp_path / "sweeps" / "learning_rate"
     record = json.loads((folder / "sweep.json").read_text())
     assert record["finished"]
@@ -38,10 +48,15 @@ def test_a_sweep_trains_and_keeps_the_best_adapter(configure, tmp_path: Path, ra
         assert all(Path(path).is_file() for drawn in trial["pictures"] for path in drawn["singles"] or ["missing"])
 
     table = pq.read_table(folder / "trials.parquet").to_pylist()
-    losses = {row[RATE]: row["validation_loss"] for row in table}
-    assert len(losses) == 2
+    likeness = {row[RATE]: row["val/subject_similarity"] for row in table}
+    assert len(set(likeness.values())) == 2
     best = result.sweep.best()
-    assert losses[best.settings[RATE]] == min(losses.values())
+    assert likeness[best.settings[RATE]] == max(likeness.values())
+    drifts = {row[RATE]: row["val/base_drift"] for row in table}
+    both_best = drifts[best.settings[RATE]] == min(drifts.values())
+    assert len(result.sweep.front()) == (1 if both_best else 2)
+    measured = json.loads((Path(best.run) / "samples" / "step-00000004.json").read_text())
+    assert measured["val/subject_similarity"] == likeness[best.settings[RATE]]
     assert (folder / "best" / "manifest.json").is_file()
     again = load_config(["experiment=best", "name=again", "--config-dir", str(folder)])
     assert again.trainer.learning_rate == best.settings[RATE]
