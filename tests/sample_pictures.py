@@ -68,6 +68,39 @@ def _with_checksum(png: bytes, header: int) -> bytes:
     return png[: header + 13] + checksum + png[header + 17 :]
 
 
+def with_chunk(png: bytes, name: bytes, content: bytes, before: bytes) -> bytes:
+    """A PNG with one more chunk, before the first of a name."""
+    place = png.index(before) - 4
+    chunk = len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+    return png[:place] + chunk + png[place:]
+
+
+def wide_gamut() -> bytes:
+    """A colour profile like Adobe RGB (1998): its primaries as seen under D50, and its curve."""
+    description = b"wide gamut\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + len(description).to_bytes(4) + description + bytes(78),
+        b"wtpt": _xyz(0.9642, 1.0, 0.8249),
+        b"rXYZ": _xyz(0.60974, 0.31111, 0.01947),
+        b"gXYZ": _xyz(0.20528, 0.62567, 0.06087),
+        b"bXYZ": _xyz(0.14919, 0.06322, 0.74457),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv\x00\x00\x00\x00\x00\x00\x00\x01\x023\x00\x00"),
+    }
+    table, content, place = len(tags).to_bytes(4), b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        tag += bytes(-len(tag) % 4)
+        table += name + (place + len(content)).to_bytes(4) + len(tag).to_bytes(4)
+        content += tag
+    size = (place + len(content)).to_bytes(4)
+    header = size + b"lcms\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    white = _xyz(0.9642, 1.0, 0.8249)[8:]
+    return (header + white).ljust(128, b"\0") + table + content
+
+
+def _xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + b"".join(round(value * 65536).to_bytes(4) for value in values)
+
+
 def captioned_pictures(folder: Path) -> Path:
     """Ten captioned pictures."""
     folder.mkdir()

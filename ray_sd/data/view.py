@@ -16,7 +16,7 @@ from ray_sd.files import Location
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when the same configuration would encode other values."""
 CLIP_FORMAT = 2
 """The same, of clips alone: raise it when other frames would be chosen or cut."""

@@ -1,18 +1,16 @@
 """What a checkpoint's weights draw, and what is measured on it: pictures of validation prompts, or clips or enlargements of
 validation images."""
 
-import io
 import json
 import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
@@ -20,6 +18,7 @@ from ray_sd.config.video import TYPICAL_BUCKET
 from ray_sd.errors import ConfigError
 from ray_sd.files import locate
 from ray_sd.generate import ClipRequest, ImageRequest, UpscaleRequest, generate, generate_clips
+from ray_sd.media.decode import LARGEST, RejectedError, decode
 from ray_sd.media.pictures import save_png
 from ray_sd.media.sheets import clips_sheet, contact_sheet
 from ray_sd.media.videos import save_mp4
@@ -218,7 +217,6 @@ def side_by_side(clips: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
 
 def _read_image(path: str) -> Image.Image:
     try:
-        image: Any = Image.open(io.BytesIO(locate(path, IMAGES).read()))
-        return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return decode(locate(path, IMAGES).read(), background="#ffffff", max_pixels=LARGEST)
+    except (OSError, RejectedError) as error:
         raise ConfigError(f"{IMAGES}: {path} cannot be read as a picture: {error}") from error

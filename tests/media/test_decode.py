@@ -1,9 +1,12 @@
 import re
+import struct
+import zlib
+from importlib import import_module
 
 import numpy as np
 import pytest
 from PIL import Image
-from sample_pictures import bomb_png, encoded, noise_png
+from sample_pictures import bomb_png, encoded, noise_png, wide_gamut, with_chunk
 
 from ray_sd.config import DatasetConfig
 from ray_sd.media.decode import LARGEST, RejectedError, decode, decode_layers
@@ -127,6 +130,75 @@ def test_a_bomb_of_any_format_is_rejected_with_its_size_where_that_can_be_had(
     small = encoded(Image.new("RGBA", (16, 16), (1, 2, 3, 4)), kind)
     place, size = header
     assert re.match(words, refusal(small[:place] + size + small[place + len(size) :]))
+
+
+COMPRESSED = b"workflow\0\0" + zlib.compress(b"{}" * 2**20)
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"], ids=["before the pixels", "after them"])
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt"])
+def test_texts_in_a_png_do_not_decide_about_its_pixels(name: bytes, before: bytes):
+    content = COMPRESSED if name == b"zTXt" else b"workflow\0\1\0\0\0" + zlib.compress(b"{}" * 2**20)
+    plain = noise_png(0)
+    assert np.array_equal(pixels(with_chunk(plain, name, content, before)), pixels(plain))
+
+
+def test_a_png_is_upright_by_its_orientation_whatever_else_it_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png = with_chunk(encoded(Image.new("RGB", (4, 2)), exif=exif), b"zTXt", COMPRESSED, b"IDAT")
+    assert pixels(png).shape == (4, 2, 3)
+
+
+def test_damaged_tags_beside_a_readable_orientation_do_not_matter():
+    fields = struct.pack(">HHIHxx", 0x0112, 3, 1, 6) + struct.pack(">HHII", 0x011A, 7, 1, 38)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + fields + bytes(4) + struct.pack(">II", 1, 2)
+    assert pixels(encoded(Image.new("RGB", (8, 16)), "jpeg", exif=exif)).shape == (8, 16, 3)
+    assert pixels(encoded(Image.new("RGB", (8, 16)), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff")).shape == (16, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_colours_are_those_that_a_viewer_shows(kind: str):
+    # (219, 0, 0) of this profile is as red as sRGB can be.
+    inks = {(219, 0, 0): (255, 0, 0), (255, 255, 255): (255, 255, 255), (128, 128, 128): (128, 128, 128)}
+    for stored, shown in inks.items():
+        picture = Image.new("RGB", (16, 16), stored)
+        options = {"lossless": True} if kind == "webp" else {"quality": 100} if kind == "jpeg" else {}
+        data = encoded(picture, kind, icc_profile=wide_gamut(), **options)
+        assert np.abs(pixels(data)[8, 8].astype(int) - shown).max() <= 3
+
+
+def test_transparency_and_palettes_keep_their_profile():
+    stored = Image.new("RGBA", (2, 1), (219, 0, 0, 255))
+    stored.putpixel((1, 0), (0, 0, 0, 0))
+    layers = decode_layers(encoded(stored, icc_profile=wide_gamut()), background="#0000ff", max_pixels=10)
+    assert np.abs(np.asarray(layers.picture).astype(int) - [[[255, 0, 0], [0, 0, 255]]]).max() <= 3
+    assert np.asarray(layers.alpha).tolist() == [[255, 0]]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([219, 0, 0])
+    assert pixels(encoded(palette, icc_profile=wide_gamut()))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+@pytest.mark.parametrize("profile", [b"no profile", wide_gamut()[:200]])
+def test_a_profile_that_cannot_be_used_is_told_and_the_numbers_are_taken(profile: bytes):
+    red = Image.new("RGB", (2, 2), (219, 0, 0))
+    layers = decode_layers(encoded(red, icc_profile=profile), background="#ffffff", max_pixels=10)
+    assert layers.picture.getpixel((0, 0)) == (219, 0, 0)
+    assert "its colour profile cannot be used: " in layers.profile_error
+    assert decode_layers(encoded(red), background="#ffffff", max_pixels=10).profile_error is None
+
+
+@pytest.mark.parametrize(("kind", "plugin"), [("heif", "pillow_heif"), ("jxl", "pillow_jxl")])
+def test_pictures_of_phones_are_read_where_their_readers_are_installed(
+    kind: str, plugin: str, monkeypatch: pytest.MonkeyPatch
+):
+    import_module({"heif": "pillow_heif.HeifImagePlugin", "jxl": "pillow_jxl.JpegXLImagePlugin"}[kind])
+    data = encoded(Image.new("RGB", (64, 32), (200, 30, 40)), kind)
+    assert np.abs(pixels(data)[16, 32].astype(int) - (200, 30, 40)).max() <= 8
+    monkeypatch.setattr("ray_sd.media.decode.find_spec", lambda name: None if name == plugin else pytest.fail(name))
+    words = rf"is a picture in {kind.upper()}, which is read after: pip install 'ray-sd\[formats\]'"
+    with pytest.raises(RejectedError, match=words):
+        pixels(data)
 
 
 def test_the_bound_of_the_configuration_is_that_of_pillow():

@@ -104,14 +104,13 @@ def test_a_picture_is_put_upright():
 
 
 @pytest.mark.parametrize(("tag", "kind"), [(0x0100, 5), (0x010E, 5), (0x011A, 7)])
-def test_damaged_metadata_are_told(tag: int, kind: int):
-    with pytest.raises(BadRequestError, match="the picture cannot be read: "):
-        read_picture(jpeg(tag, kind, struct.pack(">II", 1, 2)), RequestLimits(), "image")
+def test_damaged_metadata_do_not_decide_about_a_picture(tag: int, kind: int):
+    assert read_picture(jpeg(tag, kind, struct.pack(">II", 1, 2)), RequestLimits(), "image").size == (16, 8)
 
 
 def test_a_picture_that_is_large_once_it_is_decoded_is_told_before():
     content = io.BytesIO()
     Image.new("1", (8000, 8000)).save(content, "PNG")
     assert len(content.getvalue()) < 20_000
-    with pytest.raises(BadRequestError, match="the picture is 8000 x 8000 pixels; at most 16777216 are read"):
+    with pytest.raises(BadRequestError, match="the picture has 8000x8000 pixels; at most 16777216 are read"):
         read_picture(content.getvalue(), RequestLimits(), "image")

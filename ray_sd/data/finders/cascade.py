@@ -52,7 +52,7 @@ class CascadeFinder:
         }
 
     def find(self, pictures: Sequence[Layers]) -> list[Subject | None]:
-        return [self._find(picture) for picture, _ in pictures]
+        return [self._find(one.picture) for one in pictures]
 
     def _find(self, picture: Image.Image) -> Subject | None:
         faces = [

@@ -47,9 +47,9 @@ class DetectorFinder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(device)
         inputs: dict[int, dict[str, Tensor]] = {
-            i: self._processor(images=picture, return_tensors="pt")
-            for i, (picture, _) in enumerate(pictures)
-            if min(picture.size) >= MIN_SIDE
+            i: self._processor(images=one.picture, return_tensors="pt")
+            for i, one in enumerate(pictures)
+            if min(one.picture.size) >= MIN_SIDE
         }
         # Pictures of different shapes would be padded, and models take the padding for a part of the picture: what is
         # found would depend on what was searched along with it.

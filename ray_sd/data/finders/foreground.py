@@ -35,7 +35,7 @@ class ForegroundFinder:
         cv2.setNumThreads(1)
 
     def find(self, pictures: Sequence[Layers]) -> list[Subject | None]:
-        return [_foreground(picture) if alpha is None else _opaque(alpha) for picture, alpha in pictures]
+        return [_foreground(one.picture) if one.alpha is None else _opaque(one.alpha) for one in pictures]
 
 
 def _opaque(alpha: Image.Image) -> Subject | None:

@@ -12,7 +12,7 @@ from ray_sd.config.dataset import DatasetConfig, ImageFolderSource, MaskFiles
 from ray_sd.data.sources.base import IMAGES, UNREADABLE, Listing, SourceRow, fingerprint, list_files, relative_path
 from ray_sd.errors import ConfigError
 from ray_sd.files import Location, locate
-from ray_sd.media.decode import open_picture
+from ray_sd.media.decode import open_picture, orientation
 
 SETTING = "dataset.mask.path"
 CHECKED = 1000
@@ -85,7 +85,7 @@ def _size(file: Location) -> tuple[int, int] | None:
     """Width and height of the upright picture, by its header; None where that cannot be read."""
     try:
         with file.filesystem.open_input_file(file.path) as stream, open_picture(io.BufferedReader(stream)) as picture:
-            sideways = picture.getexif().get(0x0112) in SIDEWAYS
+            sideways = orientation(picture) in SIDEWAYS
             return (picture.height, picture.width) if sideways else (picture.width, picture.height)
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
