@@ -15,6 +15,8 @@ import ray._private.state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from ray_sd.errors import RaySdError, first_line
+
 if TYPE_CHECKING:
     from ray.data import DataContext
 
@@ -31,6 +33,8 @@ ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
 """In the end it looks for files that sweeps do not write, and warns of each trial."""
 SERVE_LOGGER, SERVE_SAYS = "ray.serve", "RAY_SERVE_LOG_TO_STDERR"
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+STARTS_SLOWLY = "timed out during startup"
+"""Words of the plain exception in which Ray says that it did not start in time."""
 STEP_SECONDS = 0.05
 """How long Ray Data's scheduling loop rests."""
 
@@ -43,7 +47,10 @@ _before: dict[str, str | None] = {}
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` or of a running `ray start`; without one, start Ray on this machine."""
+    """Join the cluster of `RAY_ADDRESS` or of a running `ray start`; without one, start Ray on this machine.
+
+    Raises RaySdError where that cluster does not answer, or Ray does not start.
+    """
     if ray.is_initialized():
         return
     # Ray would otherwise re-create the driver's environment for every worker when the driver runs under `uv run`.
@@ -51,9 +58,25 @@ def connect() -> None:
     # Ray would otherwise leave every GPU visible to processes that asked for none.
     os.environ.setdefault(HIDES_GPUS, "1")
     quiet_tokens()
-    ray.init(logging_level=logging.WARNING)
+    _start()
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def _start() -> None:
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise RaySdError(
+            f"no Ray cluster answers at {os.environ.get(ADDRESS, 'the address of the last `ray start` here')}; set {ADDRESS} to "
+            f"one that does, or to 'local' for Ray on this machine ({first_line(error)})"
+        ) from error
+    except Exception as error:
+        if STARTS_SLOWLY not in str(error):
+            raise
+        raise RaySdError(
+            "Ray did not start within half a minute, which is what it gives itself; is this machine very busy?"
+        ) from error
 
 
 def quiet_tokens() -> None:

@@ -38,6 +38,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "draw/test_video_job.py": 330,
         "train/test_resume.py": 300,
         "train/test_job_submit.py": 120,
+        "train/test_two_runs.py": 60,
         "tune/test_preparer.py": 30,
         "serve/test_serve_cli.py": 60,
         "test_notebook.py": 30,

@@ -21,6 +21,7 @@ from ray import tune
 from ray._private import ray_constants
 from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.authentication import authentication_token_setup
+from ray._private.node import Node
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray.data import DataContext
 from ray.data._internal.issue_detection.detectors import high_memory_detector
@@ -49,10 +50,12 @@ from ray_sd.cluster import (
     PRINT_PATCH,
     SERVE_LOGGER,
     SERVE_SAYS,
+    STARTS_SLOWLY,
     TOKEN_LOGGER,
     TUNE_WRITES,
     UV_RUN,
     WATCHER,
+    connect,
     give_back_of_dead,
     has_gpus,
     is_one_machine,
@@ -67,6 +70,7 @@ from ray_sd.cluster import (
     training_environment,
     tuning_environment,
 )
+from ray_sd.errors import RaySdError
 from ray_sd.serve.gate import HAPROXY
 from ray_sd.train.resume import SNAPSHOT
 
@@ -285,6 +289,33 @@ def test_ray_data_rests_between_its_steps_where_it_is_told_to(
             rest_between_steps(dataset.context)
         assert [row["number"] for row in dataset.map(lambda row: row).iter_rows()] == [1, 2]
         assert bool(rests) == told
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ConnectionError("Failed to connect\nat all"),
+            r"no Ray cluster answers at 192\.0\.2\.1:1; .* \(Failed to connect\)",
+        ),
+        (Exception(f"The current node {STARTS_SLOWLY}. This"), "Ray did not start within half a minute"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_and_one_that_does_not_start_are_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+):
+    def fail(**settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setenv(ADDRESS, "192.0.2.1:1")
+    with pytest.raises(RaySdError, match=words):
+        connect()
+
+
+def test_ray_says_that_it_did_not_start_in_time_by_these_words():
+    assert STARTS_SLOWLY in inspect.getsource(Node)
 
 
 def test_a_cluster_is_one_machine_while_no_other_is_alive(ray_cluster: None, monkeypatch: pytest.MonkeyPatch):

@@ -131,7 +131,7 @@ def enable_gradient_checkpointing(model: DiffusionModel) -> None:
             part.enable_gradient_checkpointing()
     for encoder, _ in model.text_encoders().values():
         if encoder is not None:
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            encoder.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def freeze_unread(model: DiffusionModel) -> None:

@@ -158,6 +158,7 @@ def test_two_adapters_add_up_as_in_plain_diffusers(tiny: Path, tmp_path: Path):
     assert difference(draw(ours.pipeline()), draw(plain)) <= 1
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # a user would read of names that they have not written
 def test_checkpointing_gives_the_same_gradients(tiny: Path):
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
