@@ -39,7 +39,7 @@ Root = TypeVar("Root", bound=Schema)
 # mypy knows no default for a type variable's parameter.
 def load_config(
     arguments: Sequence[str],
-    schema: type[Root] = ExperimentConfig,  # type: ignore[assignment]
+    schema: type[Root] = ExperimentConfig,  # type: ignore[assignment]  # see above
     plan: Callable[[Root], str] | None = None,
 ) -> Root:
     """The configuration that a command line asks for.

@@ -80,7 +80,7 @@ def _default_kind(owner: type[Schema] | None, key: str) -> dict[str, Any]:
     default = _default(owner, key)
     if owner is None or default is None or not variants(owner.model_fields[key].annotation):
         return {}
-    return {"name": default.name}  # type: ignore[attr-defined]
+    return {"name": default.name}  # type: ignore[attr-defined]  # as each kind has it
 
 
 def _default(owner: type[Schema] | None, key: str) -> Schema | None:

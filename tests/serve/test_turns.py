@@ -16,7 +16,7 @@ def picture(number: int, steps: int, owner: str = "", side: int = 8, guidance_sc
         rows=1 if guidance_scale <= 1 else 2,
         shape=(4, side, side),
     )
-    return Picture([Ticket(order, lambda event: None)], None, [], None, drawing, number)  # type: ignore[arg-type]
+    return Picture([Ticket(order, lambda event: None)], None, [], None, drawing, number)  # type: ignore[arg-type]  # a stand-in
 
 
 def play(turns: Turns, pictures: list[Any], max_rows: int, steps: int) -> list[list[int]]:
