@@ -2,11 +2,15 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ray_sd.errors import ArtifactError, first_line
 from ray_sd.files import Location
 
+SAFETENSORS = ".safetensors"
+PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+"""Of files that run code when they are read."""
 EMB_PARAMS = "emb_params"
 """Name of the only tensor of an embedding whose token is the file's name."""
 PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -53,9 +57,7 @@ class Header:
 
 def read_header(file: Location) -> Header:
     """Raises ArtifactError where it cannot be read, or where the file is not as long as it says."""
-    name = file.path.rpartition("/")[2]
-    if not name.endswith(".safetensors"):
-        raise ArtifactError(f"{file.path} is no .safetensors file; pickled weights are not read")
+    check_ending(file.path)
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             size = stream.size()
@@ -71,3 +73,27 @@ def read_header(file: Location) -> Header:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ArtifactError(f"{file.path} cannot be read as .safetensors: {first_line(error)}") from error
     return Header(shapes, metadata)
+
+
+def is_safetensors(path: str) -> bool:
+    """By the ending, which some systems write in capitals."""
+    return path.lower().endswith(SAFETENSORS)
+
+
+def check_ending(path: str) -> None:
+    """Raise ArtifactError for a file of another kind."""
+    if not is_safetensors(path):
+        pickled = "; pickled weights are not read" if path.lower().endswith(PICKLED) else ""
+        raise ArtifactError(f"{path} is no {SAFETENSORS} file{pickled}")
+
+
+def what_is_there(names: Iterable[str]) -> str:
+    """Of a folder in which weights were looked for in vain, with what to do about them."""
+    found = sorted(names)
+    advice = ""
+    capitals = [name for name in found if is_safetensors(name) and not name.endswith(SAFETENSORS)]
+    if capitals:
+        advice = f"; rename {capitals[0]} so that it ends in {SAFETENSORS}"
+    elif any(name.lower().endswith(PICKLED) for name in found):
+        advice = "; pickled weights are not read"
+    return f"(found: {', '.join(found) or 'nothing'}){advice}"

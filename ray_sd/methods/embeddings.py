@@ -14,6 +14,7 @@ from torch import Tensor
 from ray_sd.config.method import file_name
 from ray_sd.errors import ArtifactError
 from ray_sd.files import local
+from ray_sd.finite import WRITTEN, check_finite
 from ray_sd.headers import EMB_PARAMS, PAIR, TOKEN, Header, read_header
 from ray_sd.methods.weights import read_tensors
 
@@ -58,6 +59,7 @@ def write_embedding(file: Path, token: str, embedding: Embedding, name: str) -> 
     vectors = {part: tensor.detach().cpu().contiguous() for part, tensor in embedding.items()}
     alone = len(vectors) == 1
     tensors = {name: vectors["text_encoder"]} if alone else {key: vectors[part] for key, part in PAIR.items()}
+    check_finite(tensors, file.name, WRITTEN)
     file.parent.mkdir(parents=True, exist_ok=True)
     said = {} if name == EMB_PARAMS else {TOKEN: token}
     save_file(tensors, file, metadata={"format": "pt", **said})

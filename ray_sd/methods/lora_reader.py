@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import READ
 from ray_sd.methods.lora_names import Layer, LoraNames
 from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.methods.weights import read_tensors
@@ -165,7 +166,7 @@ def _update(path: Path, parts: Parts, layer: nn.Module, settings: Mapping[str, A
             )
         _check_size(path, magnitude_key, magnitude.numel(), weight.shape[0])
         magnitude = magnitude.flatten()
-    return LowRank(down, up, _alpha(parts, settings, name, len(down)), magnitude)
+    return LowRank(down, up, _alpha(path, parts, settings, name, len(down)), magnitude)
 
 
 def _check_size(path: Path, key: str, found: int, expected: int) -> None:
@@ -175,12 +176,14 @@ def _check_size(path: Path, key: str, found: int, expected: int) -> None:
         )
 
 
-def _alpha(parts: Parts, settings: Mapping[str, Any] | None, name: str, rank: int) -> float:
+def _alpha(path: Path, parts: Parts, settings: Mapping[str, Any] | None, name: str, rank: int) -> float:
     """A file that says nothing of it, or 0 in kohya's, means the rank: its updates are added as they are."""
     if "alpha" in parts:
         return float(parts["alpha"][1]) or float(rank)
     if settings is None:
         return float(rank)
     pattern = settings.get("alpha_pattern") or {}
-    alpha = float(pattern.get(get_pattern_key(pattern, name), settings.get("lora_alpha", rank)))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    alpha = pattern.get(get_pattern_key(pattern, name), settings.get("lora_alpha", rank))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ArtifactError(f"{path}: the lora_alpha of {name} is {alpha}, no finite number; {READ}")
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)

@@ -110,6 +110,16 @@ def test_what_is_no_adapter_is_refused_in_words(model: DiffusionModel, tmp_path:
         load_adapter(model, tmp_path / "mine.safetensors", scale=0.5)
 
 
+def test_an_ending_in_capitals_is_no_pickle(model: DiffusionModel, tmp_path: Path):
+    write_kohya(random_updates(model), tmp_path / "PET.SAFETENSORS", LoraNames(model))
+    assert load_adapter(model, tmp_path / "PET.SAFETENSORS") > 0
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "cat.Safetensors")
+    assert read_contents(tmp_path / "cat.Safetensors", model).summary() == "the token cat"
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ArtifactError, match=r"x.gguf is no .safetensors file$"):
+        load_adapter(model, tmp_path / "x.gguf")
+
+
 def test_an_xl_file_does_not_load_into_a_model_of_version_1(tiny_xl: Path, model: DiffusionModel, tmp_path: Path):
     xl = load_model(tiny_xl_config(tiny_xl))
     write_kohya(random_updates(xl), tmp_path / "xl.safetensors", LoraNames(xl))
