@@ -17,6 +17,8 @@ PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Tensors of an embedding for two text encoders."""
 TOKEN = "token"
 """Key of the metadata under which a file of a pair says its token."""
+BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
+"""Names of an embedding's tensors in the file of the LoRA that it belongs to: the word, and the tensor's own name."""
 LENGTH_BYTES = 8
 LONGEST = 100_000_000
 """Bytes of a header, as the format has it."""
@@ -34,6 +36,20 @@ class Header:
     def is_embedding(self) -> bool:
         """Whether the names are those of an embedding's layouts; a LoRA has at least two tensors."""
         return len(self.shapes) == 1 or set(self.shapes) == set(PAIR)
+
+    @property
+    def several_words(self) -> tuple[str, ...]:
+        """Of a file of several embeddings: nothing else has tensors without a dot in their names."""
+        if len(self.shapes) < 2 or self.is_embedding:
+            return ()
+        vectors = all("." not in name and len(shape) in (1, 2) for name, shape in self.shapes.items())
+        return tuple(sorted(self.shapes)) if vectors else ()
+
+    def words(self, stem: str) -> tuple[str, ...]:
+        """Those of an embedding, or that a LoRA's file has bundled."""
+        if self.is_embedding:
+            return (self.token(stem),)
+        return tuple(sorted({match[1] for name in self.shapes if (match := BUNDLED.fullmatch(name))}))
 
     def token(self, stem: str) -> str:
         """The word of an embedding; stem: of the file's name, which some layouts keep it in."""

@@ -252,7 +252,7 @@ def _read_file(name: str, found: Found) -> AdapterEntry:
         rotates=False,
         base=None,
         text_width=header.text_width,
-        tokens=(header.token(name),) if header.is_embedding else (),
+        tokens=header.words(name),
         version=_version(found.stamp.encode()),
         found=found,
     )
