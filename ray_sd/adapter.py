@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ray_sd import __version__
 from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.errors import ArtifactError
+from ray_sd.headers import check_ending
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -145,8 +146,7 @@ def read_manifest(folder: Path) -> AdapterManifest:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """Raises ArtifactError where it cannot be read."""
-    if path.suffix != ".safetensors":
-        raise ArtifactError(f"{path} is no .safetensors file; pickled weights are not read")
+    check_ending(str(path))
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has no {path.name}")
     try:

@@ -166,7 +166,7 @@ class ModelConfig(Schema):
             raise ValueError(
                 f"Stable Video Diffusion is sampled by euler, not {self.scheduler.sampler}; set scheduler.sampler=euler"
             )
-        if self.upscales and (self.base or "").endswith(".safetensors"):
+        if self.upscales and (self.base or "").lower().endswith(".safetensors"):
             raise ValueError(
                 f"an upscaler is read from a folder in the diffusers layout, not from a single file; found base={self.base}"
             )

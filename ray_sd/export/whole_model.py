@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ray_sd.config import ModelConfig
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import WRITTEN, check_finite
 from ray_sd.methods.weights import save_component
 from ray_sd.models import DiffusionModel, load_model, single_file
 from ray_sd.models.components import IMAGE_PROCESSOR
@@ -68,6 +69,7 @@ def save_folder(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None
 def save_file(model: DiffusionModel, path: Path, dtype: torch.dtype) -> None:
     """Write one file in the original layout, which holds neither tokenizers nor a noise schedule."""
     weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in original_weights(model).items()}
+    check_finite(weights, path.name, WRITTEN)
     save_tensors(weights, path, metadata={"format": "pt"})
 
 

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, C
 import ray_sd.embedded
 from ray_sd.config.paths import EMBEDDED
 from ray_sd.errors import ConfigError, first_line
+from ray_sd.finite import check_finite
+from ray_sd.headers import what_is_there
 from ray_sd.models.components import is_hub_id, no_progress_bar, snapshot
 
 BATCH_SIZE = 16
@@ -153,10 +155,8 @@ def _folder(source: str, setting: str) -> Path:
     if not folder.is_dir():
         folder = _fetch(source, setting)
     if not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise ConfigError(
-            f"{setting}: no .safetensors weights in {folder} (found: {found}); pickled weights are not read"
-        )
+        there = what_is_there(file.name for file in folder.iterdir())
+        raise ConfigError(f"{setting}: no .safetensors weights in {folder} {there}")
     return folder
 
 
@@ -200,6 +200,7 @@ def _load(cls: Any, source: str, config: Any, setting: str) -> Any:
                 local_files_only=True,
                 output_loading_info=True,
             )
+        check_finite(model.state_dict(), "its weights")
     except Exception as error:  # as above
         raise ConfigError(f"{setting}: cannot load the model in {folder}: {first_line(error)}") from error
     # A pooler is no part of what DINO learnt, and is not read.

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ray_sd.errors import ConfigError, first_line
+from ray_sd.errors import ArtifactError, ConfigError, first_line
+from ray_sd.finite import check_finite
+from ray_sd.headers import is_safetensors
 
 HEADS = Path(__file__).with_name("lpips_heads")
 BATCH_SIZE = 8
@@ -43,7 +45,10 @@ class PerceptualDistance:
             name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")
         }
         try:
+            check_finite(features, weights)
             self._layers.load_state_dict(features)
+        except ArtifactError as error:
+            raise ConfigError(f"{setting}: {error}") from error
         except RuntimeError as error:  # names what is missing, and what has another shape
             raise ConfigError(f"{setting}: {weights} is no whole {net.name}: {' '.join(str(error).split())}") from error
         self._layers.float().eval().requires_grad_(False).to(device)
@@ -92,7 +97,7 @@ def _read(weights: str, setting: str) -> dict[str, Tensor]:
             "alexnet-owt-7be5be79.pth or vgg16-397923af.pth"
         )
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path.name):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_sd.errors import ArtifactError
+from ray_sd.headers import is_safetensors
 from ray_sd.methods.dreambooth import EMBEDDINGS
-from ray_sd.methods.embeddings import LEARNED, Embedding, holds_embedding, read_embedding, read_embeddings
+from ray_sd.methods.embeddings import LEARNED, Embedding, holds_embedding, read_bundled, read_embedding, read_embeddings
 from ray_sd.methods.lora import LORA_FILE, attach_updates
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import PEFT_CONFIG, PEFT_WEIGHTS, peft_folders, read_lora
@@ -49,14 +50,15 @@ def _read(path: Path, model: DiffusionModel, token: str | None) -> Contents:
     if path.is_file() and path.name != PEFT_WEIGHTS:
         if holds_embedding(path):
             return Contents(embeddings=dict([read_embedding(path, token)]))
-        return Contents(updates=read_lora(path, names))
+        return Contents(updates=read_lora(path, names), embeddings=read_bundled(path))
     folder = path.parent if path.is_file() else path
     components = ("unet", "vae", *model.text_encoders())
     if (folder / PEFT_CONFIG).is_file() or peft_folders(folder, components):
         return Contents(updates=read_lora(folder, names))
+    lora = folder / LORA_FILE
     contents = Contents(
-        updates=read_lora(folder / LORA_FILE, names) if (folder / LORA_FILE).is_file() else {},
-        embeddings=_embeddings(folder),
+        updates=read_lora(lora, names) if lora.is_file() else {},
+        embeddings=_embeddings(folder) | (read_bundled(lora) if lora.is_file() else {}),
         weights={name: folder / name for name in components if (folder / name / "config.json").is_file()},
     )
     if contents == Contents():
@@ -83,6 +85,6 @@ def _embeddings(folder: Path) -> dict[str, Embedding]:
 def _no_adapter(folder: Path) -> str:
     if not folder.exists():
         return f"no file or folder {folder}"
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = sorted(file.name for file in folder.iterdir() if is_safetensors(file.name))
     hint = f"; give one of its files: {', '.join(files[:4])}" if files else ""
     return f"{folder} is no adapter: it has no manifest.json, no {LORA_FILE}, no {LEARNED}.safetensors and no {PEFT_CONFIG}{hint}"

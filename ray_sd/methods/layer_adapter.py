@@ -1,7 +1,7 @@
 """LoHa, LoKr and OFT: PEFT's other adapters on the layers that LoRA adapts; exported fused, since diffusers loads none."""
 
 import copy
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ray_sd.config import TrainerConfig
 from ray_sd.config.method import LohaAdapter, LokrAdapter, OftAdapter
 from ray_sd.errors import ArtifactError, ConfigError
+from ray_sd.finite import READ, WRITTEN, check_finite
 from ray_sd.methods import weights
 from ray_sd.methods.base import DenoiserMethod
 from ray_sd.methods.lora import TRAINED
@@ -105,6 +105,7 @@ def _save_adapter(module: nn.Module, config: PeftConfig, folder: Path) -> None:
     folder.mkdir(parents=True)
     content = get_peft_model_state_dict(module, adapter_name=TRAINED)
     tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+    check_finite(tensors, folder.name, WRITTEN)
     save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -112,11 +113,14 @@ def _save_adapter(module: nn.Module, config: PeftConfig, folder: Path) -> None:
 
 def _attach(module: nn.Module, folder: Path, scale: float, targets: tuple[str, ...]) -> int:
     """Add the folder's adapter to a module; returns the number of its tensors."""
+    content, _ = weights.read_tensors(folder / PEFT_WEIGHTS)
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in content.items()}
     try:
-        tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / PEFT_WEIGHTS).items()}
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be read as an adapter of PEFT: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, OFTConfig) and not math.isfinite(config.alpha):
+        raise ArtifactError(f"{folder}: its alpha is {config.alpha}, no finite number; {READ}")
     check_targets(folder.name, module, targets)
     adapter = f"adapter_{len(getattr(module, 'peft_config', {}))}"
     inject_adapter_in_model(config, module, adapter)

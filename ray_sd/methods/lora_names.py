@@ -33,7 +33,7 @@ class LoraNames:
                 self.layers[key] = layer
                 self._own[key] = name
         self._original = {} if model.unet is None else unet_names(model.unet)
-        self._several_encoders = len(encoders) > 1
+        self.several_encoders = len(encoders) > 1
 
     def own(self, layer: Layer) -> str:
         """The name of the module within its component as it is loaded."""
@@ -44,8 +44,8 @@ class LoraNames:
         and 2 has diffusers' names and of XL the original ones, where there are any."""
         component, name = layer
         if component == "unet":
-            return f"lora_unet_{_flat(self._original.get(name, name) if self._several_encoders else name)}"
-        number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if self._several_encoders else ""
+            return f"lora_unet_{_flat(self._original.get(name, name) if self.several_encoders else name)}"
+        number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if self.several_encoders else ""
         return f"lora_te{number}_{_flat(name)}"
 
     def spellings(self) -> dict[str, Layer]:

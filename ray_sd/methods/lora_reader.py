@@ -12,6 +12,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import READ
+from ray_sd.headers import BUNDLED
+from ray_sd.methods.beside_lora import TAKEN, other_base, other_kind
 from ray_sd.methods.lora_names import Layer, LoraNames
 from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.methods.weights import read_tensors
@@ -37,7 +40,6 @@ ENDINGS = {
     ".dora_scale": "magnitude",
 }
 """How a tensor's name ends in PEFT, in diffusers since 0.22, before, in text encoders, and in kohya's and LyCORIS' files."""
-OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".boft_": "BOFT"}
 
 Parts = dict[str, tuple[str, Tensor]]
 """Tensors of one layer with their names in the file, by what they are."""
@@ -45,6 +47,8 @@ Parts = dict[str, tuple[str, Tensor]]
 
 def read_lora(path: Path, names: LoraNames) -> Updates:
     """The LoRA in a `.safetensors` file of any layout, or in a folder that PEFT saved, or in one such folder a component.
+
+    Embeddings that a file has bundled are left to `embeddings.read_bundled`.
 
     Raises ArtifactError for what is no LoRA, and unless every tensor belongs to a layer of the model and has its size.
     """
@@ -60,6 +64,7 @@ def read_lora(path: Path, names: LoraNames) -> Updates:
         component, _, setting = key.rpartition(".")
         # `unet.save_lora_adapter` names no component
         settings.setdefault(component or "unet", {})[setting] = value
+    tensors = {name: tensor for name, tensor in tensors.items() if not BUNDLED.fullmatch(name)}
     return _updates(path, tensors, settings, names)
 
 
@@ -116,9 +121,6 @@ def _by_layer(path: Path, tensors: Mapping[str, Tensor], names: LoraNames) -> di
     layers: dict[Layer, Parts] = {}
     unknown = []
     for key, tensor in tensors.items():
-        for kind, word in OTHER_KINDS.items():
-            if kind in key:
-                raise ArtifactError(f"{path} holds a {word} ({key}); LoRA and DoRA are read")
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
         layer = None if ending is None else spellings.get(key.removesuffix(ending))
         if ending is None or layer is None:
@@ -126,12 +128,35 @@ def _by_layer(path: Path, tensors: Mapping[str, Tensor], names: LoraNames) -> di
         else:
             layers.setdefault(layer, {})[ENDINGS[ending]] = (key, tensor)
     if unknown or not layers:
-        example = f", such as {min(unknown)}" if unknown else ""
-        raise ArtifactError(
-            f"{path}: the base has no layer for {len(unknown)} of {len(tensors)} tensors{example}; "
-            "it was made for another base, or is no LoRA"
-        )
+        raise ArtifactError(f"{path}{_refusal(unknown, len(tensors), names)}")
     return layers
+
+
+def _refusal(unknown: list[str], total: int, names: LoraNames) -> str:
+    """What those tensors of a file are that the base has no layer for."""
+    layers = sorted(key for key in unknown if key.endswith(tuple(ENDINGS)))
+    strange = sorted(set(unknown) - set(layers))
+    base = other_base(layers, names.several_encoders)
+    kind = None if base else other_kind(unknown)
+    if kind is not None:
+        return f" holds {kind.what} ({len(kind.keys)} of {total} tensors, such as {kind.keys[0]}); {kind.advice}"
+    if base is None and strange:
+        return _no_lora(strange, total, names)
+    if not layers:
+        return " holds no tensors of a LoRA"
+    made_for, key = (f"another base, {base[0]}", base[1]) if base else ("another base", layers[0])
+    return f": the base has no layer for {len(unknown)} of {total} tensors, such as {key}; it was made for {made_for}"
+
+
+def _no_lora(strange: list[str], total: int, names: LoraNames) -> str:
+    """What tensors are that no LoRA's are named like."""
+    spellings = names.spellings()
+    for key in strange:
+        if (layer := spellings.get(key.rpartition(".")[0])) is not None:
+            component, _ = layer
+            return f" holds all weights of the {component} ({key}); give their folder by model.{component}=FOLDER"
+    share = "none of its tensors is" if len(strange) == total else f"{len(strange)} of {total} tensors are not"
+    return f": {share} named as a LoRA's, such as {strange[0]}; {TAKEN}"
 
 
 def _update(path: Path, parts: Parts, layer: nn.Module, settings: Mapping[str, Any] | None, name: str) -> LowRank:
@@ -165,7 +190,7 @@ def _update(path: Path, parts: Parts, layer: nn.Module, settings: Mapping[str, A
             )
         _check_size(path, magnitude_key, magnitude.numel(), weight.shape[0])
         magnitude = magnitude.flatten()
-    return LowRank(down, up, _alpha(parts, settings, name, len(down)), magnitude)
+    return LowRank(down, up, _alpha(path, parts, settings, name, len(down)), magnitude)
 
 
 def _check_size(path: Path, key: str, found: int, expected: int) -> None:
@@ -175,12 +200,14 @@ def _check_size(path: Path, key: str, found: int, expected: int) -> None:
         )
 
 
-def _alpha(parts: Parts, settings: Mapping[str, Any] | None, name: str, rank: int) -> float:
+def _alpha(path: Path, parts: Parts, settings: Mapping[str, Any] | None, name: str, rank: int) -> float:
     """A file that says nothing of it, or 0 in kohya's, means the rank: its updates are added as they are."""
     if "alpha" in parts:
         return float(parts["alpha"][1]) or float(rank)
     if settings is None:
         return float(rank)
     pattern = settings.get("alpha_pattern") or {}
-    alpha = float(pattern.get(get_pattern_key(pattern, name), settings.get("lora_alpha", rank)))
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    alpha = pattern.get(get_pattern_key(pattern, name), settings.get("lora_alpha", rank))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ArtifactError(f"{path}: the lora_alpha of {name} is {alpha}, no finite number; {READ}")
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import WRITTEN, check_finite
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_reader import PEFT_PREFIX, PEFT_WEIGHTS
 from ray_sd.methods.low_rank import LowRank, Updates
@@ -114,5 +115,6 @@ def _peft_magnitude(magnitude: Tensor, dimensions: int) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    check_finite(tensors, path.name, WRITTEN)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, PreTrainedModel
 
 from ray_sd.adapter import open_safetensors
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import WRITTEN, check_finite
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
@@ -25,11 +26,12 @@ def save_component(
 ) -> None:
     """Write configuration and weights of a diffusers model or of a text encoder, in `dtype` if given.
 
-    weights: in place of its own.
+    weights: in place of its own. Raises ArtifactError for values that are not finite, or not any more in `dtype`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     content = module.state_dict() if weights is None else weights
     weights = {name: tensor.detach().to(dtype or tensor.dtype).cpu().contiguous() for name, tensor in content.items()}
+    check_finite(weights, folder.name, WRITTEN)
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(module, PreTrainedModel):
         module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)
@@ -76,9 +78,13 @@ def read_weights(module: nn.Module, folder: Path, own: Mapping[str, Tensor]) -> 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read."""
+    """Tensors and metadata of a `.safetensors` file. Raises ArtifactError where it cannot be read, and for values that
+    are not finite."""
     with open_safetensors(path) as content:
-        return {name: content.get_tensor(name) for name in list(content.keys())}, content.metadata() or {}
+        tensors = {name: content.get_tensor(name) for name in list(content.keys())}
+        metadata = content.metadata() or {}
+    check_finite(tensors, path)
+    return tensors, metadata
 
 
 def _check_names(path: Path, expected: set[str], found: set[str]) -> None:

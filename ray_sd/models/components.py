@@ -20,9 +20,12 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPTokenizer, PreTrainedModel
 
 import ray_sd.embedded
+from ray_sd.adapter import open_safetensors
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import ComponentSource
 from ray_sd.errors import ArtifactError, first_line
+from ray_sd.finite import check_finite
+from ray_sd.headers import check_ending, what_is_there
 from ray_sd.models import single_file
 from ray_sd.models.single_file import CONFIG_FILES
 
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+VARIANT = re.compile(r"\.([^.]+?)(-\d+-of-\d+)?\.safetensors$")
+"""`fp16` of `model.fp16.safetensors` and of `model.fp16-00001-of-00002.safetensors`."""
 IMAGE_PROCESSOR = "feature_extractor"
 CLIP_LENGTH = 77
 NO_LENGTH = 1_000_000
@@ -73,8 +78,7 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
         return Architecture(source.architecture or {}, _component_seed(config.seed, component))
     root = _find_root(config, component, source.path)
     if root.is_file():
-        if root.suffix != ".safetensors":
-            raise ArtifactError(f"{root} is no .safetensors file; pickled weights are not read")
+        check_ending(str(root))
         return SingleFile(root, config.layout)
     folder = _find_subfolder(config, component, source, root)
     if weights and is_hub_id(source.path):
@@ -321,7 +325,18 @@ def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Mod
         raise ArtifactError(
             f"the {component} in {folder.path} lacks {len(missing)} of its weights, such as {missing[0]}"
         )
+    _check_values(module, files)
     return module
+
+
+def _check_values(module: nn.Module, files: tuple[Path, ...]) -> None:
+    try:
+        check_finite(module.state_dict(), files[0].parent)
+    except ArtifactError:
+        for file in files:  # in which a tensor may have another name
+            with open_safetensors(file) as content:
+                check_finite({name: content.get_tensor(name) for name in list(content.keys())}, file)
+        raise
 
 
 @contextmanager
@@ -352,8 +367,12 @@ def weight_files(component: str, folder: Folder) -> tuple[Path, ...]:
     ]
     plain = [file for file in files if file.name.count(".") == 1]
     if not (of_variant or plain):
-        found = ", ".join(sorted(child.name for child in folder.path.iterdir())) or "nothing"
-        raise ArtifactError(
-            f"no .safetensors weights for the {component} in {folder.path} (found: {found}); pickled weights are not read"
-        )
+        variants = sorted({match[1] for file in files if (match := VARIANT.search(file.name))})
+        if variants:
+            raise ArtifactError(
+                f"the weights for the {component} in {folder.path} are of the variant {' and '.join(variants)}, such as "
+                f"{files[0].name}; set model.variant={variants[0]}"
+            )
+        there = what_is_there(child.name for child in folder.path.iterdir())
+        raise ArtifactError(f"no .safetensors weights for the {component} in {folder.path} {there}")
     return tuple(of_variant or plain)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import check_finite
 
 LAYOUTS = Path(__file__).parent / "layouts"
 CONFIG_FILES = {
@@ -85,4 +86,5 @@ def _read(path: Path, component: str) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{path} holds no {component} (no tensor named {PREFIXES[component][0]}…); give one by model.{component}=PATH"
         )
+    check_finite(weights, path)
     return weights

@@ -17,8 +17,8 @@ from cachetools import TTLCache
 from ray_sd.adapter import MANIFEST
 from ray_sd.errors import ArtifactError, RequestError, first_line
 from ray_sd.files import locate
-from ray_sd.headers import read_header
-from ray_sd.serve.adapter_places import PICKLED, SAFETENSORS, Found, Place, UnreachableError, place_of
+from ray_sd.headers import PICKLED, SAFETENSORS, read_header
+from ray_sd.serve.adapter_places import Found, Place, UnreachableError, place_of
 from ray_sd.serve.errors import NOT_FOUND, UNREACHABLE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -252,7 +252,7 @@ def _read_file(name: str, found: Found) -> AdapterEntry:
         rotates=False,
         base=None,
         text_width=header.text_width,
-        tokens=(header.token(name),) if header.is_embedding else (),
+        tokens=header.words(name),
         version=_version(found.stamp.encode()),
         found=found,
     )

@@ -18,12 +18,10 @@ from pyarrow import fs
 from ray_sd.adapter import MANIFEST
 from ray_sd.errors import ArtifactError, ConfigError, first_line
 from ray_sd.files import Location, local
+from ray_sd.headers import PICKLED, SAFETENSORS
 
 logger = logging.getLogger(__name__)
 
-SAFETENSORS = ".safetensors"
-PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-"""Of files that run code when they are read."""
 IN_RUN = "adapter"
 """Folder of a training run that its adapter is in."""
 WEEK = 7 * 24 * 3600.0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError
+from ray_sd.finite import check_finite
 from ray_sd.train.optimizers import EMA, PARAMETER
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def _tensors(
                     f"checkpoint {folder} holds {name} as {found}, the model has {shape}; "
                     "the model or the method's rank changed"
                 )
+            check_finite({_tensor_name(name, key): value for key, value in values.items()}, f"checkpoint {folder}")
             yield name, values
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"checkpoint {folder} is damaged: {storage_reason(error)}") from error

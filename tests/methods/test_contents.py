@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import difference, draw, export_adapter, tiny_config, tiny_xl_config
 
 from ray_sd.errors import ArtifactError
+from ray_sd.files import local
+from ray_sd.headers import read_header
 from ray_sd.methods import load_adapter
 from ray_sd.methods.contents import read_contents
 from ray_sd.methods.lora import attach_updates
@@ -110,11 +112,77 @@ def test_what_is_no_adapter_is_refused_in_words(model: DiffusionModel, tmp_path:
         load_adapter(model, tmp_path / "mine.safetensors", scale=0.5)
 
 
+def test_an_ending_in_capitals_is_no_pickle(model: DiffusionModel, tmp_path: Path):
+    write_kohya(random_updates(model), tmp_path / "PET.SAFETENSORS", LoraNames(model))
+    assert load_adapter(model, tmp_path / "PET.SAFETENSORS") > 0
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "cat.Safetensors")
+    assert read_contents(tmp_path / "cat.Safetensors", model).summary() == "the token cat"
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ArtifactError, match=r"x.gguf is no .safetensors file$"):
+        load_adapter(model, tmp_path / "x.gguf")
+
+
 def test_an_xl_file_does_not_load_into_a_model_of_version_1(tiny_xl: Path, model: DiffusionModel, tmp_path: Path):
     xl = load_model(tiny_xl_config(tiny_xl))
     write_kohya(random_updates(xl), tmp_path / "xl.safetensors", LoraNames(xl))
     total = len(load_file(tmp_path / "xl.safetensors"))
     with pytest.raises(
-        ArtifactError, match=f"no layer for .* of {total} tensors, such as lora_.*made for another base"
+        ArtifactError,
+        match=f"no layer for .* of {total} tensors, such as lora_te2_.*another base, Stable Diffusion XL$",
     ):
         load_adapter(model, tmp_path / "xl.safetensors")
+
+
+def test_a_lora_of_version_1_does_not_load_into_xl(tiny_xl: Path, tmp_path: Path):
+    keys = [f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{half}.weight" for half in ("down", "up")]
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "x.safetensors")
+    words = "no layer for 2 of 2 tensors, .*made for another base, Stable Diffusion 1 or 2$"
+    with pytest.raises(ArtifactError, match=words):
+        load_adapter(load_model(tiny_xl_config(tiny_xl), skeleton=True), tmp_path / "x.safetensors")
+
+
+def bundle(lora: Path, embeddings: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Puts embeddings into a LoRA's file, as A1111 and kohya-ss' tools do."""
+    words = {
+        f"bundle_emb.{word}.{name}": tensor for word, parts in embeddings.items() for name, tensor in parts.items()
+    }
+    save_file(load_file(lora) | words, lora)
+
+
+@pytest.mark.parametrize("name", ["string_to_param.*", "emb_params", "<cat>"])
+def test_embeddings_in_a_loras_file_belong_to_it(tiny: Path, model: DiffusionModel, tmp_path: Path, name: str):
+    export_adapter(tiny, tmp_path, {"name": "dreambooth", "tokens": TOKENS, "adapter": {"name": "lora", "rank": 2}})
+    load_adapter(model, tmp_path)
+    expected = draw(model.pipeline(), "a <cat>")
+    [vectors] = load_file(tmp_path / "embeddings" / "learned_embeds.safetensors").values()
+    lora = tmp_path / "kohya" / "lora.safetensors"
+    bundle(lora, {"cat": {name: vectors}, "mat": {name: vectors[0].clone()}})
+    loaded = load_model(tiny_config(tiny))
+    assert read_contents(lora, loaded).summary() == "32 layers of the unet, the token cat, the token mat"
+    assert read_header(local(lora)).words("lora") == ("cat", "mat")
+    load_adapter(loaded, lora)
+    assert difference(draw(loaded.pipeline(), "a cat"), expected) <= 1
+    bundle(lora, {"cat": {name: vectors * torch.nan}})
+    with pytest.raises(ArtifactError, match=r"lora.safetensors: bundle_emb.cat.* has values that are not finite"):
+        read_contents(lora, model)
+
+
+def test_bundled_embeddings_of_xl_are_pairs(tiny_xl: Path, tmp_path: Path):
+    xl = load_model(tiny_xl_config(tiny_xl), ("unet", "text_encoder"), skeleton=True)
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    write_diffusers(random_updates(load_model(tiny_xl_config(tiny_xl))), lora)
+    bundle(lora, {"cat": {"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 48)}})
+    for path in (lora, tmp_path):
+        assert list(read_contents(path, xl).embeddings["cat"]) == ["text_encoder", "text_encoder_2"]
+    bundle(lora, {"cat": {"more": torch.ones(2, 32)}})
+    with pytest.raises(ArtifactError, match="bundles no embedding as cat: it holds clip_g, clip_l, more"):
+        read_contents(lora, xl)
+
+
+def test_one_of_several_words_in_a_file_is_taken(model: DiffusionModel, tmp_path: Path):
+    file = tmp_path / "x.safetensors"
+    save_file({"<mat>": torch.ones(1, 32), "<cat>": torch.full((2, 32), 2.0)}, file)
+    assert float(read_contents(file, model, "<cat>").embeddings["<cat>"]["text_encoder"].sum()) == 128
+    for token in (None, "<hat>"):
+        with pytest.raises(ArtifactError, match="holds 2 words, <cat>, <mat>; .*convert takes one .* token=<cat>$"):
+            read_contents(file, model, token)

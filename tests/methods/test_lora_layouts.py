@@ -372,6 +372,10 @@ def attn_key(part: str) -> str:
     return f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{part}"
 
 
+def base_key(layer: str) -> str:
+    return f"{layer}.lora_A.weight"
+
+
 HALVES = {attn_key("lora_down.weight"): (2, 32), attn_key("lora_up.weight"): (32, 2)}
 
 
@@ -379,7 +383,44 @@ HALVES = {attn_key("lora_down.weight"): (2, 32), attn_key("lora_up.weight"): (32
     ("shapes", "words"),
     [
         ({**HALVES, "lora_unet_nothing.alpha": ()}, "no layer for 1 of 3 tensors, such as lora_unet_nothing.alpha"),
-        ({"model.diffusion_model.out.2.bias": (4,)}, "no layer for 1 of 1 tensors.*or is no LoRA"),
+        (
+            {"model.diffusion_model.out.2.bias": (4,)},
+            "holds a whole model .1 of 1 .*; give it as the base: model.base=",
+        ),
+        ({"conditioner.embedders.0.x": (4,), "first_stage_model.x": (4,)}, "holds a whole model .1 of 2 tensors"),
+        ({"decoder.conv_in.weight": (4,), "quant_conv.bias": (4,)}, "an autoencoder .2 of 2 .*: model.vae=PATH"),
+        ({"mid_block.attentions.0.proj_in.weight": (4,), "b": (4,)}, "all weights of the unet .* model.unet=FOLDER"),
+        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.bias": (4,)}, "all weights of the text_encoder .*FOLDER"),
+        (
+            {**HALVES, "lora_unet_mid_block_attentions_0_norm.w_norm": (4,)},
+            "holds norms.* .1 of 3 .*w_norm.*train_norm",
+        ),
+        ({**HALVES, "lora_unet_mid_block_attentions_0_norm.b_norm": (4,)}, "holds norms, .*b_norm"),
+        ({attn_key("diff"): (32, 32), attn_key("diff_b"): (32,)}, "holds full differences of weights .2 of 2"),
+        ({**HALVES, attn_key("lora_B.bias"): (32,)}, "holds biases of layers .1 of 3"),
+        ({attn_key("lokr_w1"): (2, 2), attn_key("alpha"): ()}, "holds a LoKr .1 of 2"),
+        ({attn_key("oft_blocks"): (2, 2), attn_key("alpha"): ()}, "holds an OFT .1 of 2"),
+        ({attn_key("on_input"): (), attn_key("weight"): (2,)}, "holds an .IA.³"),
+        ({attn_key("a1.weight"): (2,), attn_key("b2.weight"): (2,)}, "holds a GLoRA .1 of 2|holds a GLoRA .2 of 2"),
+        ({"down_blocks.0.motion_modules.0.x.to_q_lora.up.weight": (2,)}, "holds motion modules .AnimateDiff."),
+        ({"image_proj.proj.weight": (2,), "ip_adapter.1.to_k_ip.weight": (2,)}, "holds an IP-Adapter .2 of 2"),
+        ({"control_model.x.weight": (2,), "c": (2,)}, "holds a ControlNet .1 of 2"),
+        (
+            {"lora_te2_text_model.lora_up.weight": (2,), "b": (2,)},
+            "such as lora_te2_.*another base, Stable Diffusion XL",
+        ),
+        ({base_key("unet.down_blocks.1.attentions.0.transformer_blocks.1"): (2,)}, "another base, Stable Diffusion XL"),
+        ({base_key("text_encoder.text_model.encoder.layers.22.mlp.fc1"): (2,)}, "another base, Stable Diffusion 2"),
+        ({base_key("transformer.transformer_blocks.1.attn.add_q_proj"): (2,)}, "another base, Stable Diffusion 3"),
+        ({base_key("lora_unet_joint_blocks_1_x_block_attn_qkv"): (2,)}, "another base, Stable Diffusion 3"),
+        ({base_key("transformer.single_transformer_blocks.1.attn.to_q"): (2,)}, "another base, Flux"),
+        ({base_key("lora_unet_double_blocks_1_img_attn_qkv"): (2,)}, "another base, Flux"),
+        ({base_key("diffusion_model.blocks.1.self_attn.q"): (2,), "blocks.1.diff_b": (2,)}, "another base, Wan"),
+        ({base_key("transformer.blocks.1.attn1.to_q"): (2,)}, "another base, Wan"),
+        ({base_key("transformer.transformer_blocks.1.attn1.to_q"): (2,)}, "another base, a diffusion transformer"),
+        ({"a.b": (2,), "c.d": (2,)}, ": none of its tensors is named as a LoRA's, such as a.b; LoRA and DoRA are read"),
+        ({**HALVES, "a.b": (2,)}, ": 1 of 3 tensors are not named as a LoRA's, such as a.b"),
+        ({}, "holds no tensors of a LoRA"),
         ({attn_key("lora_down.weight"): (2, 32)}, "attn1_to_q.lora_down.weight has no up matrix beside it"),
         ({attn_key("alpha"): ()}, "attn1_to_q.alpha has no down matrix beside it"),
         ({attn_key("hada_w1_a"): (2, 2)}, "holds a LoHa .*hada_w1_a.; LoRA and DoRA are read"),

@@ -261,7 +261,11 @@ def test_an_embedding_of_another_base_or_twice_is_refused(tiny: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [({"a": (1, 2), "b": (1, 2)}, "no embedding of one token: it holds a, b"), ({"a": (1, 2, 2)}, "has 3 dimensions")],
+    [
+        ({"a": (1, 2), "b": (1, 2)}, "holds 2 words, a, b; .* token=a"),
+        ({"a.b": (1, 2), "b": (1, 2)}, "no embedding of one token: it holds a.b, b"),
+        ({"a": (1, 2, 2)}, "has 3 dimensions"),
+    ],
 )
 def test_files_that_are_no_embedding_are_refused(tmp_path: Path, content: dict, words: str):
     save_file({name: torch.zeros(shape) for name, shape in content.items()}, tmp_path / "x.safetensors")

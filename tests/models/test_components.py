@@ -131,6 +131,27 @@ def test_a_variant_is_taken_where_there_is_one(tiny: Path, tmp_path: Path):
     assert fingerprint(config, "vae") == fingerprint(tiny_config(tiny), "vae")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("{stem}.fp16.safetensors", "are of the variant fp16, such as .*fp16.safetensors; set model.variant=fp16$"),
+        ("{stem}.fp16-00001-of-00001.safetensors", "are of the variant fp16, such as .*; set model.variant=fp16$"),
+        ("{stem}.SAFETENSORS", "SAFETENSORS.; rename .*SAFETENSORS so that it ends in .safetensors$"),
+        ("{stem}.msgpack", r"\(found: config.json, .*.msgpack\)$"),
+        ("{stem}.bin", r"\(found: config.json, .*.bin\); pickled weights are not read$"),
+    ],
+)
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_weights_of_another_name_are_told_for_what_they_are(
+    tiny: Path, tmp_path: Path, component: str, name: str, words: str
+):
+    shutil.copytree(tiny / component, tmp_path / component)
+    [file] = (tmp_path / component).glob("*.safetensors")
+    file.rename(file.with_name(name.format(stem=file.stem)))
+    with pytest.raises(ArtifactError, match=f"weights for the {component} in .*{words}"):
+        load_model(tiny_config(tiny, **{component: str(tmp_path)}), (component,))
+
+
 def test_the_fingerprint_follows_content(tiny: Path, tmp_path: Path):
     shutil.copytree(tiny, tmp_path / "copy")
     config = tiny_config(tmp_path / "copy")

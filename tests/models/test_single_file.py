@@ -149,9 +149,21 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     with pytest.raises(ArtifactError, match="model.ckpt is no .safetensors file; pickled weights are not read"):
         load_model(tiny_config(tmp_path / "model.ckpt"), ("unet",))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ArtifactError, match=r"model.gguf is no .safetensors file$"):
+        load_model(tiny_config(tmp_path / "model.gguf"), ("unet",))
     (tmp_path / "model.safetensors").write_bytes(b"not tensors at all")
     with pytest.raises(ArtifactError, match="cannot be read as .safetensors"):
         load_model(tiny_config(tmp_path / "model.safetensors"), ("unet",))
+
+
+def test_an_ending_in_capitals_is_an_ending(tiny: Path, tmp_path: Path, layout: Path):
+    model = load_model(tiny_config(tiny))
+    save(model, tmp_path / "MODEL.SAFETENSORS", clip_weights(model.text_encoder))
+    config = file_config(tiny, tmp_path / "MODEL.SAFETENSORS", layout)
+    loaded = load_model(config, ("unet",))
+    assert torch.equal(loaded.unet.conv_in.weight, model.unet.conv_in.weight)
+    assert fingerprint(config, "unet")
 
 
 @pytest.mark.parametrize(("layout", "padding"), [("sd15", 49407), ("sd21", 0)])

@@ -16,6 +16,7 @@ from ray_sd.data.finders.base import Subject
 from ray_sd.data.windows import Box
 from ray_sd.errors import ArtifactError, ConfigError, first_line
 from ray_sd.files import expand
+from ray_sd.headers import what_is_there
 from ray_sd.media.decode import Layers
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def _load_model(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForObjectDetection
 
+    from ray_sd.finite import check_finite
     from ray_sd.models.components import no_progress_bar
 
     _weight_files(folder)
@@ -166,6 +168,7 @@ def _load_model(folder: Path) -> Any:
             model, info = AutoModelForObjectDetection.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
+        check_finite(model.state_dict(), "its weights")
     except Exception as error:  # as above; a backbone may want a library that is not installed
         raise ArtifactError(f"{SETTING}: cannot load the model in {folder}: {first_line(error)}") from error
     if info["missing_keys"]:
@@ -179,10 +182,8 @@ def _load_model(folder: Path) -> Any:
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
-        found = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise ArtifactError(
-            f"{SETTING}: no .safetensors weights in {folder} (found: {found}); pickled weights are not read"
-        )
+        there = what_is_there(file.name for file in folder.iterdir())
+        raise ArtifactError(f"{SETTING}: no .safetensors weights in {folder} {there}")
     return files
 
 
