@@ -68,7 +68,7 @@ from ray_sd.cluster import (
     tuning_environment,
 )
 from ray_sd.serve.gate import HAPROXY
-from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.recovery import SNAPSHOT
 
 SECONDS = 60
 """After which a test fails that waits for another thread."""
