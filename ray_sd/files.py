@@ -50,7 +50,10 @@ class Location:
 
     def children(self) -> list[fs.FileInfo]:
         """What is in this folder, itself; nothing where there is none."""
-        return self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        try:
+            return self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        except NotADirectoryError:
+            return []
 
     def files(self, suffixes: tuple[str, ...] = ("",)) -> list[fs.FileInfo]:
         """Files below this folder that end in one of `suffixes`, sorted by path; none where there is no folder.
@@ -128,6 +131,18 @@ class Location:
     def delete(self) -> None:
         """Delete the file."""
         self.filesystem.delete_file(self.path)
+
+    def move_to(self, target: "Location") -> None:
+        """Move this file, or this folder file by file, as object stores do, within its filesystem."""
+        folder = target.path.rpartition("/")[0]
+        if self.info().type != fs.FileType.Directory:
+            self.filesystem.create_dir(folder, recursive=True)
+            self.filesystem.move(self.path, target.path)
+            return
+        self.filesystem.create_dir(target.path, recursive=True)
+        for child in self.children():
+            (self / child.base_name).move_to(target / child.base_name)
+        self.filesystem.delete_dir(self.path)
 
     def copy_to(self, target: "Location") -> None:
         """Copy this file, or what is in this folder, to a file or folder, which is made."""

@@ -72,7 +72,7 @@ from ray_sd.cluster import (
 )
 from ray_sd.errors import RaySdError
 from ray_sd.serve.gate import HAPROXY
-from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.recovery import SNAPSHOT
 
 SECONDS = 60
 """After which a test fails that waits for another thread."""

@@ -22,6 +22,7 @@ from in_process import prepare, training_batches
 from ray.train import WorkerGroupError
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.errors import RaySdError
 from ray_sd.train.run import TrainingResult, fit
 
 MACHINE = {"CPU": 4.0}
@@ -46,7 +47,7 @@ class OneWorker:
 
     def __init__(
         self,
-        train_loop: Callable[[Any], str | None],
+        train_loop: Callable[[Any], RaySdError | None],
         *,
         train_loop_config: Any,
         scaling_config: ray.train.ScalingConfig,

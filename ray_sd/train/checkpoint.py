@@ -11,16 +11,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pyarrow.fs import FileType
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError
+from ray_sd.files import Location, local
 from ray_sd.finite import check_finite
+from ray_sd.headers import read_header
 from ray_sd.train.optimizers import EMA, PARAMETER
 
 if TYPE_CHECKING:
@@ -64,13 +68,27 @@ def storage_errors(step: int, where: str) -> Iterator[None]:
         ) from error
 
 
-def restore(engine: "Engine", folder: Path) -> int:
-    """Load a checkpoint into `engine` on every rank and return its step."""
-    index = read_index(folder)
+def check(engine: "Engine", folder: Path) -> None:
+    """Raises ArtifactError where `restore` would not succeed. Not collective, and reads no tensor."""
+    try:
+        index = check_whole(local(folder))
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; resume=true goes on from the newest checkpoint that is whole") from error
     _check_names(set(engine.parameters), set(index["files"]), folder)
     check_optimizer(index, engine.optimizer_kind, str(folder))
     if engine.ema_decay is not None and EMA not in index["keys"]:
         raise ArtifactError(f"checkpoint {folder} has no moving average; it was saved without trainer.ema_decay")
+    shapes = _shapes(local(folder), index)
+    for name, shape in engine.shapes.items():
+        _check_shape(name, shapes[name], shape, folder)
+        missing = [key for key in engine.state_keys(name) if _tensor_name(name, key) not in shapes]
+        if missing:
+            raise ArtifactError(f"checkpoint {folder} is damaged: it has no {_tensor_name(name, missing[0])}")
+
+
+def restore(engine: "Engine", folder: Path) -> int:
+    """Load a checkpoint that passed `check` into `engine` and return its step. Collective."""
+    index = read_index(folder)
     keys = {name: engine.state_keys(name) for name in engine.parameters}
     state = _tensors(folder, index, keys, engine.shapes)
     engine.load_state(state, index["optimizer"]["scalars"], index["step"])
@@ -104,17 +122,81 @@ def read_index(folder: Path) -> dict:
 
 
 def parse_index(content: bytes, folder: str) -> dict:
-    """The index of the checkpoint `folder` from its content; raises ArtifactError for a damaged one or another version's."""
+    """The index of the checkpoint `folder` from its content.
+
+    Raises ArtifactError for a damaged one, and OtherFormatError for another version's.
+    """
     try:
         index = json.loads(content)
     except ValueError as error:
-        raise ArtifactError(
-            f"checkpoint {folder} is damaged: {INDEX} is cut off or no JSON; take another one"
-        ) from error
+        reason = "cut off or no JSON" if content else "empty"
+        raise ArtifactError(f"checkpoint {folder} is damaged: {INDEX} is {reason}") from error
     found = index.get("format") if isinstance(index, dict) else None
-    if found != FORMAT:
-        raise ArtifactError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
+    if isinstance(found, int) and found != FORMAT:
+        raise OtherFormatError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["", *map(str, first["loc"])])
+        raise ArtifactError(f"checkpoint {folder} is damaged: {INDEX}{where}: {first['msg']}") from error
     return index
+
+
+class OtherFormatError(ArtifactError):
+    """A checkpoint was written by another version, which may read it."""
+
+
+class _Optimizer(BaseModel):
+    kind: dict[str, Any]
+    scalars: dict[str, float]
+
+
+class _Index(BaseModel):
+    """What an index holds."""
+
+    format: int
+    step: int
+    keys: list[str]
+    optimizer: _Optimizer
+    files: dict[str, str]
+    config: dict[str, Any]
+
+
+def check_whole(folder: Location) -> dict:
+    """The index of a checkpoint folder that has all its files, none of them cut off, wherever it is. Reads no tensor.
+
+    Raises ArtifactError for any other.
+    """
+    match folder.info().type:
+        case FileType.NotFound:
+            raise ArtifactError(f"checkpoint {folder.path} is gone")
+        case FileType.File:
+            raise ArtifactError(f"{folder.path} is no checkpoint folder, but a file")
+    names = {info.base_name for info in folder.children() if info.is_file}
+    if INDEX not in names:
+        reason = f"it has no {INDEX}" if names else "it is empty"
+        raise ArtifactError(f"{folder.path} is no checkpoint folder, or was cut off; {reason}")
+    index = parse_index((folder / INDEX).read(), folder.path)
+    missing = sorted(set(index["files"].values()) - names)
+    if missing:
+        raise ArtifactError(f"checkpoint {folder.path} is damaged: it has no {missing[0]}")
+    shapes = _shapes(folder, index)
+    for name, file in index["files"].items():
+        if name not in shapes:
+            raise ArtifactError(f"checkpoint {folder.path} is damaged: {file} has no {name}")
+    return index
+
+
+def _shapes(folder: Location, index: dict) -> dict[str, tuple[int, ...]]:
+    """Of all tensors of a checkpoint."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(index["files"].values())):
+        try:
+            shapes |= read_header(folder / file).shapes
+        except ArtifactError as error:
+            raise ArtifactError(f"checkpoint {folder.path} is damaged: {error}") from error
+    return shapes
 
 
 def check_optimizer(index: dict, kind: dict, folder: str) -> None:
@@ -125,17 +207,6 @@ def check_optimizer(index: dict, kind: dict, folder: str) -> None:
             f"checkpoint {folder} holds the state of optimizer {_words(found)}, this run has {_words(kind)}; "
             "set trainer.optimizer as it was"
         )
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint folder has all its files, none of them cut off."""
-    try:
-        for file in set(read_index(folder)["files"].values()):
-            with safe_open(folder / file, framework="pt"):
-                pass
-    except (ArtifactError, OSError, SafetensorError, ValueError):
-        return False
-    return True
 
 
 def _owners(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
@@ -161,12 +232,7 @@ def _tensors(
         for name, shape in shapes.items():
             source = files[index["files"][name]]
             values = {key: source.get_tensor(_tensor_name(name, key)) for key in keys[name]}
-            found = tuple(values[keys[name][0]].shape)
-            if found != shape:
-                raise ArtifactError(
-                    f"checkpoint {folder} holds {name} as {found}, the model has {shape}; "
-                    "the model or the method's rank changed"
-                )
+            _check_shape(name, tuple(values[keys[name][0]].shape), shape, folder)
             check_finite({_tensor_name(name, key): value for key, value in values.items()}, f"checkpoint {folder}")
             yield name, values
     except (OSError, SafetensorError) as error:
@@ -179,6 +245,13 @@ def _check_names(expected: set[str], found: set[str], folder: Path) -> None:
         raise ArtifactError(
             f"checkpoint {folder} holds {len(found)} parameters and this run trains {len(expected)} "
             f"(differing, for example, in {', '.join(only)}); the model or the method changed"
+        )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], folder: Path) -> None:
+    if found != expected:
+        raise ArtifactError(
+            f"checkpoint {folder} holds {name} as {found}, the model has {expected}; the model or the method's rank changed"
         )
 
 

@@ -16,7 +16,7 @@ class TrainingJob:
     """As the user wrote it, which is what checkpoints and trackers keep."""
     data: PreparedData
     initial_checkpoint: str | None
-    """Checkpoint of another run to start from; a checkpoint of this run goes before it."""
+    """Checkpoint to start from, of this run or another; what Ray Train knows of this run goes before it."""
     estimated_bytes: float | None = None
     """About what a worker's tensors take, as it was told before."""
     has_bar: bool = True

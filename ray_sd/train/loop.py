@@ -3,16 +3,20 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 from pathlib import Path
 
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.data import training_batches, validation_batches
+from ray_sd.errors import ArtifactError, RaySdError
 from ray_sd.methods import Method, build_method
 from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.compiler import check_cpu_compiler
@@ -42,8 +46,12 @@ class Objective(nn.Module):
         return self.method.validation_losses(self.model, batch)
 
 
-def train(job: TrainingJob) -> str | None:
-    """Train from the latest checkpoint to `trainer.max_steps`; returns why not, where the weights were lost on the way."""
+def train(job: TrainingJob) -> RaySdError | None:
+    """Train from the latest checkpoint to `trainer.max_steps`.
+
+    Returns why not, where that checkpoint cannot be gone on from, or the weights were lost on the way: what is raised is
+    taken for a worker that died, and tried again.
+    """
     config, trainer = job.config, job.config.trainer
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -61,9 +69,12 @@ def train(job: TrainingJob) -> str | None:
         model.unet.compile()
     parameters, groups = checkpoint.trained_parameters(model), method.parameter_groups(model, trainer)
     engine = Engine(Objective(method, model).train(), parameters, groups, trainer, device)
-    start = _restore(engine, job)
-
     run = RunFolder(config.storage_path, config.name)
+    with _beginning(job) as folder:
+        refused = _refusal(engine, folder)
+        if refused is not None:
+            return refused
+        start = 0 if folder is None else checkpoint.restore(engine, folder)
     monitor = Monitor(engine, job, run, start=start, rank=rank)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
     batches = monitor.waited_for(training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps))
@@ -84,7 +95,7 @@ def train(job: TrainingJob) -> str | None:
             held_out = validation_batches(job.data.validation, config, method.rows(), rank, world_size)
             monitor.log({"validation_loss": validation_loss(engine, held_out)}, step)
         if _due(step, trainer.checkpoint.every_steps, trainer.max_steps):
-            lost = _lost(monitor.latest, step)
+            lost = _lost(monitor.latest, step, run)
             if lost is not None:
                 break
             _report(engine, job.given, monitor, step, rank, world_size)
@@ -96,11 +107,14 @@ def train(job: TrainingJob) -> str | None:
     return lost
 
 
-def _lost(metrics: dict[str, float], step: int) -> str | None:
+def _lost(metrics: dict[str, float], step: int, run: RunFolder) -> RaySdError | None:
     """Says so where weights have become useless, before they are saved."""
     for name in ("loss", "validation_loss"):
         if not isfinite(metrics.get(name, 0.0)):
-            return f"step {step}: {name} is {metrics[name]}, and the weights are lost; lower trainer.learning_rate"
+            return RaySdError(
+                f"step {step}: {name} is {metrics[name]}, and the weights are lost; lower trainer.learning_rate; "
+                f"resume=true goes on from the last checkpoint before, in {run.path}"
+            )
     return None
 
 
@@ -112,15 +126,27 @@ def _device(config: ExperimentConfig, local_world_size: int) -> torch.device:
     return device
 
 
-def _restore(engine: Engine, job: TrainingJob) -> int:
-    """Load this run's latest checkpoint, else the initial one; return the number of finished steps."""
+@contextmanager
+def _beginning(job: TrainingJob) -> Iterator[Path | None]:
+    """This run's latest checkpoint, else the initial one, on this machine; None where there is none."""
     latest = ray.train.get_checkpoint()
     if latest is None and job.initial_checkpoint is not None:
         latest = ray.train.Checkpoint(job.initial_checkpoint)
-    if latest is None:
-        return 0
-    with latest.as_directory() as folder:
-        return checkpoint.restore(engine, Path(folder))
+    with nullcontext() if latest is None else latest.as_directory() as folder:
+        yield None if folder is None else Path(folder)
+
+
+def _refusal(engine: Engine, folder: Path | None) -> ArtifactError | None:
+    """Why a checkpoint cannot be gone on from, on every rank where it cannot on one. Collective."""
+    found = None
+    if folder is not None:
+        try:
+            checkpoint.check(engine, folder)
+        except ArtifactError as error:
+            found = error
+    all_found: list[ArtifactError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_found, found)
+    return next((error for error in all_found if error is not None), None)
 
 
 def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: int, rank: int, world_size: int) -> None:

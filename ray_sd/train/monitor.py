@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import sys
 import tempfile
@@ -35,6 +36,8 @@ MEMORY = "peak_memory_gib"
 """The most that tensors of rank 0 took of its GPU so far, or that its process took on a CPU."""
 PICTURES = "samples"
 LOGS = "logs"
+OF_STEP = re.compile(r"step-(\d+)")
+"""Name, without its ending, of a file about one step's pictures."""
 
 
 def metric_names(config: ExperimentConfig) -> tuple[str, ...]:
@@ -132,9 +135,8 @@ class Monitor:
         for step, name in self._measurements().items():
             if step not in self._measured:
                 self._measured.add(step)
-                metrics = json.loads(self._run.read(name) or b"{}")
-                metrics.pop("step")
-                for tracker in self._trackers:
+                metrics = self._read_measurement(name)
+                for tracker in self._trackers if metrics else ():
                     tracker.log_later(metrics, step)
         if self._run.local is None:
             self._run.upload(self._logs, LOGS)
@@ -179,12 +181,22 @@ class Monitor:
 
     def _pictures(self) -> list[Path]:
         # Trackers take local files; pictures behind a URI stay where they are.
-        return sorted((self._run.local / PICTURES).glob("step-*.png")) if self._run.local else []
+        found = sorted((self._run.local / PICTURES).glob("step-*.png")) if self._run.local else []
+        return [path for path in found if OF_STEP.fullmatch(path.stem)]
 
     def _measurements(self) -> dict[int, str]:
         """Files of what was measured on pictures, by their steps."""
-        names = [name for name in self._run.names(PICTURES) if name.endswith(".json")]
-        return {int(Path(name).stem.removeprefix("step-")): f"{PICTURES}/{name}" for name in names}
+        stems = [name.removesuffix(".json") for name in self._run.names(PICTURES) if name.endswith(".json")]
+        return {int(match[1]): f"{PICTURES}/{match[0]}.json" for stem in stems if (match := OF_STEP.fullmatch(stem))}
+
+    def _read_measurement(self, name: str) -> dict[str, float]:
+        """What was measured; nothing, with a warning, where its file is damaged."""
+        try:
+            found = json.loads(self._run.read(name) or b"")
+            return {key: float(value) for key, value in found.items() if key != "step"}
+        except (ValueError, TypeError, AttributeError):
+            logger.warning("%s/%s is damaged; what was measured in it is left out", self._run.path, name)
+            return {}
 
     def _forget_measurements_after(self, start: int) -> None:
         """A run that goes on from an earlier checkpoint measures anew; what it did before could be passed on twice."""

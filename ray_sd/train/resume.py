@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import yaml
 
 from ray_sd.config import ExperimentConfig
@@ -15,8 +14,9 @@ from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.data import PreparedData
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.train.checkpoint import INDEX, check_optimizer, is_whole, parse_index
+from ray_sd.train.checkpoint import INDEX, check_optimizer, check_whole, parse_index, storage_reason
 from ray_sd.train.optimizers import build_rule
+from ray_sd.train.recovery import newest_whole, recover
 from ray_sd.train.storage import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 DATA = "data.json"
 """Says which rows a run learns from, so that a resumed one tells where they are others."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,22 @@ class Beginning:
 
 
 def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
-    """Where a run begins as its configuration says, which is told as it was given.
+    """Where a run begins as its configuration says, which is told as it was given; a run that goes on is mended for that.
 
-    Raises ConfigError where there is nothing to go on from, where its name is taken, and where it would be another run.
+    Raises ConfigError where there is nothing to go on from, where its name is taken, and where it would be another run, and
+    ArtifactError where a checkpoint of another run is damaged.
     """
     if config.resume is True:
         stored = stored_config(run)
         if stored is None:
-            raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}")
+            reason = f"; {run.path} has no {CONFIG} and no checkpoint that is whole" if run.used() else ""
+            raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}{reason}")
         check_unchanged(config, stored)
         origin = stored["resume"] if isinstance(stored.get("resume"), str) else None
-        return Beginning(origin, _mend(run) or origin)
+        checkpoint = recover(run, origin)
+        if checkpoint == origin is not None:
+            _whole_index(origin)
+        return Beginning(origin, checkpoint)
     if run.used():
         raise ConfigError(
             f"name: the run '{config.name}' exists in {run.path}; go on with it by resume=true, or choose another name=…"
@@ -58,7 +61,7 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
         return Beginning(None, None)
     located = str(absolute_paths(config).resume)
     origin = located if "://" in located else str(Path(located).resolve())
-    index = _read_index(origin)
+    index = _whole_index(origin)
     check_optimizer(index, build_rule(config.trainer.optimizer).kind, origin)
     step = index["step"]
     if step >= config.trainer.max_steps:
@@ -67,17 +70,36 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
 
 
 def stored_config(run: RunFolder) -> dict | None:
-    """The configuration of a run that began; None where there is none."""
+    """The configuration of a run that began, from its newest checkpoint where its own file is damaged or gone.
+
+    None where there is none. Raises ArtifactError where it is damaged and no checkpoint has it.
+    """
     content = run.read(CONFIG)
-    if content is None:
-        return None
+    stored, reason = (None, "is gone") if content is None else _parse_config(content)
+    if reason is None:
+        return stored
+    for name in run.checkpoints():
+        try:
+            found = parse_index(run.read(f"{name}/{INDEX}") or b"", name)["config"]
+        except ArtifactError:
+            continue
+        logger.warning("resume: %s/%s %s; taking the settings that %s was stored with", run.path, CONFIG, reason, name)
+        return found
+    if content is not None and stored is None:
+        raise ArtifactError(f"resume: {run.path}/{CONFIG} {reason}")
+    return stored
+
+
+def _parse_config(content: bytes) -> tuple[dict | None, str | None]:
+    """The settings, as far as they can be read, and what is wrong with them."""
     try:
         stored = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: {' '.join(str(error).split())}") from error
+        return None, f"is damaged: {' '.join(str(error).split())}"
     if not isinstance(stored, dict):
-        raise ArtifactError(f"resume: {run.path}/{CONFIG} is damaged: it holds no settings")
-    return stored
+        return None, "is damaged: it holds no settings"
+    missing = [name for name in ExperimentConfig.model_fields if name not in stored]
+    return stored, f"is cut off: it has no {missing[0]}" if missing else None
 
 
 def check_unchanged(config: ExperimentConfig, stored: dict) -> None:
@@ -106,34 +128,23 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
     return [difference for differences in below for difference in differences]
 
 
-def _read_index(checkpoint: str) -> dict:
-    """The index of a checkpoint folder, local or behind a URI."""
-    folder, _, name = checkpoint.rstrip("/").rpartition("/")
-    content = RunFolder(folder, name).read(INDEX)
-    if content is None:
-        raise ConfigError(f"resume: {checkpoint} is no checkpoint folder; it has no {INDEX}")
-    return parse_index(content, checkpoint)
+def _whole_index(checkpoint: str) -> dict:
+    """The index of another run's checkpoint, local or behind a URI.
 
-
-def _mend(run: RunFolder) -> str | None:
-    """Make a run resumable whose list of checkpoints is cut off; returns the newest whole checkpoint then.
-
-    Ray Train writes that list in place, so a disk that is full takes it, though the checkpoints are there.
+    Raises ConfigError for what is none, and ArtifactError for one that is not whole; both name the newest there that is.
     """
-    content = run.read(SNAPSHOT)
-    if content is None:
-        return None
+    folder, _, name = checkpoint.rstrip("/").rpartition("/")
+    other = RunFolder(folder or "/", name)
     try:
-        json.loads(content)
-    except ValueError:
-        run.delete(SNAPSHOT)
-        for name in run.checkpoints():
-            found = ray.train.Checkpoint(f"{run.path}/{name}")
-            with found.as_directory() as folder:
-                if is_whole(Path(folder)):
-                    logger.warning("%s was cut off; going on from %s", SNAPSHOT, name)
-                    return found.path
-    return None
+        return check_whole(other.location())
+    except OSError as error:
+        raise ArtifactError(f"resume: {checkpoint} cannot be read: {storage_reason(error)}") from error
+    except ArtifactError as error:
+        # A run's folder may have been given in place of a checkpoint's.
+        beside = RunFolder(*folder.rpartition("/")[::2])
+        hints = [f"; take {run.path}/{whole}" for run in (other, beside) if (whole := newest_whole(run)[0]) is not None]
+        kind = ConfigError if other.read(INDEX) is None else ArtifactError
+        raise kind(f"resume: {error}{hints[0] if hints else ''}") from error
 
 
 def write_config(config: ExperimentConfig, run: RunFolder) -> None:
@@ -144,18 +155,34 @@ def write_config(config: ExperimentConfig, run: RunFolder) -> None:
 
 
 def note_data(data: PreparedData, run: RunFolder) -> None:
-    """Write down which rows a run learns from, and tell where a resumed one had others."""
+    """Write down which rows a run learns from, and tell where a resumed one had others, or where that is not known."""
     now = {"fingerprint": data.fingerprint, "rows": data.train.num_rows}
     content = run.read(DATA)
-    before = json.loads(content) if content is not None else now
+    before = None if content is None else _parse_data(content)
     if before == now:
-        if content is not None:
-            return
-    else:
+        return
+    if before is not None:
         logger.warning(
             "resume: the data are not what they were (%d rows to train on, now %d); the run goes on with them, in an order "
             "of its own",
             before["rows"],
             now["rows"],
         )
+    elif content is not None or run.checkpoints():
+        reason = "gone" if content is None else "damaged"
+        logger.warning(
+            "resume: %s/%s is %s, so whether the data are what they were is not known", run.path, DATA, reason
+        )
     run.write(DATA, json.dumps(now).encode())
+
+
+def _parse_data(content: bytes) -> dict | None:
+    """What `note_data` wrote; None where it is damaged."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    is_whole = (
+        isinstance(found, dict) and isinstance(found.get("fingerprint"), str) and isinstance(found.get("rows"), int)
+    )
+    return found if is_whole else None

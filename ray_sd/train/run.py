@@ -27,7 +27,7 @@ from ray_sd.data import (
     prepare,
 )
 from ray_sd.draw.usage import usage
-from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.errors import ConfigError
 from ray_sd.files import from_anywhere
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
@@ -136,7 +136,7 @@ def fit(
     except TrainingFailedError as error:
         raise in_words(error, run) from error
     if result.return_value is not None:
-        raise RaySdError(f"{result.return_value}; resume=true goes on from the last checkpoint before, in {run.path}")
+        raise result.return_value
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.
     return _export(job, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
 

@@ -1,11 +1,17 @@
 """Run folders on a local disk or behind a URI."""
 
+import itertools
+import re
 from pathlib import Path
 
 from pyarrow import fs
 
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.files import Location, check_writable, local
+
+CHECKPOINT = re.compile(r"checkpoint-\d{8,}")
+DAMAGED = "damaged"
+"""Folder of a run for what was damaged and is kept."""
 
 
 class RunFolder:
@@ -30,7 +36,19 @@ class RunFolder:
     def checkpoints(self) -> list[str]:
         """Names of the checkpoint folders, the newest first."""
         names = [info.base_name for info in self._root.children()]
-        return sorted((name for name in names if name.startswith("checkpoint-")), reverse=True)
+        return sorted((name for name in names if CHECKPOINT.fullmatch(name)), reverse=True)
+
+    def location(self, name: str = "") -> Location:
+        """A file or folder of the run, or the run's folder."""
+        return self._root / name if name else self._root
+
+    def set_aside(self, name: str) -> str:
+        """Move a file or folder of the run out of the way, with all that is in it; returns its name from then on."""
+        taken = {info.base_name for info in (self._root / DAMAGED).children()}
+        numbers = (f"{DAMAGED}/{name}" + (f"-{number}" if number else "") for number in itertools.count())
+        aside = next(other for other in numbers if other.partition("/")[2] not in taken)
+        (self._root / name).move_to(self._root / aside)
+        return aside
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder of the run, sorted; none where there is no folder."""

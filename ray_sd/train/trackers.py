@@ -1,6 +1,7 @@
 """Where metrics and pictures of a run go: always `metrics.jsonl`, and any number of trackers beside it."""
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from ray_sd.config.metrics import PREFIX
 from ray_sd.config.overrides import value_at
 from ray_sd.config.tracker import MlflowConfig, TensorBoardConfig, WandbConfig
 from ray_sd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 HISTORY = "metrics.jsonl"
 PICTURES_STEP = "pictures_step"
@@ -59,7 +62,7 @@ class History(Tracker):
 
     def __init__(self, folder: Path, start: int) -> None:
         self._path = folder / HISTORY
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= start]
+        kept = [line for line, record in _whole_lines(self._path) if record["step"] <= start]
         self._path.write_text("".join(kept))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -69,15 +72,37 @@ class History(Tracker):
 
 def recorded_steps(folder: Path, prefix: str) -> set[int]:
     """Steps of which a run's log folder has a number whose name begins so."""
-    lines = [json.loads(line) for line in _whole_lines(folder / HISTORY)]
-    return {line["step"] for line in lines if any(name.startswith(prefix) for name in line)}
+    records = [record for _, record in _whole_lines(folder / HISTORY)]
+    return {record["step"] for record in records if any(name.startswith(prefix) for name in record)}
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[tuple[str, dict]]:
+    """The lines that can be read, each with what it says."""
     if not path.exists():
         return []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    read = [(line, _read_line(line)) for line in lines]
+    whole = [(line, record) for line, record in read if record is not None]
     # A killed run can leave a last line without its end.
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    damaged = sum(record is None and line.endswith("\n") for line, record in read)
+    if damaged:
+        logger.warning("%s: %d of %d lines are damaged, and are left out", path, damaged, len(lines))
+    return whole
+
+
+def _read_line(line: str) -> dict | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _identity(path: Path) -> str | None:
+    """What a tracker calls a run, as an earlier start wrote it down."""
+    return (path.read_text().strip() or None) if path.exists() else None
 
 
 def _number_or_text(value: object) -> bool | float | str:
@@ -130,7 +155,7 @@ class Wandb(Tracker):
         import wandb
 
         identity = folder / "wandb_id"
-        if not identity.exists():
+        if _identity(identity) is None:
             identity.write_text(uuid4().hex[:12])
         self._wandb = wandb
         self._run = wandb.init(
@@ -183,7 +208,7 @@ class Mlflow(Tracker):
             artifacts = None if settings.tracking_uri else (folder / "mlflow_artifacts").as_uri()
             experiment_id = self._client.create_experiment(settings.experiment, artifact_location=artifacts)
         identity = folder / "mlflow_id"
-        if not identity.exists():
+        if _identity(identity) is None:
             tags = {"group": config.tracker.group} if config.tracker.group else {}
             run = self._client.create_run(experiment_id, run_name=config.name, tags=tags)
             identity.write_text(run.info.run_id)

@@ -11,10 +11,11 @@ from ray.util.queue import Queue
 
 from ray_sd.cluster import quiet_checkpoints
 from ray_sd.config import ExperimentConfig
+from ray_sd.errors import RaySdError
 from ray_sd.train.job import TrainingJob
 
 
-def train_loop(job: TrainingJob) -> str | None:
+def train_loop(job: TrainingJob) -> RaySdError | None:
     """Runs on every worker. Returns why it ended before its last step, if it did."""
     from ray.train.torch import get_device
 

@@ -12,6 +12,7 @@ import ray.cloudpickle
 import ray.train
 from long_run import EVERY_STEPS
 
+from ray_sd.errors import RaySdError
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.worker import train_loop
 
@@ -23,17 +24,17 @@ MARK = "interrupted"
 """File in the run's folder, from when on it is interrupted."""
 
 
-def lose_a_worker(job: TrainingJob) -> str | None:
+def lose_a_worker(job: TrainingJob) -> RaySdError | None:
     """Train; the second worker is killed once."""
     return _interrupt(job, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def stand_still(job: TrainingJob) -> str | None:
+def stand_still(job: TrainingJob) -> RaySdError | None:
     """Train until the second worker waits for ever."""
     return _interrupt(job, signal.pause)
 
 
-def _interrupt(job: TrainingJob, interrupt: Any) -> str | None:
+def _interrupt(job: TrainingJob, interrupt: Any) -> RaySdError | None:
     report, mark = ray.train.report, Path(job.config.storage_path) / job.config.name / MARK
 
     def report_or_not(*arguments: Any, checkpoint_dir_name: str, **settings: Any) -> None:

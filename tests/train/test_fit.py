@@ -16,7 +16,7 @@ from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import build_method
-from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.recovery import SNAPSHOT
 from ray_sd.train.run import TrainingResult, fit
 
 WHOLE = (

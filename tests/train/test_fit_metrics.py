@@ -288,3 +288,20 @@ def test_measurements_reach_trackers_with_the_step_of_their_pictures(
     measured(8)
     resumed.close()
     assert recorded()[2:] == [{"step": 5, "val/x": 0.5}, {"step": 8, "val/x": 0.8}]
+
+
+def test_damaged_measurements_and_files_that_are_none_are_left_out(
+    configure: Callable[..., ExperimentConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = configure("name=watched", f"storage_path={tmp_path}/runs")
+    run = RunFolder(config.storage_path, config.name)
+    contents = [b"", b'{"val/x": ', b"[]", b'{"step": 4, "val/x": "much"}', b'{"val/x": 0.5}']
+    for step, content in enumerate(contents):
+        run.write(f"samples/step-{step:08d}.json", content)
+    run.write("samples/step-best.json", b"{}")
+    run.write("samples/notes.json", b"{}")
+    run.write("samples/step-best.png", b"")
+    job = TrainingJob(config, config, None, None)
+    Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=9, rank=0).close()
+    assert json.loads(run.read("logs/metrics.jsonl") or b"") == {"step": 4, "val/x": 0.5}
+    assert caplog.text.count("is damaged; what was measured in it is left out") == 4

@@ -8,36 +8,52 @@ from pathlib import Path
 import deepspeed
 import pytest
 import yaml
+from checkpoints import STATE, cut_off, write_checkpoint
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from traces import assert_same_bits, lines_of
 from without_ray import fit_without_ray
 
 from ray_sd.adapter import read_manifest
-from ray_sd.errors import ConfigError, RaySdError
+from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.recovery import SNAPSHOT
+from ray_sd.train.resume import Beginning
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_finished_run_whose_list_of_checkpoints_is_cut_off_is_exported_again(configure, tmp_path):
-    first = fit_without_ray(configure("name=finished"))
+def test_a_finished_run_that_was_damaged_is_exported_again(configure, tmp_path, caplog):
+    first = fit_without_ray(configure("name=finished", "trainer.checkpoint.every_steps=2"))
     run = Path(first.run)
     lines = lines_of(run)
     shutil.move(run / "adapter", tmp_path / "first")
     (run / SNAPSHOT).write_text('{"checkpoints": [')
-    again = fit_without_ray(configure("name=finished", "resume=true"))
+    (run / "data.json").write_text("")
+    cut_off(run / "checkpoint-00000004" / STATE)
+    again = fit_without_ray(configure("name=finished", "trainer.checkpoint.every_steps=2", "resume=true"))
     assert again.step == 4
-    assert lines_of(run) == lines
+    assert f"going on from {run}/checkpoint-00000002" in caplog.text
+    losses = [[(line["step"], line["loss"]) for line in found if "loss" in line] for found in (lines, lines_of(run))]
+    assert losses[0] == losses[1]
     weights = [
         load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "first", run / "adapter")
     ]
     assert_same_bits(*weights)
+
+
+def test_a_checkpoint_that_workers_find_damaged_is_told_and_not_tried_again(configure, monkeypatch, tmp_path):
+    """What a worker raises would be tried again."""
+    torn = write_checkpoint(tmp_path, step=2)
+    monkeypatch.setattr("ray_sd.train.run.find_beginning", lambda *_: Beginning(None, str(torn)))
+    monkeypatch.setattr("ray_sd.train.run.in_words", lambda *_: pytest.fail("a worker failed"))
+    cut_off(torn / STATE)
+    with pytest.raises(ArtifactError, match=f"{torn} is damaged: .*resume=true goes on from the newest checkpoint"):
+        fit_without_ray(configure("name=torn"))
 
 
 def test_lost_weights_are_not_saved(configure):

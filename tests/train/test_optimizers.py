@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from bitsandbytes import functional
+from checkpoints import write_checkpoint
 from diffusers import UNet2DConditionModel
 from pydantic import TypeAdapter
 from torch import nn
@@ -17,7 +18,6 @@ from ray_sd.config.load import load_config
 from ray_sd.config.optimizer import Optimizer
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.blockwise import quantize
-from ray_sd.train.checkpoint import FORMAT, INDEX
 from ray_sd.train.engine import check_compiler
 from ray_sd.train.optimizers import RULES, UpdateRule, build_rule
 from ray_sd.train.run import fit
@@ -152,11 +152,8 @@ def _kept(module: nn.Module, **settings: object) -> float:
 def test_a_run_does_not_go_on_with_another_optimizer(configure, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("ray_sd.train.run.connect", lambda: pytest.fail("Ray was started"))
     run = tmp_path / "runs" / "young"
-    checkpoint = run / "checkpoint-00000002"
-    checkpoint.mkdir(parents=True)
+    checkpoint = write_checkpoint(run, step=2)
     (run / "config.yaml").write_text(yaml.safe_dump(configure("name=young").model_dump(mode="json")))
-    index = {"format": FORMAT, "step": 2, "optimizer": {"kind": {"name": "adamw"}, "scalars": {}}}
-    (checkpoint / INDEX).write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="resume: trainer.optimizer.name was adamw and is lion"):
         fit(configure("name=young", "resume=true", "trainer.optimizer=lion"))
     with pytest.raises(ArtifactError, match="holds the state of optimizer adamw, this run has prodigy, slice_p 3"):

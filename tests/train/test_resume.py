@@ -1,5 +1,6 @@
 """Runs that go on from the checkpoints of one that nothing happened to, and one that goes on once there is room."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,28 +8,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import cut_off
 from long_run import EVERY_STEPS, LONG, STEPS, TWO_WORKERS, assert_same_adapter
 
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.resume import SNAPSHOT
+from ray_sd.train.recovery import SNAPSHOT
+from ray_sd.train.resume import CONFIG
 from ray_sd.train.run import fit
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_finished_run_is_exported_again(configure, undisturbed, tmp_path):
+def test_a_finished_run_is_exported_again_also_where_it_was_damaged(configure, undisturbed, tmp_path):
     run = tmp_path / "runs" / "undisturbed"
     shutil.copytree(undisturbed.run, run, ignore=shutil.ignore_patterns("adapter"))
     lines = (run / "logs" / "metrics.jsonl").read_text()
-    for content in (None, '{"checkpoints": ['):
-        if content is not None:  # as a full disk leaves it
-            (run / SNAPSHOT).write_text(content)
+    for damage in (False, True):
+        if damage:
+            (run / SNAPSHOT).write_text('{"checkpoints": [')  # as a full disk leaves it
+            (run / CONFIG).unlink()
         again = fit(configure("name=undisturbed", *LONG, *TWO_WORKERS, "resume=true"))
         assert again.step == STEPS
         assert_same_adapter(undisturbed.adapter, again.adapter)
         assert (run / "logs" / "metrics.jsonl").read_text() == lines
         shutil.rmtree(run / "adapter")
+
+
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(configure, undisturbed, tmp_path, caplog):
+    run, before = tmp_path / "runs" / "undisturbed", f"checkpoint-{STEPS - EVERY_STEPS:08d}"
+    shutil.copytree(undisturbed.run, run, ignore=shutil.ignore_patterns("adapter"))
+    newest = Path(undisturbed.checkpoint).name
+    cut_off(run / newest / "state-00001-of-00002.safetensors")
+    again = fit(configure("name=undisturbed", *LONG, *TWO_WORKERS, "resume=true"))
+    assert f"going on from {run}/{before}" in caplog.text
+    assert_same_adapter(undisturbed.adapter, again.adapter)
+    assert (run / "damaged" / newest).is_dir()
+    listed = json.loads((run / SNAPSHOT).read_text())["checkpoint_results"]
+    assert [result["checkpoint_dir_name"] for result in listed] == sorted(
+        path.name for path in run.glob("checkpoint-*")
+    )
 
 
 def test_a_run_goes_on_with_other_workers_and_stage(configure, undisturbed):

@@ -3,11 +3,13 @@
 import copy
 import errno
 import re
+import shutil
 from functools import reduce
 
 import pytest
 import torch
 import yaml
+from checkpoints import write_checkpoint
 from ray.train import WorkerGroupError
 
 from ray_sd.config import ExperimentConfig
@@ -34,14 +36,18 @@ def test_a_run_goes_on_as_it_was(configure, tmp_path):
     """What would make it another run is refused, what it began from is remembered."""
     run = tmp_path / "runs" / "young"
     run.mkdir(parents=True)
-    began = configure("name=young").model_dump(mode="json") | {"resume": "/elsewhere/checkpoint-00000004"}
+    origin = write_checkpoint(tmp_path / "elsewhere", step=4)
+    began = configure("name=young").model_dump(mode="json") | {"resume": str(origin)}
     (run / "config.yaml").write_text(yaml.safe_dump(began))
     with pytest.raises(ConfigError, match="resume: seed was 0 and is 3; set it back") as refused:
         fit(configure("name=young", "resume=true", "seed=3", "method.rank=5"))
     assert "resume: method.rank was 16 and is 5" in str(refused.value)
     config = configure("name=young", "resume=true", "trainer.max_steps=9")
     beginning = find_beginning(config, RunFolder(config.storage_path, config.name))
-    assert beginning == Beginning(origin="/elsewhere/checkpoint-00000004", checkpoint="/elsewhere/checkpoint-00000004")
+    assert beginning == Beginning(origin=str(origin), checkpoint=str(origin))
+    shutil.rmtree(origin)
+    with pytest.raises(ConfigError, match="resume: checkpoint .*/elsewhere/checkpoint-00000004 is gone"):
+        find_beginning(config, RunFolder(config.storage_path, config.name))
 
 
 def test_a_run_goes_on_only_where_nothing_changed_that_makes_it_another(configure):
@@ -78,7 +84,10 @@ def leaves(settings: dict, prefix: str = "") -> list[str]:
         ("config.yaml", "seed: [0", r"runs/cut/config.yaml is damaged"),
         ("config.yaml", "- seed", r"runs/cut/config.yaml is damaged: it holds no settings"),
         ("index.json", '{"format": ', r"checkpoint .*cut is damaged: index.json is cut off"),
-        ("index.json", "[]", r"checkpoint .*cut has format None; this version reads"),
+        ("index.json", "", r"checkpoint .*cut is damaged: index.json is empty"),
+        ("index.json", "[]", r"checkpoint .*cut is damaged: index.json: "),
+        ("index.json", '{"format": 2, "step": 2}', r"checkpoint .*cut is damaged: index.json.keys: Field required"),
+        ("index.json", '{"format": 9}', r"checkpoint .*cut has format 9; this version reads 2"),
         ("other.json", "", r"no checkpoint folder"),
     ],
 )
@@ -93,7 +102,7 @@ def test_what_is_damaged_is_not_resumed(configure, tmp_path, file, content, word
 
 def test_a_file_is_no_checkpoint(configure, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file is no checkpoint folder"):
+    with pytest.raises(ConfigError, match="file is no checkpoint folder, but a file"):
         fit(configure("name=new", f"resume={tmp_path / 'file'}"))
 
 

@@ -32,6 +32,16 @@ def test_history_drops_the_lines_that_a_resumed_run_repeats(tmp_path):
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
 
 
+def test_lines_of_a_history_that_are_damaged_are_left_out(tmp_path, caplog):
+    whole = ['{"step": 1, "loss": 0.1}\n', '{"step": 2, "val/a": 0.2}\n']
+    damaged = [b"\x00\x00\n", b"\xff\n", b"[]\n", b'{"loss": 1}\n', b'{"st\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([whole[0].encode(), *damaged, whole[1].encode()]))
+    assert recorded_steps(tmp_path, "val/") == {2}
+    open_trackers(_config("tracker=none"), tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole)
+    assert "metrics.jsonl: 5 of 7 lines are damaged, and are left out" in caplog.text
+
+
 def test_tensorboard_gets_scalars_pictures_and_the_configuration(tmp_path, picture):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

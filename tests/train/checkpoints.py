@@ -1,0 +1,59 @@
+"""Checkpoints of one tensor each, and the ways in which files are damaged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ray_sd.train.checkpoint import FORMAT, INDEX
+from ray_sd.train.recovery import SNAPSHOT, _list_of
+
+STATE = "state-00000-of-00001.safetensors"
+
+
+def write_checkpoint(run: Path, *, step: int, config: dict | None = None) -> Path:
+    """A whole one in a run's folder; returns its own."""
+    folder = run / f"checkpoint-{step:08d}"
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.full((2, 3), float(step))}, folder / STATE)
+    index = {
+        "format": FORMAT,
+        "step": step,
+        "keys": [""],
+        "optimizer": {"kind": {"name": "adamw"}, "scalars": {}},
+        "files": {"weight": STATE},
+        "config": config or {},
+    }
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def write_list(run: Path) -> None:
+    """Ray Train's list of the checkpoints that are there."""
+    names = sorted(path.name for path in run.glob("checkpoint-*"))
+    (run / SNAPSHOT).write_text(_list_of(names, None).model_dump_json())
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def overwrite(content: bytes) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(content) and None
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "gone": Path.unlink,
+    "empty": empty,
+    "cut off": cut_off,
+    "zeros": overwrite(bytes(200)),
+    "other": overwrite(b'["other"]'),
+    "no text": overwrite(b"\xff\xfe\x00{"),
+}
+"""What can have happened to a file, by a name of it."""
