@@ -1,6 +1,7 @@
 """Where files are: local folders, folders of this package, and URIs of any filesystem of pyarrow or fsspec."""
 
 import logging
+import os
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,19 @@ from ray_sd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+HIDDEN, OF_A_SYSTEM = "hidden", "left by a system or its programs"
+LEADS_BACK, LEADS_NOWHERE = "links to folders that are read already", "links that lead nowhere"
+NOT_UTF8 = "with names that are not UTF-8"
+SYSTEMS_OWN = frozenset(
+    (
+        *("$recycle.bin", "recycler", "recycled", "#recycle", "@recycle", "system volume information", "found.000"),
+        *("thumbs", "thumbnails", "_thumbs", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "picasa.ini"),
+        *("desktop.ini", "icon\r", "__macosx", "network trash folder", "temporary items", "lost+found", "lost.dir"),
+        *("@eadir", "@tmp", "#snapshot", "@recently-snapshot", "__pycache__"),
+    )
+)
+"""Files and folders, in lower case, that systems, network storages and viewers leave beside those of a user."""
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -30,6 +44,16 @@ class StoredFile:
     """Seconds since 1970; 0 where the filesystem does not say."""
     stamp: str
     """Changes with its content: size and time, or all that an fsspec filesystem says of it, such as an ETag."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files below a folder."""
+
+    files: list[fs.FileInfo]
+    """Sorted by path."""
+    passed_over: list[tuple[str, str]]
+    """Path, and why not: words that a number goes before, as in "3 hidden"."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +80,31 @@ class Location:
             return []
 
     def files(self, suffixes: tuple[str, ...] = ("",)) -> list[fs.FileInfo]:
-        """Files below this folder that end in one of `suffixes`, sorted by path; none where there is no folder.
+        """What `search` finds below this folder that ends in one of `suffixes`; none where there is no folder."""
+        return [info for info in self.search().files if info.base_name.lower().endswith(suffixes)]
 
-        Files whose own name starts with a dot are left out, and with a warning those whose path is not UTF-8.
+    def search(self) -> Found:
+        """The files below this folder; none where there is no folder.
+
+        Passed over is what is hidden or a system's own, by any part of its path below this folder; of local folders
+        links are followed, but each folder is read once. Files whose path is not UTF-8 are told of, too.
         """
-        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
-        named = [info for info in found if _has_readable_path(info)]
-        if len(named) < len(found):
-            logger.warning("%s: %d files are left out; their names are not UTF-8", self.path, len(found) - len(named))
-        wanted = [i for i in named if not i.base_name.startswith(".") and i.base_name.lower().endswith(suffixes)]
-        return sorted(wanted, key=lambda info: info.path)
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            paths = list(_walk(self.path.rstrip("/") or "/"))
+            readable = [path for path, reason in paths if reason is None]
+            infos = [info for info in self.filesystem.get_file_info(readable) if info.type == fs.FileType.File]
+            passed_over = [(path, reason) for path, reason in paths if reason is not None]
+        else:
+            selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+            found = [info for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+            named = [info for info in found if _has_readable_path(info)]
+            passed_over = [(self.path, NOT_UTF8)] * (len(found) - len(named))
+            reasons = [stray(info.path[len(self.path) :]) for info in named]
+            infos = [info for info, reason in zip(named, reasons, strict=True) if reason is None]
+            passed_over += [(info.path, why) for info, why in zip(named, reasons, strict=True) if why is not None]
+        if nameless := sum(reason == NOT_UTF8 for _, reason in passed_over):
+            logger.warning("%s: %d files are left out; their names are not UTF-8", self.path, nameless)
+        return Found(sorted(infos, key=lambda info: info.path), passed_over)
 
     def refresh(self) -> None:
         """Have what is listed next be as it is then: many an fsspec filesystem remembers what it listed."""
@@ -151,6 +189,63 @@ class Location:
         fs.copy_files(
             self.path, target.path, source_filesystem=self.filesystem, destination_filesystem=target.filesystem
         )
+
+
+def stray(path: str) -> str | None:
+    """Why a file is passed over by a part of its path, below the folder that was asked for; None where it is not."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    if any(part.startswith(".") for part in parts):
+        return HIDDEN
+    return OF_A_SYSTEM if any(part.lower() in SYSTEMS_OWN for part in parts) else None
+
+
+def _walk(root: str) -> Iterator[tuple[str, str | None]]:
+    """The files below a local folder, with why they are passed over. Links to folders come last, so that what is below
+    `root` by itself has that path. Raises OSError for a folder that cannot be listed, unless it is passed over."""
+    if not os.path.isdir(root):
+        return
+    read = {_identity(str(folder)) for folder in Path(root).parents}  # a link to one of them leads back
+    folders: list[tuple[str, str | None]] = [(root, None)]
+    links: list[str] = []
+    while folders or links:
+        folder, reason = folders.pop() if folders else (links.pop(0), None)
+        try:
+            identity = _identity(folder)
+            if identity in read:
+                yield _printable(folder), LEADS_BACK
+                continue
+            read.add(identity)
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except FileNotFoundError:  # gone since, or never there
+            continue
+        except PermissionError:
+            if reason is None:
+                raise
+            yield _printable(folder), reason
+            continue
+        for entry in found:
+            why = reason or stray(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, why))
+            elif why is None and entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif why is None and entry.is_symlink() and not os.path.exists(entry.path):
+                yield _printable(entry.path), LEADS_NOWHERE
+            elif why is None and _printable(entry.path) != entry.path:
+                yield _printable(entry.path), NOT_UTF8
+            else:
+                yield _printable(entry.path), why
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _printable(path: str) -> str:
+    """A local path as text that every file can hold; what is not UTF-8 in it is written as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def local(path: Path) -> Location:

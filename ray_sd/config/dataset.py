@@ -16,8 +16,9 @@ class ImageFolderSource(Schema):
     name: Literal["image_folder"] = "image_folder"
     """Kind of source."""
     path: str
-    """Local folder or URI (`s3://…`, `gs://…`, any pyarrow or fsspec filesystem). Captions come from a
-    `.txt` file beside each picture, or from `metadata.jsonl` (`file_name`, and the caption column)."""
+    """Local folder or URI (`s3://…`, `gs://…`, any pyarrow or fsspec filesystem). Captions come from a file beside each
+    picture (`.txt`, `.caption`, `.cap`, `.json`), or from `metadata.jsonl` or `metadata.csv` (`file_name`, and the
+    caption column)."""
 
 
 class VideoFolderSource(Schema):
@@ -28,7 +29,7 @@ class VideoFolderSource(Schema):
     """Kind of source."""
     path: str
     """Local folder or URI of the videos (MP4, MOV, M4V, WebM, MKV, AVI, GIF). Captions, where a method wants them, come
-    from a `.txt` file beside each, or from `metadata.jsonl`."""
+    from a file beside each, or from `metadata.jsonl` or `metadata.csv`."""
 
 
 class FrameFolderSource(Schema):
@@ -61,7 +62,7 @@ class ParquetSource(Schema):
 
 
 class WebDatasetSource(Schema):
-    """WebDataset tar shards: `key.jpg` (or `key.mp4`) with `key.txt` or `key.json` beside it."""
+    """WebDataset tar shards: `key.jpg` (or `key.mp4`) with `key.txt`, `key.caption`, `key.cap` or `key.json` beside it."""
 
     places = ("path",)
     name: Literal["webdataset"] = "webdataset"
@@ -237,8 +238,9 @@ class TagConfig(Schema):
 class CaptionConfig(Schema):
     """Where a row's caption comes from. A row without one falls back to the template; without either it is rejected."""
 
-    column: str = "caption"
-    """Column of Parquet, Hugging Face and `metadata.jsonl` rows, and key of WebDataset `.json` files."""
+    column: str | None = None
+    """Column of Parquet, Hugging Face and `metadata.jsonl` rows, and key of `.json` files; null takes the first that is
+    there of `caption`, `text`, `prompt`, `txt` and `captions`."""
     template: str | None = None
     """Caption of every row that has none, such as `a photo of a sks dog`. An empty string trains without text."""
     replace: dict[str, str] = Field(default_factory=dict)

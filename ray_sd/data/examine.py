@@ -16,7 +16,7 @@ from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
 from ray_sd.data.crops import Variant, cut, cut_mask
-from ray_sd.data.sources import UNREADABLE, SourceRow
+from ray_sd.data.sources import UNREADABLE, SourceRow, is_passed_over
 from ray_sd.data.windows import Focus
 from ray_sd.media.decode import Layers, RejectedError, check_size, decode, decode_layers
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 256
+KEYS_TOLD = 8
 
 SHAPES = pa.list_(pa.list_(pa.int32()))
 """Shapes of a record's arrays, in the order of their columns."""
@@ -35,6 +36,8 @@ PICTURE = pa.schema(
         # Of the row; null in all but the first of its records.
         ("reason", pa.string()),
         ("captions", pa.list_(pa.string())),
+        # Where the template stands in for a caption: the keys beside the row that were not read, if any.
+        ("templated", pa.string()),
         ("image", pa.string()),
         # Of one variant that is to be encoded; null where none is.
         ("key", KEY),
@@ -54,7 +57,7 @@ PICTURE = pa.schema(
 )
 """A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
 Of each row exactly one record has either `captions` or a `reason`."""
-OF_THE_ROW = ("path", "reason", "captions", "image", "shapes", "mask")
+OF_THE_ROW = ("path", "reason", "captions", "templated", "image", "shapes", "mask")
 """What a cached picture does not keep: it may belong to several rows."""
 
 
@@ -122,7 +125,7 @@ class DecodedRow(NamedTuple):
     """A row of the source, and its picture where something of it is to be encoded."""
 
     record: dict[str, Any]
-    """Of PICTURE: `id` and `path` with a `reason`, or with `captions` and `image`."""
+    """Of PICTURE: `id` and `path` with a `reason`, or with `captions`, `templated` and `image`."""
     source: SourceRow
     layers: Layers | None = None
     mask: Image.Image | None = None
@@ -143,7 +146,7 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
     try:
         if row.reason is not None:
             raise RejectedError(row.reason)
-        record = {**name, "captions": row_captions(row, config, examination.needs_captions), "image": image}
+        record = {**name, **row_captions(row, config, examination.needs_captions), "image": image}
         missing = missing_variants(image, examination.kinds, known)
         if not missing:
             # The cache may know the picture from a run that allowed more.
@@ -232,7 +235,7 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
     number = 0
     try:
         for row in read(unit):
-            number += 1
+            number += not is_passed_over(row.reason)
             yield row
     except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a library raise
         reason = f"{UNREADABLE} after {number} rows: {type(error).__name__}: {error}"
@@ -240,14 +243,18 @@ def source_rows(read: Any, unit: pa.Table) -> Iterator[SourceRow]:
             yield SourceRow(path, path, b"", [], reason)
 
 
-def row_captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> list[str]:
-    """What a row may be trained with. Raises RejectedError where it has no caption and needs one."""
-    captions = row.captions
+def row_captions(row: SourceRow, config: DatasetConfig, needs_captions: bool) -> dict[str, Any]:
+    """What a row may be trained with: `captions` and `templated` of PICTURE. Raises RejectedError where it has no caption
+    and needs one."""
+    captions, templated = row.captions, None
+    keys = ", ".join(row.unread_keys[:KEYS_TOLD])
     if not captions and config.caption.template is not None:
         captions = [config.caption.template]
+        templated = keys if needs_captions else None
     if not captions and needs_captions:
-        raise RejectedError("has no caption, and dataset.caption.template gives none")
-    return written_captions(captions, config.caption) or [""]
+        unread = f", only the keys {keys}, one of which dataset.caption.column=KEY reads;" if keys else ", and"
+        raise RejectedError(f"has no caption{unread} dataset.caption.template gives none")
+    return {"captions": written_captions(captions, config.caption) or [""], "templated": templated}
 
 
 def _contains(known: np.ndarray, key: bytes) -> bool:

@@ -26,7 +26,7 @@ from ray_sd.data.crops import Variant
 from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
 from ray_sd.data.examine import PICTURE, Examination, examine
 from ray_sd.data.reader import load_tokenizers
-from ray_sd.data.sources import Listing
+from ray_sd.data.sources import PASSED_OVER, Listing, is_passed_over
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ BYTES_UNDER_WAY = 192 << 20
 BATCHES_UNDER_WAY = 4
 """What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
-_HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions")])
+_HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions", "templated")])
 _MOTION = pa.field("motion", pa.float32())
 TEXTS_PER_BLOCK = 256
 TEXT_BYTES = 1 << 18
@@ -52,9 +52,11 @@ class ImagePass:
     """What became of the source's rows."""
 
     rows: pa.Table
-    """`id`, `image` (hash of the encoded bytes) and `captions` of rows that were not rejected, as they came."""
+    """`id`, `image` (hash of the encoded bytes), `captions` and `templated` of rows that were not rejected, as they came."""
     rejected: list[tuple[str, str]]
     """Path and reason."""
+    passed_over: list[tuple[str, str]]
+    """The same of what is no row."""
     entries: pa.Table
     """All entries of the cache folder: `key`, `bucket`, `shard`, `row`, of a subject crop what became of it, and of clips
     `motion`."""
@@ -98,9 +100,11 @@ def encode_images(
         new.append(table.filter(pc.is_valid(table["key"])).select(entries.column_names))
     fresh = pa.concat_tables(new)
     reasons = [(row["path"], row["reason"]) for row in rejected]
+    no_rows = [(path, reason.removeprefix(f"{PASSED_OVER}: ")) for path, reason in reasons if is_passed_over(reason)]
     return ImagePass(
         pa.concat_tables(heads),
-        [*listing.rejected, *reasons],
+        [*listing.rejected, *(pair for pair in reasons if not is_passed_over(pair[1]))],
+        [*listing.passed_over, *no_rows],
         pa.concat_tables([entries, fresh]),
         fresh["key"].combine_chunks(),
     )

@@ -28,7 +28,7 @@ from ray_sd.data.subjects import write_subjects
 from ray_sd.data.video.motions import write_motions
 from ray_sd.data.view import EncodeSummary, PreparedData, View
 from ray_sd.errors import DataError
-from ray_sd.files import writable_folder
+from ray_sd.files import Location, writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         still = _still(images, view.kinds, dataset.video.min_motion)
         rejected += [reason for reason, fits in zip(still, usable, strict=True) if fits and reason is not None]
         usable &= np.array([reason is None for reason in still], dtype=bool)
-    reasons = _write_rejected(view, [*images.rejected, *rejected])
+    reasons = _write_reasons(view.rejected, [*images.rejected, *rejected])
+    passed_over = _write_reasons(view.passed_over, images.passed_over)
     table = _in_order(images.rows.filter(pa.array(usable)))
     table = _by_bucket(table, view.kinds, images.entries)
     if rows.templates:
@@ -130,6 +131,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     if isinstance(dataset.crop, SubjectCrop):
         not_found, sheet = write_subjects(view.folder.location, listing, dataset, view.kinds[0], table, images.entries)
     left_out = reasons.pop(STILL, 0)
+    templated = table["templated"].drop_null()
     encoded = len(table) - int(_has_none(table, view.kinds, images.new_keys).sum())
     summary = EncodeSummary(
         rows=len(table),
@@ -148,6 +150,10 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         still_clips=(len(table) * len(view.kinds) - len(keys.values))
         // (1 + dataset.flip),  # mirrored ones are no others
         motion=motion,
+        passed_over=dict(passed_over),
+        passed_over_file=view.passed_over.path,
+        templated=len(templated),
+        unread_keys=dict(Counter(templated.filter(pc.not_equal(templated, "")).to_pylist())),
     )
     train, validation = _write_indices(view, columns, metadata, dataset.holdout)
     return PreparedData(train, validation, _fingerprint(table, view, keys), summary)
@@ -205,13 +211,12 @@ def _still(images: ImagePass, kinds: list[Variant], min_motion: float) -> list[t
     ]
 
 
-def _write_rejected(view: View, rejected: list[tuple[str, str]]) -> Counter[str]:
-    """Write `rejected.jsonl`, and return how many rows were rejected for what. rejected: paths and reasons."""
-    rejected = sorted(rejected)
-    with view.rejected.open_for_writing() as stream:
-        for path, reason in rejected:
+def _write_reasons(file: Location, reasons: list[tuple[str, str]]) -> Counter[str]:
+    """Write paths and reasons, a line each, and return how many there are of what reason."""
+    with file.open_for_writing() as stream:
+        for path, reason in sorted(reasons):
             stream.write(json.dumps({"path": path, "reason": reason}, ensure_ascii=False).encode() + b"\n")
-    return Counter(reason.partition(":")[0] for _, reason in rejected)
+    return Counter(reason.partition(":")[0] for _, reason in reasons)
 
 
 def _check_rejected(dataset: DatasetConfig, rows: int, reasons: dict[str, int], file: str) -> None:

@@ -9,6 +9,8 @@ from ray_sd.config.dataset import CaptionConfig, CenterCrop, ImageFolderSource
 from ray_sd.config.rows import PriorRows, RowSpec
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.sources.base import IMAGES
+from ray_sd.data.sources.caption_files import CAPTION_FILES
+from ray_sd.data.sources.metadata import METADATA
 from ray_sd.errors import ConfigError
 from ray_sd.files import locate, writable_folder
 
@@ -22,7 +24,7 @@ def check_class_folder(rows: RowSpec) -> None:
     if rows.prior is None or rows.prior.images.folder is None:
         return
     found = locate(rows.prior.images.folder, FOLDER).files()
-    wrong = [info.path for info in found if not info.base_name.lower().endswith((*IMAGES, ".txt", "metadata.jsonl"))]
+    wrong = [info.path for info in found if not info.base_name.lower().endswith((*IMAGES, *CAPTION_FILES, *METADATA))]
     if wrong:
         raise ConfigError(
             f"{FOLDER}: {len(wrong)} of {len(found)} files are no pictures, such as {wrong[0]}; "

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ray_sd.config import ExperimentConfig
@@ -11,7 +11,7 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
-from ray_sd.data.sources import Listing
+from ray_sd.data.sources import Listing, counted
 from ray_sd.files import Location
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,13 @@ class EncodeSummary:
     """Clips of other videos that it leaves out."""
     motion: str | None = None
     """How much clips move, in words."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """How many files, or members of tar files, are no rows and nothing of one, by why not."""
+    passed_over_file: str = ""
+    templated: int = 0
+    """Rows without a caption, which take the template."""
+    unread_keys: dict[str, int] = field(default_factory=dict)
+    """How many of them have other keys beside them, by these keys."""
 
     @property
     def reused(self) -> int:
@@ -64,6 +71,13 @@ class EncodeSummary:
             parts.append(
                 f"captions: encoded {self.texts_encoded}, reused {self.texts - self.texts_encoded} of {self.texts}"
             )
+        if self.templated:
+            keys = ""
+            if self.unread_keys:
+                names = max(self.unread_keys, key=lambda keys: self.unread_keys[keys])
+                count = sum(self.unread_keys.values())
+                keys = f" (beside {count} are keys that are not read, {names}; dataset.caption.column=KEY reads one)"
+            parts.append(f"{self.templated} have no caption and take dataset.caption.template{keys}")
         if self.cut_captions:
             parts.append(f"{self.cut_captions} captions are longer than the text encoder reads and are cut")
         if self.not_found is not None:
@@ -78,6 +92,9 @@ class EncodeSummary:
             parts.append(f"{self.still_clips} still clips of videos that move elsewhere are left out")
         if self.rejected:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
+        if self.passed_over:
+            count, reasons = sum(self.passed_over.values()), counted(self.passed_over)
+            parts.append(f"passed over {count} files ({reasons}), listed in {self.passed_over_file}")
         return "; ".join(parts)
 
     def bucket_table(self) -> str:
@@ -110,6 +127,7 @@ class View:
             "image": image,
             "text": text,
             "listing": listing.fingerprint,
+            "passed_over": listing.passed_over,
             **config.dataset.model_dump(mode="json", include={"source", "caption", "video", "max_pixels", "holdout"}),
             "templates": rows.templates,
             "placeholders": [token for token, _ in rows.placeholders],
@@ -125,6 +143,10 @@ class View:
     @property
     def rejected(self) -> Location:
         return self.folder.location / "rejected.jsonl"
+
+    @property
+    def passed_over(self) -> Location:
+        return self.folder.location / "passed_over.jsonl"
 
     def load(self) -> PreparedData | None:
         """What an earlier run made of the same listing; None if there was none, or the cache lost a part of it."""

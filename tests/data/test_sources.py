@@ -183,22 +183,24 @@ def test_captions_of_a_column_that_is_not_there_are_refused_or_told(
     import datasets
 
     if kind == "parquet":
-        for name in ("text", "subtitle"):
+        for name in ("title", "subtitle"):
             pq.write_table(pa.table({"image": [noise_png(0)], name: ["a cat"]}), tmp_path / f"{name}.parquet")
     else:
-        content = {"image": [noise_png(0)], "subtitle": ["a cat"], "text": ["a cat"]}
+        content = {"image": [noise_png(0)], "subtitle": ["a cat"], "title": ["a cat"]}
         datasets.Dataset.from_dict(content).save_to_disk(str(tmp_path))
     source = {"name": kind, "path": str(tmp_path)}
-    words = f"dataset.caption.column: no column 'caption' in {tmp_path}; its columns are: image, subtitle, text"
-    with pytest.raises(DataError, match=f"{words}; name one of them, or "):
-        prepare(configure(source), LATENTS)
+    words = f"dataset.caption.column: no column 'caption' in {tmp_path}; its columns are: image, subtitle, title"
+    known = words.replace("'caption'", "'caption' or 'text' or 'prompt' or 'txt' or 'captions'")
+    for settings, found in (({"column": "caption"}, words), ({}, known)):
+        with pytest.raises(DataError, match=f"{found}; name one of them by dataset.caption.column=NAME, or "):
+            prepare(configure(source, caption=settings), LATENTS)
 
     def stop(*_: object) -> None:
         raise InterruptedError
 
     monkeypatch.setattr("ray_sd.data.pipeline.View", stop)
     for settings, rows, told in (
-        ({"column": "text"}, LATENTS, False),
+        ({"column": "title"}, LATENTS, False),
         ({}, PIXELS, False),
         ({}, replace(LATENTS, templates=("x",)), False),
         ({"template": "a cat"}, LATENTS, True),
@@ -206,7 +208,7 @@ def test_captions_of_a_column_that_is_not_there_are_refused_or_told(
         caplog.clear()
         with pytest.raises(InterruptedError):
             prepare(configure(source, caption=settings), rows)
-        assert (words in caplog.text) == told
+        assert (known in caplog.text) == told
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.dataset import MaskFiles
-from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow
+from ray_sd.data.sources.base import PASSED_OVER, UNREADABLE, Listing, SourceRow, counted, is_passed_over
 from ray_sd.data.sources.frame_folder import list_frame_folder
 from ray_sd.data.sources.huggingface import list_huggingface
 from ray_sd.data.sources.image_folder import list_image_folder
@@ -31,4 +31,15 @@ def list_source(config: DatasetConfig) -> Listing:
     return with_masks(listing, config.mask) if isinstance(config.mask, MaskFiles) else listing
 
 
-__all__ = ["SOURCES", "UNREADABLE", "Listing", "SourceRow", "check_caption_column", "check_masks", "list_source"]
+__all__ = [
+    "PASSED_OVER",
+    "SOURCES",
+    "UNREADABLE",
+    "Listing",
+    "SourceRow",
+    "check_caption_column",
+    "check_masks",
+    "counted",
+    "is_passed_over",
+    "list_source",
+]

@@ -1,26 +1,31 @@
 """What every kind of source gives: units that a task reads, and rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from ray_sd.errors import DataError
-from ray_sd.files import Location
-from ray_sd.media.decode import RejectedError
+from ray_sd.files import Found, Location
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")
 SETTING = "dataset.source.path"
 UNREADABLE = "cannot be read"
 """Begins the reasons that may be gone at the next run, such as a storage that does not answer."""
+PASSED_OVER = "passed over"
+"""Begins the reasons of what was never meant as a row, so that it is counted apart from what is rejected."""
+TOLD = 6
+"""Reasons that a summary counts one by one."""
 
 
 class SourceRow(NamedTuple):
-    """One row as the source has it. With a `reason` it is rejected."""
+    """One row as the source has it. With a `reason` it is rejected, or no row at all."""
 
     id: str | None
     """Stable name of the row; None where only its content can name it."""
@@ -34,6 +39,8 @@ class SourceRow(NamedTuple):
     """An encoded picture, white where the row's own counts."""
     frames: Sequence[bytes] = ()
     """The encoded pictures of a video that is a folder of them."""
+    unread_keys: Sequence[str] = ()
+    """Of what describes a row without a caption: its keys, none of which `dataset.caption.column` names."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +56,18 @@ class Listing:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of what cannot be read at all."""
     columns: list[str] | None = None
-    """Of a table; None where rows are files."""
+    """Of a table, or of files of metadata where they alone could have captions and have none."""
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
+    """Path of each file that is not read, and why not, in words that a number goes before."""
 
 
-def caption_texts(value: Any) -> list[str]:
-    """The captions in a value: text, bytes, a list of either, or None; blank ones are left out. Raises RejectedError."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    texts = [_caption_text(value) for value in values if value is not None]
-    return [text for text in texts if text]
+def passed_over(path: str, reason: str) -> SourceRow:
+    """What stands among a unit's rows for a file that is none. reason: words that a number goes before."""
+    return SourceRow(path, path, b"", [], f"{PASSED_OVER}: {reason}")
 
 
-def _caption_text(value: Any) -> str:
-    try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8-sig").strip()
-        if isinstance(value, str):
-            value.encode()  # JSON can smuggle in half of a surrogate pair.
-            return value.strip()
-    except UnicodeError as error:
-        raise RejectedError("the caption is not UTF-8") from error
-    raise RejectedError(f"the caption is a {type(value).__name__}, not text")
+def is_passed_over(reason: str | None) -> bool:
+    return reason is not None and reason.startswith(PASSED_OVER)
 
 
 def too_large(size: int, limit: int) -> str:
@@ -76,17 +75,41 @@ def too_large(size: int, limit: int) -> str:
     return f"is {size / 2**20:.1f} MB large, more than dataset.video.max_megabytes={limit >> 20}; not decoded"
 
 
-def list_files(root: Location, path: str, suffixes: tuple[str, ...]) -> list[fs.FileInfo]:
-    """The file that `root` is, or the files below it. Raises DataError."""
+def list_files(root: Location, path: str, suffixes: tuple[str, ...]) -> Found:
+    """The file that `root` is, or the files below it that end in one of `suffixes`, "/" being before a name. Raises DataError."""
     try:
         info = root.info()
         if info.type == fs.FileType.NotFound:
             raise DataError(f"{SETTING}: there is no {path}")
         if info.type == fs.FileType.File:
-            return [info] if info.base_name.lower().endswith(suffixes) else []
-        return root.files(suffixes)
+            return Found([info] if _ends_in(info, suffixes) else [], [])
+        found = root.search()
     except OSError as error:
         raise DataError(f"{SETTING}: {path} cannot be listed: {error}") from error
+    others = [(info.path, _ending(info.base_name)) for info in found.files if not _ends_in(info, suffixes)]
+    return Found([info for info in found.files if _ends_in(info, suffixes)], [*found.passed_over, *others])
+
+
+def _ends_in(info: fs.FileInfo, suffixes: tuple[str, ...]) -> bool:
+    return f"/{info.base_name.lower()}".endswith(suffixes)
+
+
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower() or "without an ending"
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """How many files were passed over for what: the most frequent reasons, and the rest together."""
+    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {reason}" for reason, count in most[:TOLD]]
+    rest = sum(count for _, count in most[TOLD:])
+    return ", ".join([*parts, f"{rest} others"] if rest else parts)
+
+
+def nothing_there(what: str, found: Found) -> DataError:
+    """A folder has nothing to read. what: of which there is none, and where."""
+    reasons = counted(Counter(reason for _, reason in found.passed_over))
+    return DataError(f"{SETTING}: no {what}" + (f"; passed over: {reasons}" if reasons else ""))
 
 
 def fingerprint(files: Iterable[fs.FileInfo]) -> str:

@@ -17,7 +17,7 @@ ROWS_PER_UNIT = 256
 
 def list_huggingface(source: HuggingFaceSource, config: DatasetConfig) -> Listing:
     dataset = _load_huggingface(source)
-    wanted = Columns(source.image_column, None, config.caption.column)
+    wanted = Columns(source.image_column, None, config.caption.column).within(dataset.column_names)
     check_columns(dataset.column_names, wanted, f"{source.path} ({source.split})")
     if not len(dataset):
         raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")

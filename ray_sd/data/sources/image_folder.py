@@ -1,6 +1,5 @@
 """Folders of pictures, or of videos, with captions in files beside them."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,13 +12,14 @@ from ray_sd.data.sources.base import (
     UNREADABLE,
     Listing,
     SourceRow,
-    caption_texts,
     fingerprint,
     list_files,
-    printable,
+    nothing_there,
     relative_path,
     too_large,
 )
+from ray_sd.data.sources.caption_files import CAPTION_FILES, match_captions, read_captions
+from ray_sd.data.sources.metadata import METADATA, Entry, read_metadata
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
 from ray_sd.media.decode import RejectedError
@@ -36,19 +36,19 @@ def list_folder(
 ) -> Listing:
     """List files that end in one of `suffixes`, each a row."""
     root = locate(path, SETTING)
-    files = list_files(root, path, (*suffixes, ".txt", "metadata.jsonl"))
-    contents = [info for info in files if info.base_name.lower().endswith(suffixes)]
+    found = list_files(root, path, (*suffixes, *CAPTION_FILES, *(f"/{name}" for name in METADATA)))
+    contents = [info for info in found.files if info.base_name.lower().endswith(suffixes)]
     if not contents:
-        raise DataError(f"{SETTING}: no {noun}s in {path}; they end in {', '.join(suffixes)}")
-    texts = {_stem(info.path): info.path for info in files if info.extension.lower() == "txt"}
-    rejected: list[tuple[str, str]] = []
-    captions: dict[str, list[str] | None] = {}
-    for info in files:
-        if info.base_name == "metadata.jsonl":
-            captions |= _read_metadata(Location(root.filesystem, info.path), dataset.caption.column, rejected)
-    missing = captions.keys() - {info.path for info in contents}
-    rejected += [(printable(path), f"metadata.jsonl names this {noun}, but it is not there") for path in missing]
-    contents = [info for info in contents if captions.get(info.path, []) is not None]
+        raise nothing_there(f"{noun}s in {path}; they end in {', '.join(suffixes)}", found)
+    files = [info.path for info in found.files if info.base_name.lower() in METADATA]
+    tables = [Location(root.filesystem, file) for file in files]
+    metadata = read_metadata(tables, [info.path for info in contents], dataset.caption.column, noun)
+    stems = {info.path: (info.path.rpartition(".")[0], info.path) for info in contents}
+    beside = [info.path for info in found.files if info.base_name.lower().endswith(CAPTION_FILES)]
+    texts, unread = match_captions(stems, beside, noun)
+
+    rejected = list(metadata.rejected)
+    contents = [info for info in contents if info.path not in metadata.unusable]
     if dataset.video is not None:
         limit = dataset.video.max_bytes
         rejected += [(info.path, too_large(info.size, limit)) for info in contents if info.size > limit]
@@ -56,59 +56,57 @@ def list_folder(
     if not contents:
         raise DataError(f"{SETTING}: no {noun} in {path} can be used; {': '.join(rejected[0])}")
 
+    entries = [metadata.entries.get(info.path, Entry([])) for info in contents]
     columns = {
         "path": [info.path for info in contents],
-        "text_path": [texts.get(_stem(info.path)) for info in contents],
-        "captions": [captions.get(info.path, []) for info in contents],
+        "text_path": [texts.get(info.path) for info in contents],
+        "captions": [entry.captions for entry in entries],
+        "unread_keys": [entry.unread_keys for entry in entries],
     }
     table = pa.table(columns, schema=_FOLDER_UNIT)
     units = [table.slice(start, files_per_unit) for start in range(0, len(table), files_per_unit)]
-    return Listing(units, FolderReader(root), fingerprint(files), rejected)
+    keys = list(dict.fromkeys(key for entry in entries for key in entry.unread_keys))
+    hidden = keys and not texts and not any(entry.captions for entry in entries)
+    return Listing(
+        units,
+        FolderReader(root, dataset.caption.column),
+        fingerprint(found.files),
+        rejected,
+        columns=keys if hidden else None,
+        passed_over=[*found.passed_over, *unread],
+    )
 
 
-_FOLDER_UNIT = pa.schema([("path", pa.string()), ("text_path", pa.string()), ("captions", pa.list_(pa.string()))])
+_FOLDER_UNIT = pa.schema(
+    [
+        ("path", pa.string()),
+        ("text_path", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("unread_keys", pa.list_(pa.string())),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class FolderReader:
     root: Location
+    caption_column: str | None
 
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         for file in unit.to_pylist():
             path, name = file["path"], relative_path(file["path"], self.root)
             try:
                 image = Location(self.root.filesystem, path).read()
-                captions = file["captions"]
+                captions, keys = file["captions"], file["unread_keys"]
                 if file["text_path"] is not None:
-                    captions = caption_texts(Location(self.root.filesystem, file["text_path"]).read())
+                    beside, unread = read_captions(
+                        Location(self.root.filesystem, file["text_path"]), self.caption_column
+                    )
+                    if beside or not captions:
+                        captions, keys = beside, unread
             except RejectedError as error:
                 yield SourceRow(name, path, b"", [], str(error))
             except Exception as error:  # noqa: BLE001 - remote filesystems raise their own, and the next file may be well
                 yield SourceRow(name, path, b"", [], f"{UNREADABLE}: {error}")
             else:
-                yield SourceRow(name, path, image, captions)
-
-
-def _read_metadata(file: Location, column: str, rejected: list[tuple[str, str]]) -> dict[str, list[str] | None]:
-    """Captions by path of a `metadata.jsonl`, None where they cannot be used; what is wrong is added to `rejected`."""
-    folder = file.path.rpartition("/")[0]
-    captions: dict[str, list[str] | None] = {}
-    for number, line in enumerate(file.read().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-            path = f"{folder}/{content['file_name']}"
-        except (ValueError, TypeError, KeyError):
-            rejected.append((f"{file.path}:{number}", "is no JSON object with a file_name"))
-            continue
-        try:
-            captions[path] = caption_texts(content.get(column))
-        except RejectedError as error:
-            captions[path] = None
-            rejected.append((printable(path), str(error)))
-    return captions
-
-
-def _stem(path: str) -> str:
-    return path.rpartition(".")[0]
+                yield SourceRow(name, path, image, captions, unread_keys=keys)

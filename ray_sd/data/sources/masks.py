@@ -60,7 +60,7 @@ def check_masks(config: DatasetConfig) -> None:
         return
     source = locate(config.source.path, "dataset.source.path")
     root = locate(config.mask.path, SETTING)
-    pictures = list_files(source, config.source.path, IMAGES)
+    pictures = list_files(source, config.source.path, IMAGES).files
     found = 0
     for info in islice(pictures, CHECKED):
         name = relative_path(info.path, source)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_sd.config.dataset import DatasetConfig, ParquetSource
-from ray_sd.data.sources.base import SETTING, Listing, SourceRow, fingerprint, list_files
+from ray_sd.data.sources.base import SETTING, Listing, SourceRow, fingerprint, list_files, nothing_there
 from ray_sd.data.sources.tables import ROWS_PER_READ, Columns, check_columns, table_rows
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
@@ -20,9 +20,10 @@ def list_parquet(source: ParquetSource, dataset: DatasetConfig) -> Listing:
     content = source.video_column or source.image_column
     wanted = Columns(content, source.id_column, dataset.caption.column, max_bytes)
     root = locate(source.path, SETTING)
-    files = list_files(root, source.path, (".parquet",))
+    found = list_files(root, source.path, (".parquet",))
+    files = found.files
     if not files:
-        raise DataError(f"{SETTING}: no .parquet files in {source.path}")
+        raise nothing_there(f".parquet files in {source.path}", found)
     with ThreadPoolExecutor(16) as pool:
         groups = list(pool.map(lambda info: _row_groups(Location(root.filesystem, info.path), wanted), files))
     units = [
@@ -34,7 +35,9 @@ def list_parquet(source: ParquetSource, dataset: DatasetConfig) -> Listing:
     if not units:
         raise DataError(f"{SETTING}: the .parquet files in {source.path} hold no rows")
     columns = list(dict.fromkeys(name for names, _ in groups for name in names))
-    return Listing(units, ParquetReader(root, wanted), fingerprint(files), columns=columns)
+    return Listing(
+        units, ParquetReader(root, wanted), fingerprint(files), columns=columns, passed_over=found.passed_over
+    )
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class ParquetReader:
     def __call__(self, unit: pa.Table) -> Iterator[SourceRow]:
         (part,) = unit.to_pylist()
         path, row = part["path"], part["start"]
+        folder = Location(self.root.filesystem, path.rpartition("/")[0])
         with self.root.filesystem.open_input_file(path) as stream:
             # A buffered reader without prefetching takes a column page by page, however large the row group.
             file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-            columns = [name for name in file.schema_arrow.names if name in self.columns]
+            wanted = self.columns.within(file.schema_arrow.names)
+            columns = [name for name in file.schema_arrow.names if name in wanted]
             rows = 1 if self.columns.is_video else ROWS_PER_READ
             for batch in file.iter_batches(rows, row_groups=[part["row_group"]], columns=columns):
-                yield from table_rows(batch, f"{path}#", row, self.columns)
+                yield from table_rows(batch, f"{path}#", row, wanted, folder)
                 row += len(batch)
 
 

@@ -1,13 +1,16 @@
 """Rows of tables whose pictures, or videos, are a column."""
 
 import logging
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from ray_sd.config import DatasetConfig
-from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, caption_texts, printable, too_large
+from ray_sd.data.sources.base import UNREADABLE, Listing, SourceRow, printable, too_large
+from ray_sd.data.sources.caption_files import CAPTION_KEYS, caption_keys, caption_texts
 from ray_sd.errors import DataError
 from ray_sd.files import Location, locate
 from ray_sd.media.decode import RejectedError
@@ -23,9 +26,18 @@ class Columns(NamedTuple):
 
     content: str
     id: str | None
-    caption: str
+    caption: str | None
+    """None takes the first that `CAPTION_KEYS` knows."""
     max_bytes: int | None = None
     """Of a video, where the content is videos."""
+    others: tuple[str, ...] = ()
+    """Of a table without captions: its other columns."""
+
+    def within(self, names: Sequence[str]) -> "Columns":
+        """These in a table with columns of such names; without captions where it has none."""
+        caption = next(iter(caption_keys(names, self.caption)), None)
+        others = () if caption is not None else tuple(name for name in names if name not in (self.content, self.id))
+        return self._replace(caption=caption, others=others)
 
     @property
     def is_video(self) -> bool:
@@ -48,29 +60,36 @@ def check_columns(names: list[str], wanted: Columns, where: str) -> None:
 def check_caption_column(listing: Listing, dataset: DatasetConfig) -> None:
     """For rows that need captions. Raises DataError where the column is not there and no template stands in for it."""
     column = dataset.caption.column
-    if listing.columns is None or column in listing.columns:
+    if listing.columns is None or caption_keys(listing.columns, column):
         return
+    wanted = " or ".join(f"'{name}'" for name in (CAPTION_KEYS if column is None else (column,)))
     absent = (
-        f"dataset.caption.column: no column '{column}' in {dataset.source.path}; "
+        f"dataset.caption.column: no column {wanted} in {dataset.source.path}; "
         f"its columns are: {', '.join(listing.columns)}"
     )
     if dataset.caption.template is None:
-        raise DataError(f"{absent}; name one of them, or give all rows one caption by dataset.caption.template")
+        raise DataError(
+            f"{absent}; name one of them by dataset.caption.column=NAME, or give all rows one caption by "
+            "dataset.caption.template"
+        )
     logger.warning("%s; all rows take dataset.caption.template", absent)
 
 
-def table_rows(batch: pa.RecordBatch | pa.Table, path: str, start: int, columns: Columns) -> Iterator[SourceRow]:
-    """Rows of a table whose content is bytes or `{bytes, path}`."""
+def table_rows(
+    batch: pa.RecordBatch | pa.Table, path: str, start: int, columns: Columns, folder: Location | None = None
+) -> Iterator[SourceRow]:
+    """Rows of a table whose content is bytes or `{bytes, path}`. folder: what paths are relative to."""
     contents = batch.column(columns.content)
     # As bytes, since text that is not UTF-8 would fail the whole batch.
     ids = _as_bytes(batch.column(columns.id)) if columns.id is not None else None
-    texts = _as_bytes(batch.column(columns.caption)) if columns.caption in batch.schema.names else None
+    texts = _as_bytes(batch.column(columns.caption)) if columns.caption is not None else None
     for i in range(batch.num_rows):
         name = _name(ids[i].as_py()) if ids is not None else None
         where = f"{path}{start + i}"
         try:
             captions = caption_texts(texts[i].as_py()) if texts is not None else []
-            yield SourceRow(name, where, _content(contents[i].as_py(), columns), captions)
+            content = _content(contents[i].as_py(), columns, folder)
+            yield SourceRow(name, where, content, captions, unread_keys=columns.others)
         except RejectedError as error:
             yield SourceRow(name or where, where, b"", [], str(error))
 
@@ -91,7 +110,7 @@ def _name(value: Any) -> str | None:
     return printable(value) if isinstance(value, bytes) else str(value)
 
 
-def _content(value: Any, columns: Columns) -> bytes:
+def _content(value: Any, columns: Columns, folder: Location | None) -> bytes:
     noun = columns.noun
     if isinstance(value, dict):
         if value.get("bytes") is not None:
@@ -99,7 +118,7 @@ def _content(value: Any, columns: Columns) -> bytes:
         if not value.get("path"):
             raise RejectedError(f"has no {noun}")
         try:
-            return _outside(locate(value["path"], "its path"), columns.max_bytes)
+            return _outside(_located(value["path"], folder), columns.max_bytes)
         except RejectedError:
             raise
         except Exception as error:
@@ -109,6 +128,15 @@ def _content(value: Any, columns: Columns) -> bytes:
     if not isinstance(value, bytes):
         raise RejectedError(f"the {noun} is a {type(value).__name__}, not encoded bytes")
     return value
+
+
+def _located(path: str, folder: Location | None) -> Location:
+    """Where a table's path leads: from the table's folder, unless it is a whole one; also as other systems write it."""
+    if folder is None or "://" in path or path.startswith(("/", "~")):
+        return locate(path, "its path")
+    plain = str(PurePosixPath(path.replace("\\", "/")))
+    ways = [path, plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)]
+    return next((folder / way for way in ways if (folder / way).exists()), folder / path)
 
 
 def _outside(file: Location, max_bytes: int | None) -> bytes:

@@ -39,6 +39,7 @@ CLIP = pa.schema(
         # Of the row; null in all but the last of its records.
         ("reason", pa.string()),
         ("captions", pa.list_(pa.string())),
+        ("templated", pa.string()),
         ("image", pa.string()),
         # Of one clip that is to be encoded; null where none is.
         ("key", KEY),
@@ -79,7 +80,7 @@ def _examined(unit: pa.Table, examination: Examination) -> Iterator[dict[str, An
             if missing:
                 yield from (name | record for record in cut_clips(footage, image, missing, config))
             # Last, since a video may turn out to be broken after its first clip.
-            yield {**name, "captions": captions, "image": image}
+            yield {**name, **captions, "image": image}
         except RejectedError as error:
             yield {**name, "reason": str(error)}
 
