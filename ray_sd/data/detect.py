@@ -97,7 +97,9 @@ def _cut(table: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
     config = examination.config
     known = ray.get(examination.known_keys)
     for row in table.to_pylist():
-        record = {name: row[name] for name in ("id", "path", "reason", "captions", "templated", "image")}
+        record = {
+            name: row[name] for name in ("id", "path", "reason", "captions", "templated", "profile_error", "image")
+        }
         if row["data"] is None:
             yield record
             continue

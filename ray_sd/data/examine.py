@@ -38,6 +38,8 @@ PICTURE = pa.schema(
         ("captions", pa.list_(pa.string())),
         # Where the template stands in for a caption: the keys beside the row that were not read, if any.
         ("templated", pa.string()),
+        # Why its colour profile did not count; null where it did, there is none, or the cache had the picture.
+        ("profile_error", pa.string()),
         ("image", pa.string()),
         # Of one variant that is to be encoded; null where none is.
         ("key", KEY),
@@ -57,7 +59,7 @@ PICTURE = pa.schema(
 )
 """A record of the pipeline: a variant that is to be encoded, a row that needs no encoding, or a rejected row.
 Of each row exactly one record has either `captions` or a `reason`."""
-OF_THE_ROW = ("path", "reason", "captions", "templated", "image", "shapes", "mask")
+OF_THE_ROW = ("path", "reason", "captions", "templated", "profile_error", "image", "shapes", "mask")
 """What a cached picture does not keep: it may belong to several rows."""
 
 
@@ -153,6 +155,7 @@ def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> Dec
             check_size(row.image, max_pixels=config.max_pixels)
             return DecodedRow(record, row)
         layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
+        record["profile_error"] = layers.profile_error
         return DecodedRow(record, row, layers, mask_of(row.mask, layers, config), missing)
     except RejectedError as error:
         return DecodedRow({**name, "reason": str(error)}, row)

@@ -35,7 +35,7 @@ BYTES_UNDER_WAY = 192 << 20
 BATCHES_UNDER_WAY = 4
 """What may wait for an encoder: so many bytes, or so many of its batches where those are more."""
 LOG_SECONDS = 10
-_HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions", "templated")])
+_HEADS = pa.schema([PICTURE.field(name) for name in ("id", "image", "captions", "templated", "profile_error")])
 _MOTION = pa.field("motion", pa.float32())
 TEXTS_PER_BLOCK = 256
 TEXT_BYTES = 1 << 18
@@ -52,7 +52,8 @@ class ImagePass:
     """What became of the source's rows."""
 
     rows: pa.Table
-    """`id`, `image` (hash of the encoded bytes), `captions` and `templated` of rows that were not rejected, as they came."""
+    """`id`, `image` (hash of the encoded bytes), `captions`, `templated` and `profile_error` of rows that were not rejected,
+    as they came."""
     rejected: list[tuple[str, str]]
     """Path and reason."""
     passed_over: list[tuple[str, str]]

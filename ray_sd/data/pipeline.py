@@ -152,6 +152,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         motion=motion,
         passed_over=dict(passed_over),
         passed_over_file=view.passed_over.path,
+        profile_errors=len(table["profile_error"].drop_null()),
         templated=len(templated),
         unread_keys=dict(Counter(templated.filter(pc.not_equal(templated, "")).to_pylist())),
     )

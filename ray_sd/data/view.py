@@ -55,6 +55,8 @@ class EncodeSummary:
     passed_over: dict[str, int] = field(default_factory=dict)
     """How many files, or members of tar files, are no rows and nothing of one, by why not."""
     passed_over_file: str = ""
+    profile_errors: int = 0
+    """Of the pictures that were read now, those whose colour profile cannot be used, so that their numbers count as they are."""
     templated: int = 0
     """Rows without a caption, which take the template."""
     unread_keys: dict[str, int] = field(default_factory=dict)
@@ -78,6 +80,8 @@ class EncodeSummary:
                 count = sum(self.unread_keys.values())
                 keys = f" (beside {count} are keys that are not read, {names}; dataset.caption.column=KEY reads one)"
             parts.append(f"{self.templated} have no caption and take dataset.caption.template{keys}")
+        if self.profile_errors:
+            parts.append(f"{self.profile_errors} have a colour profile that cannot be used, and count as they are")
         if self.cut_captions:
             parts.append(f"{self.cut_captions} captions are longer than the text encoder reads and are cut")
         if self.not_found is not None:

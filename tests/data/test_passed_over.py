@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from in_process import prepare
+from PIL import Image
 from pyarrow import fs
-from sample_pictures import PIXELS, noise_png
+from sample_pictures import PIXELS, encoded, noise_png, wide_gamut
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.metrics import SubjectSimilarity
@@ -103,15 +104,15 @@ def test_links_that_lead_back_are_followed_once(tmp_path: Path):
 
 
 def test_endings_that_are_not_read_are_counted_by_name(tmp_path: Path):
-    write(tmp_path, "a.png", "b.jfif", "c.JPE", "d.heic", "e.HEIC", "f.jxl", "g.tga", "README", "notes.md")
+    write(tmp_path, "a.png", "b.jfif", "c.JPE", "d.svg", "e.SVG", "f.psd", "g.tga", "README", "notes.md")
     names, reasons = listed(tmp_path)
     assert names == ["a.png", "b.jfif", "c.JPE"]
-    assert reasons == Counter({".heic": 2, ".jxl": 1, ".tga": 1, "without an ending": 1, ".md": 1})
+    assert reasons == Counter({".svg": 2, ".psd": 1, ".tga": 1, "without an ending": 1, ".md": 1})
 
 
 def test_a_folder_of_other_kinds_alone_says_which(tmp_path: Path):
-    write(tmp_path, "a.heic", "b.heic", "c.jxl", ".hidden/d.png")
-    with pytest.raises(DataError, match=r"no pictures in .*; passed over: 2 \.heic, 1 \.jxl, 1 hidden"):
+    write(tmp_path, "a.svg", "b.svg", "c.psd", ".hidden/d.png")
+    with pytest.raises(DataError, match=r"no pictures in .*; passed over: 2 \.svg, 1 \.psd, 1 hidden"):
         listed(tmp_path)
 
 
@@ -123,13 +124,13 @@ def test_videos_of_other_kinds_are_counted_too(tmp_path: Path):
 
 
 def test_frame_folders_leave_out_the_same(tmp_path: Path):
-    write(tmp_path, "cat/1.png", "cat/2.png", "cat/.thumbs/1.png", "@eaDir/1.png", "cat/3.heic")
+    write(tmp_path, "cat/1.png", "cat/2.png", "cat/.thumbs/1.png", "@eaDir/1.png", "cat/3.svg")
     write(tmp_path, "dog.txt", "cat/1.txt", content=b"a dog")
     config = {"source": {"name": "frame_folder", "path": str(tmp_path), "fps": 8}, "video": {}}
     listing = list_source(DatasetConfig.model_validate(config))
     assert [(row.id, len(row.frames)) for row in rows(listing)] == [("cat", 2)]
     assert Counter(reason for _, reason in listing.passed_over) == Counter(
-        {HIDDEN: 1, OF_A_SYSTEM: 1, ".heic": 1, "captions of no video": 2}
+        {HIDDEN: 1, OF_A_SYSTEM: 1, ".svg": 1, "captions of no video": 2}
     )
 
 
@@ -261,20 +262,31 @@ def test_a_shard_of_one_key_is_not_held_at_once(limit: str, tmp_path: Path, monk
 
 def test_the_summary_counts_what_is_passed_over_and_says_where_the_list_is(tmp_path: Path, configure: Callable):
     root = tmp_path / "photos"
-    write(root, "1.png", "2.png", ".ipynb_checkpoints/1-checkpoint.png", "a.heic", "b.heic", "Thumbs.db")
+    write(root, "1.png", "2.png", ".ipynb_checkpoints/1-checkpoint.png", "a.svg", "b.svg", "Thumbs.db")
     summary = prepare(configure(root), PIXELS).summary
     assert summary.rows == 2
-    assert summary.passed_over == {".heic": 2, HIDDEN: 1, OF_A_SYSTEM: 1}
+    assert summary.passed_over == {".svg": 2, HIDDEN: 1, OF_A_SYSTEM: 1}
     assert str(summary).endswith(
-        f"passed over 4 files (2 .heic, 1 hidden, 1 {OF_A_SYSTEM}), listed in {summary.passed_over_file}"
+        f"passed over 4 files (2 .svg, 1 hidden, 1 {OF_A_SYSTEM}), listed in {summary.passed_over_file}"
     )
     lines = [json.loads(line) for line in Path(summary.passed_over_file).read_text().splitlines()]
-    assert {"path": str(root / "a.heic"), "reason": ".heic"} in lines
+    assert {"path": str(root / "a.svg"), "reason": ".svg"} in lines
     assert len(lines) == 4
     assert prepare(configure(root), PIXELS).summary.passed_over == summary.passed_over
     write(root, ".new/1.png")
     again = prepare(configure(root), PIXELS).summary
     assert (again.encoded, again.passed_over[HIDDEN]) == (0, 2)
+
+
+def test_colour_profiles_that_cannot_be_used_are_counted(tmp_path: Path, configure: Callable):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number, profile in enumerate((b"no profile", wide_gamut(), None)):
+        picture = Image.new("RGB", (24, 24), (219, 0, number))
+        (root / f"{number}.png").write_bytes(encoded(picture, **({} if profile is None else {"icc_profile": profile})))
+    summary = prepare(configure(root), PIXELS).summary
+    assert (summary.rows, summary.profile_errors) == (3, 1)
+    assert "1 have a colour profile that cannot be used, and count as they are" in str(summary)
 
 
 def test_members_of_tars_are_counted_without_being_rejected(tmp_path: Path, configure: Callable):

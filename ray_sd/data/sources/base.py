@@ -13,7 +13,10 @@ from pyarrow import fs
 from ray_sd.errors import DataError
 from ray_sd.files import Found, Location
 
-IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jxl"),
+)
 VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif")
 SETTING = "dataset.source.path"
 UNREADABLE = "cannot be read"

@@ -40,6 +40,7 @@ CLIP = pa.schema(
         ("reason", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("templated", pa.string()),
+        ("profile_error", pa.string()),
         ("image", pa.string()),
         # Of one clip that is to be encoded; null where none is.
         ("key", KEY),
