@@ -140,6 +140,12 @@ def test_a_folder_of_something_else_is_refused(dreambooth: Callable, tmp_path: P
         check_class_folder(build_method(config.method).rows())
     config = dreambooth(folder=str(tmp_path / "absent"))
     check_class_folder(build_method(config.method).rows())
+    # What editors and systems leave there is no letter.
+    for name in (".ipynb_checkpoints/notes.ipynb", "@eaDir/SYNO.dat", "cat.png", "cat.caption", "metadata.csv"):
+        (tmp_path / "strays" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "strays" / name).touch()
+    config = dreambooth(folder=str(tmp_path / "strays"))
+    check_class_folder(build_method(config.method).rows())
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,10 @@ def list_frame_folder(source: FrameFolderSource, dataset: DatasetConfig) -> List
         raise DataError(f"{SETTING}: no folder in {source.path} can be used; {': '.join(rejected[0])}")
     table = pa.Table.from_pylist(rows, _UNIT)
     units = [table.slice(start, FOLDERS_PER_UNIT) for start in range(0, len(table), FOLDERS_PER_UNIT)]
+    passed_over = dict(unread)
+    used = [info for info in found.files if info.path not in passed_over]
     reader = FrameFolderReader(root, dataset.caption.column)
-    return Listing(units, reader, fingerprint(found.files), rejected, passed_over=[*found.passed_over, *unread])
+    return Listing(units, reader, fingerprint(used), rejected, passed_over=[*found.passed_over, *unread])
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,12 @@ def list_folder(
     units = [table.slice(start, files_per_unit) for start in range(0, len(table), files_per_unit)]
     keys = list(dict.fromkeys(key for entry in entries for key in entry.unread_keys))
     hidden = keys and not texts and not any(entry.captions for entry in entries)
+    passed_over = dict(unread)
+    used = [info for info in found.files if info.path not in passed_over]
     return Listing(
         units,
         FolderReader(root, dataset.caption.column),
-        fingerprint(found.files),
+        fingerprint(used),
         rejected,
         columns=keys if hidden else None,
         passed_over=[*found.passed_over, *unread],
