@@ -15,6 +15,7 @@ LAYERS = [
     "requests",
     "headers",
     "adapter",
+    "finite",
     "models",
     "methods",
     "generate",

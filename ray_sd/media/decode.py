@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ray_sd.errors import first_line
 from ray_sd.media.png import without_texts
@@ -118,7 +118,7 @@ def orientation(picture: Image.Image) -> int:
 def _opened(data: bytes, max_pixels: int, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
     """A picture of at most `max_pixels`, not yet decoded. Raises RejectedError for whatever goes wrong with it."""
     if not data:
-        raise RejectedError("the file is empty")
+        raise RejectedError("is empty")
     try:
         with open_picture(io.BytesIO(data), _readers(data, formats)) as picture:
             width, height = picture.size
@@ -129,6 +129,8 @@ def _opened(data: bytes, max_pixels: int, formats: Sequence[str] = FORMATS) -> I
         raise
     except Image.DecompressionBombError as error:
         raise TooLargeError(_size_of_bomb(data), max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise RejectedError("cannot be decoded: it is no picture of a format that is read") from error
     except Exception as error:  # Decoders raise anything on damaged files, and one file must not stop a run.
         raise RejectedError(f"cannot be decoded: {first_line(error)}") from error
 

@@ -18,7 +18,7 @@ def read_picture(content: bytes, limits: RequestLimits, param: str) -> Image.Ima
             f"the picture has {error.size} pixels; at most {limits.max_upload_pixels} are read", param
         ) from None
     except RejectedError as error:
-        raise BadRequestError(f"the picture {error}; {', '.join(FORMATS)} are read", param) from None
+        raise BadRequestError(f"the picture {error}; {', '.join(FORMATS)} are", param) from None
     return image.convert("RGBA" if is_transparent(image) else "RGB")
 
 

@@ -124,8 +124,8 @@ def trained(tiny: Path) -> DiffusionModel:
 def test_a_checkpoint_is_refused(trained: DiffusionModel, tmp_path: Path):
     parameters = checkpoint.trained_parameters(trained)
     save_file({name: parameter.detach().clone() for name, parameter in parameters.items()}, tmp_path / "s.safetensors")
-    index = {"format": checkpoint.FORMAT, "step": 3, "keys": [checkpoint.PARAMETER]}
-    index["files"] = dict.fromkeys(parameters, "s.safetensors")
+    index = {"format": checkpoint.FORMAT, "step": 3, "keys": [checkpoint.PARAMETER], "config": {}}
+    index |= {"files": dict.fromkeys(parameters, "s.safetensors"), "optimizer": {"kind": {}, "scalars": {}}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     assert checkpoint.load_weights(trained, tmp_path) == 3
     with pytest.raises(ArtifactError, match=f"checkpoint .*{spoil(tmp_path / 's.safetensors')}"):

@@ -264,7 +264,7 @@ def test_what_is_no_json_no_route_and_no_picture_is_told(server: str, client: op
     response = httpx.get(f"{server}/v1/nothing")
     assert (response.status_code, response.json()["error"]["type"]) == (404, "invalid_request_error")
     assert response.json()["error"]["message"] == "there is nothing at this path; /docs lists all that there are"
-    with pytest.raises(openai.BadRequestError, match="this is no picture that is read"):
+    with pytest.raises(openai.BadRequestError, match="it is no picture of a format that is read; PNG, JPEG, WEBP are"):
         client.images.edit(image=b"GIF89a", prompt="a cat")
     with pytest.raises(openai.APIStatusError, match="a request has at most 100000 bytes") as caught:
         client.images.edit(image=b"0" * 100_001, prompt="a cat")

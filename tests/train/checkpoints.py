@@ -1,13 +1,15 @@
 """Checkpoints of one tensor each, and the ways in which files are damaged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ray_sd.train.checkpoint import FORMAT, INDEX
+from ray_sd.train.optimizers import PARAMETER
 from ray_sd.train.recovery import SNAPSHOT, _list_of
 
 STATE = "state-00000-of-00001.safetensors"
@@ -17,17 +19,22 @@ def write_checkpoint(run: Path, *, step: int, config: dict | None = None) -> Pat
     """A whole one in a run's folder; returns its own."""
     folder = run / f"checkpoint-{step:08d}"
     folder.mkdir(parents=True)
-    save_file({"weight": torch.full((2, 3), float(step))}, folder / STATE)
+    write_state(folder, {"weight": torch.full((2, 3), float(step))}, step=step, config=config)
+    return folder
+
+
+def write_state(folder: Path, parameters: Mapping[str, Tensor], *, step: int, config: dict | None = None) -> None:
+    """A checkpoint's files, of an optimizer that remembers nothing."""
+    save_file({name: value.detach().contiguous() for name, value in parameters.items()}, folder / STATE)
     index = {
         "format": FORMAT,
         "step": step,
-        "keys": [""],
+        "keys": [PARAMETER],
         "optimizer": {"kind": {"name": "adamw"}, "scalars": {}},
-        "files": {"weight": STATE},
+        "files": dict.fromkeys(parameters, STATE),
         "config": config or {},
     }
     (folder / INDEX).write_text(json.dumps(index))
-    return folder
 
 
 def write_list(run: Path) -> None:

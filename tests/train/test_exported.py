@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from checkpoints import write_state
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import SCHEDULER_UPSCALE, UNET
 from traces import assert_same_bits
 
@@ -18,9 +19,8 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.config.load import load_config
 from ray_sd.methods import build_method
 from ray_sd.models import load_model
-from ray_sd.train.checkpoint import FORMAT, INDEX, trained_parameters
+from ray_sd.train.checkpoint import trained_parameters
 from ray_sd.train.job import TrainingJob
-from ray_sd.train.optimizers import PARAMETER
 from ray_sd.train.run import _export
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import load_trained
@@ -82,9 +82,7 @@ def save_checkpoint(config: ExperimentConfig, folder: Path) -> None:
     method.prepare(model, config.trainer)
     state = {name: value + 0.1 * torch.randn_like(value) for name, value in trained_parameters(model).items()}
     folder.mkdir()
-    save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / "state.safetensors")
-    index = {"format": FORMAT, "step": 3, "keys": [PARAMETER], "files": dict.fromkeys(state, "state.safetensors")}
-    (folder / INDEX).write_text(json.dumps(index))
+    write_state(folder, state, step=3)
 
 
 @pytest.mark.parametrize("kind", EXPORTED)

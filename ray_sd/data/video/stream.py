@@ -30,7 +30,7 @@ class EncodedVideo:
 
     def __init__(self, data: bytes, config: DatasetConfig) -> None:
         if not data:
-            raise RejectedError("the file is empty")
+            raise RejectedError("is empty")
         self._data = data
         self._background = config.background
         self._origin: int | None = None
