@@ -226,7 +226,10 @@ BROKEN = {
     "frameless.mp4": (without_frames(counted(9)), "has no frames"),
     "frameless.avi": (without_frames(counted(9, kind="avi", codec="mpeg4")), "has no frames"),
     "single.gif": (gif([numbered(0)]), "has a single frame, so nothing moves in it"),
-    "short.mp4": (counted(5), "is too short: 0.50 s; 4 frames at 5 a second take 0.60 s; set dataset.video.short to"),
+    "short.mp4": (
+        counted(5),
+        "is too short: 0.50 s give 3 frames at 5 a second, and 4 are wanted; set dataset.video.short to",
+    ),
     "large.mp4": (counted(9, (1280, 800)), "1280x800 pixels a frame are more than dataset.max_pixels=1000000"),
     "wide.mp4": (
         stretched(counted(9, sample_aspect_ratio=2), 1000),

@@ -138,7 +138,7 @@ def test_a_clip_may_begin_in_the_midst_of_a_frame_that_is_long_shown():
 def test_short_videos_are_rejected_repeated_or_held():
     data = counted(5, fps=5)
     with pytest.raises(
-        RejectedError, match="is too short: 1.00 s; 8 frames at 5 a second take 1.40 s; set dataset.vid"
+        RejectedError, match="is too short: 1.00 s give 5 frames at 5 a second, and 8 are wanted; set dataset.vid"
     ):
         clips(data, num_frames=8)
     assert clips(data, num_frames=8, short="loop") == [[0, 1, 2, 3, 4, 0, 1, 2]]

@@ -1,6 +1,7 @@
 """Which frames make a clip: a first look at the whole video, then the times at which its frames are taken."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -128,8 +129,8 @@ def _short_window(video: Survey, config: VideoConfig, scenes: list[Scene]) -> Wi
         length = max(scene.end - scene.start for scene in scenes)
         part = "" if len(scenes) == 1 else " between cuts"
         raise RejectedError(
-            f"is too short: {length:.2f} s{part}; {config.num_frames} frames at {config.fps:g} a second take "
-            f"{config.seconds:.2f} s; set dataset.video.short to loop or pad, or ask for less"
+            f"is too short: {length:.2f} s{part} give {_frames_in(length, config)} frames at {config.fps:g} a second, and "
+            f"{config.num_frames} are wanted; set dataset.video.short to loop or pad, or ask for less"
         )
     # In a single frame nothing moves, however long it is shown.
     moving = [scene for scene in scenes if scene.stop - scene.first > 1]
@@ -138,9 +139,14 @@ def _short_window(video: Survey, config: VideoConfig, scenes: list[Scene]) -> Wi
     scene = max(moving, key=lambda scene: scene.end - scene.start)
     length = scene.end - scene.start
     times = np.arange(config.num_frames) / config.fps
-    fresh = int((times < length - ROUNDING).sum())
+    fresh = min(_frames_in(length, config), config.num_frames)
     times = times % length if config.short == "loop" else times
     return Window(tuple(_shown(video, scene, scene.start + time) for time in times), fresh)
+
+
+def _frames_in(length: float, config: VideoConfig) -> int:
+    """How many frames a scene of so many seconds gives at the rate of clips."""
+    return math.ceil((length - ROUNDING) * config.fps)
 
 
 def _shown(video: Survey, scene: Scene, time: float) -> int:
