@@ -33,7 +33,8 @@ def main() -> None:
     photograph(browser, (folder / "report.html").as_uri(), REPORT_SIZE, IMAGES / "sweep_report.png")
     port = free_port()
     study = f"sqlite:///{folder / 'optuna.db'}"
-    dashboard = subprocess.Popen([Path(sys.executable).with_name("optuna-dashboard"), study, "--port", str(port)])
+    command = [Path(sys.executable).with_name("optuna-dashboard"), study, "--artifact-dir", folder / "artifacts"]
+    dashboard = subprocess.Popen([*command, "--port", str(port)])
     try:
         address = f"http://127.0.0.1:{port}/dashboard/studies/1"
         wait_for(address)
