@@ -159,7 +159,7 @@ class Front:
             adapters=tuple((one.name, one.weight) for one in body.adapters),
         )
         content = base64.b64encode(await self._model.draw.remote(request)).decode()
-        data = [ImageData(b64_json=content, seed=request.seed)]
+        data = [ImageData(b64_json=content, seed=request.seed, alone=False)]
         return ImagesResponse(created=int(time.time()), data=data, output_format="png", size="64x64", usage=usage(1))
 
 
