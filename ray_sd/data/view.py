@@ -98,7 +98,9 @@ class EncodeSummary:
             parts.append(f"rejected {self.rejected}, listed in {self.rejected_file}")
         if self.passed_over:
             count, reasons = sum(self.passed_over.values()), counted(self.passed_over)
-            parts.append(f"passed over {count} files ({reasons}), listed in {self.passed_over_file}")
+            parts.append(
+                f"passed over {count} file{'s' if count > 1 else ''} ({reasons}), listed in {self.passed_over_file}"
+            )
         return "; ".join(parts)
 
     def bucket_table(self) -> str:
