@@ -50,6 +50,7 @@ from ray_sd.cluster import (
     PRINT_PATCH,
     SERVE_LOGGER,
     SERVE_SAYS,
+    SNAPSHOT,
     STARTS_SLOWLY,
     TOKEN_LOGGER,
     TUNE_WRITES,
@@ -72,7 +73,6 @@ from ray_sd.cluster import (
 )
 from ray_sd.errors import RaySdError
 from ray_sd.serve.gate import HAPROXY
-from ray_sd.train.recovery import SNAPSHOT
 
 SECONDS = 60
 """After which a test fails that waits for another thread."""

@@ -31,6 +31,7 @@ GROUND = ["files", "media"]  # what anyone else may import
 SERVE_MAY_IMPORT = {"generate", "methods", "models", "adapter", "headers", "requests", "serve"}
 RAY_IN = {"cluster", "draw", "data", "train", "tune", "serve", "jobs"}
 """And only these may import `cluster`."""
+RAY_INTERNALS_IN = "ray_sd/cluster.py"
 DEEPSPEED_IN = "ray_sd/train/engine.py"
 WITHOUT_MODELS = ["config", *GROUND]
 MODEL_PACKAGES = {"torch", "ray", "diffusers", "transformers", "deepspeed", "peft"}
@@ -66,6 +67,12 @@ def test_imports_obey_the_layers(path: str):
         ("ray_sd/media/videos.py", "from ray_sd.generate import generate", "media may not import generate"),
         ("ray_sd/config/paths.py", "from ray_sd.files import locate", "config may not import files"),
         ("ray_sd/train/loop.py", "from deepspeed import zero", "only ray_sd/train/engine.py may import deepspeed"),
+        ("ray_sd/train/run.py", "import ray._private.state", "only ray_sd/cluster.py may use Ray's internals"),
+        (
+            "ray_sd/train/run.py",
+            "def f():\n    from ray.train.v2.api import exceptions",
+            "only ray_sd/cluster.py may use Ray's internals",
+        ),
         ("ray_sd/train/run.py", "import jobs.train", "train may not import jobs"),
     ],
 )
@@ -173,10 +180,17 @@ def violations(path: str, program: str) -> Iterator[str]:
             yield f"only {DEEPSPEED_IN} may import deepspeed"
         elif package == "ray" and part not in RAY_IN:
             yield f"{part} may not import ray"
+        elif package == "ray" and path != RAY_INTERNALS_IN and _is_internal(module):
+            yield f"only {RAY_INTERNALS_IN} may use Ray's internals"
         elif part in WITHOUT_MODELS and package in MODEL_PACKAGES:
             yield f"{part} may not import {package}"
         elif package in ("ray_sd", "jobs") and own != part and not _allowed(part, own):
             yield f"{part} may not import {own}"
+
+
+def _is_internal(module: tuple[str, ...]) -> bool:
+    """Whether a module of Ray is none of those whose names its documentation gives."""
+    return any(name.startswith("_") or name in {"v2", "generated"} for name in module)
 
 
 def _allowed(part: str, imported: str) -> bool:

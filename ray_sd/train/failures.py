@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import TrainingFailedError
 
 from ray_sd.errors import ArtifactError, RaySdError, first_line
 from ray_sd.train.checkpoint import storage_reason

@@ -1,18 +1,13 @@
 """Recovery: the checkpoint from which a run goes on, whatever has happened to its folder, and what is mended for that."""
 
-import json
 import logging
 
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
-
+from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import OtherFormatError, check_whole, storage_reason
 from ray_sd.train.storage import RunFolder
 
 logger = logging.getLogger(__name__)
-
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of checkpoints, which it writes in place, so that a full disk takes it."""
 
 
 def recover(run: RunFolder, origin: str | None) -> str | None:
@@ -59,69 +54,16 @@ def _mend_list(run: RunFolder, newest: str | None, broken: dict[str, ArtifactErr
         listed, wrong = None, [] if newest is None else [f"{SNAPSHOT} is gone"]
     else:
         try:
-            listed = _read_list(content)
-            gone = [result.checkpoint_dir_name for result in listed.checkpoint_results]
-            wrong = [f"{run.path}/{name} is gone" for name in gone if name not in names and name not in broken]
+            listed = CheckpointList.parse(content)
+            gone = [name for name in listed.names() if name not in names and name not in broken]
+            wrong = [f"{run.path}/{name} is gone" for name in gone]
         except ValueError as error:
             listed, wrong = None, [f"{SNAPSHOT} {error}"]
     if newest is None:
         if content is not None:
             run.delete(SNAPSHOT)
-    elif listed is None or wrong or broken or _last(listed) != newest:
+    elif listed is None or wrong or broken or listed.last() != newest:
         if not wrong and not broken:
             wrong = [f"{SNAPSHOT} does not end with {newest}"]
-        run.write(SNAPSHOT, _list_of(names, listed).model_dump_json().encode())
+        run.write(SNAPSHOT, CheckpointList.of(names, listed).to_json())
     return wrong
-
-
-def _read_list(content: bytes) -> _CheckpointManagerState:
-    """Raises ValueError, in words, for what Ray Train would stumble on."""
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise ValueError("is cut off or no JSON" if content else "is empty") from error
-    try:
-        listed = _CheckpointManagerState.model_validate(found)
-    except ValueError as error:
-        version = found.get("ray_version") if isinstance(found, dict) else None
-        raise ValueError(f"is not as this version of Ray has it (it says {version})") from error
-    names = {result.checkpoint_dir_name for result in listed.checkpoint_results}
-    pending = {result.checkpoint_dir_name for result in listed.pending_training_results}
-    counts = len(listed.checkpoint_results), len(listed.pending_training_results)
-    is_whole = counts == (len(listed.checkpoint_report_indices), len(listed.pending_validation_specs))
-    if not is_whole or not pending <= names or _last(listed) not in {None, *names}:
-        raise ValueError("contradicts itself")
-    return listed
-
-
-def _last(listed: _CheckpointManagerState) -> str | None:
-    latest = listed.latest_checkpoint_result
-    return None if latest is None else latest.checkpoint_dir_name
-
-
-def _list_of(names: list[str], listed: _CheckpointManagerState | None) -> _CheckpointManagerState:
-    """Ray Train's list of these checkpoints, the oldest first, with what was listed of them."""
-    before = {} if listed is None else {one.checkpoint_dir_name: one for one in listed.checkpoint_results}
-    results = [
-        before.get(name)
-        or _TrainingResultState(checkpoint_dir_name=name, metrics={"step": int(name.partition("-")[2])})
-        for name in names
-    ]
-    # Pictures of a checkpoint that were not drawn yet.
-    pending = (
-        []
-        if listed is None
-        else list(zip(listed.pending_training_results, listed.pending_validation_specs, strict=True))
-    )
-    pending = [(result, spec) for result, spec in pending if result.checkpoint_dir_name in names]
-    return _CheckpointManagerState(
-        checkpoint_results=results,
-        checkpoint_report_indices=list(range(len(results))),
-        latest_checkpoint_result=results[-1],
-        pending_training_results=[result for result, _ in pending],
-        pending_validation_specs=[spec for _, spec in pending],
-        current_report_index=len(results),
-        validated_checkpoint_dir_names=[] if listed is None else listed.validated_checkpoint_dir_names,
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
-    )

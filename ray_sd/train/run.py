@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest

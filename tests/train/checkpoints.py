@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.train.checkpoint import FORMAT, INDEX
 from ray_sd.train.optimizers import PARAMETER
-from ray_sd.train.recovery import SNAPSHOT, _list_of
 
 STATE = "state-00000-of-00001.safetensors"
 
@@ -40,7 +40,7 @@ def write_state(folder: Path, parameters: Mapping[str, Tensor], *, step: int, co
 def write_list(run: Path) -> None:
     """Ray Train's list of the checkpoints that are there."""
     names = sorted(path.name for path in run.glob("checkpoint-*"))
-    (run / SNAPSHOT).write_text(_list_of(names, None).model_dump_json())
+    (run / SNAPSHOT).write_bytes(CheckpointList.of(names, None).to_json())
 
 
 def cut_off(file: Path) -> None:

@@ -12,11 +12,11 @@ from traces import assert_same_bits, lines_of, state_of
 from without_ray import fit_without_ray
 
 from ray_sd.adapter import read_manifest
+from ray_sd.cluster import SNAPSHOT
 from ray_sd.config.load import load_config
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.media.pictures import read_parameters
 from ray_sd.methods import build_method
-from ray_sd.train.recovery import SNAPSHOT
 from ray_sd.train.run import TrainingResult, fit
 
 WHOLE = (

@@ -15,12 +15,12 @@ from traces import assert_same_bits, lines_of
 from without_ray import fit_without_ray
 
 from ray_sd.adapter import read_manifest
+from ray_sd.cluster import SNAPSHOT
 from ray_sd.errors import ArtifactError, ConfigError, RaySdError
 from ray_sd.generate import ImageRequest, generate
 from ray_sd.methods import load_adapter
 from ray_sd.models import load_model
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.recovery import SNAPSHOT
 from ray_sd.train.resume import Beginning
 
 REPOSITORY = Path(__file__).parents[2]

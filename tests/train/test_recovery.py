@@ -12,10 +12,10 @@ from checkpoints import DAMAGES, STATE, cut_off, write_checkpoint, write_list
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
+from ray_sd.cluster import SNAPSHOT
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.checkpoint import INDEX
-from ray_sd.train.recovery import SNAPSHOT
 from ray_sd.train.resume import CONFIG, DATA, Beginning, find_beginning, note_data, stored_config
 from ray_sd.train.storage import RunFolder
 

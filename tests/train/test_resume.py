@@ -11,9 +11,9 @@ import pytest
 from checkpoints import cut_off
 from long_run import EVERY_STEPS, LONG, STEPS, TWO_WORKERS, assert_same_adapter
 
+from ray_sd.cluster import SNAPSHOT
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import read_index
-from ray_sd.train.recovery import SNAPSHOT
 from ray_sd.train.resume import CONFIG
 from ray_sd.train.run import fit
 
