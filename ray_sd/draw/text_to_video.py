@@ -16,15 +16,13 @@ from ray_sd.config.text_to_video import METHODS_OF, StageModel
 from ray_sd.draw.generation import check_adapter, next_number, read_prompts
 from ray_sd.draw.stages import ACTORS, KEY_FRAMES, Line, Made, Span, get, stage_models
 from ray_sd.errors import ArtifactError, ConfigError
-from ray_sd.files import Location, local_copy, locate, writable_folder
+from ray_sd.files import Location, local_copy, writable_folder
 from ray_sd.generate.text_to_video import Plan, VideoRequest, frames_a_second, plan
-from ray_sd.media.decode import RejectedError, decode
-from ray_sd.media.pictures import png_bytes
+from ray_sd.media.pictures import png_bytes, read_picture
 from ray_sd.media.sheets import frame_sheet
 from ray_sd.media.videos import gif_bytes, mp4_bytes
 from ray_sd.models import load_model
 
-MAX_PIXELS = 100_000_000
 POLL_SECONDS = 0.2
 
 
@@ -74,7 +72,7 @@ def make_videos(config: TextToVideoConfig) -> VideosResult:
 
     Raises ConfigError or ArtifactError for what cannot go together or be read, before a model is loaded.
     """
-    picture = None if config.picture is None else _read_picture(config.picture)
+    picture = None if config.picture is None else read_picture(config.picture, "picture")
     stages = stage_models(config)
     skeletons = {name: load_model(stage.model, skeleton=True) for name, stage in stages.items() if name != "decode"}
     planned = plan(config, skeletons, picture)
@@ -93,13 +91,6 @@ def make_videos(config: TextToVideoConfig) -> VideosResult:
         for request, made in zip(requests, line.make(requests), strict=True):
             videos.append(_write(config, planned, output, number + len(videos), request, bars.follow(made)))
     return VideosResult(videos, planned, frames_a_second(config, planned), line.spans())
-
-
-def _read_picture(path: str) -> Image.Image:
-    try:
-        return decode(locate(path, "picture").read(), background="#ffffff", max_pixels=MAX_PIXELS)
-    except (OSError, RejectedError) as error:
-        raise ConfigError(f"picture: {path}: {error}") from error
 
 
 def _check_adapters(stages: dict[str, StageModel]) -> None:

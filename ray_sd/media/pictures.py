@@ -8,11 +8,28 @@ from typing import IO, Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ray_sd.errors import ConfigError
+from ray_sd.files import locate
+from ray_sd.media.decode import LARGEST, RejectedError, TooLargeError, decode
+
 PARAMETERS = "ray_sd"
 """Keyword of the PNG text chunk that holds the parameters as JSON."""
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 """Where files of other formats hold them."""
 ImageFormat = Literal["png", "webp", "jpeg"]
+
+
+def read_picture(path: str, setting: str) -> Image.Image:
+    """The picture that a path or URI of the configuration means, upright in RGB, transparency on white.
+
+    `setting` is the name to use in errors. Raises ConfigError for what is no picture, or too large.
+    """
+    try:
+        return decode(locate(path, setting).read(), background="#ffffff", max_pixels=LARGEST)
+    except TooLargeError as error:
+        raise ConfigError(f"{setting}: {path} has {error.size} pixels; at most {LARGEST} are read") from error
+    except (OSError, RejectedError) as error:
+        raise ConfigError(f"{setting}: {path} cannot be read as a picture: {error}") from error
 
 
 def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:

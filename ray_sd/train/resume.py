@@ -22,6 +22,8 @@ from ray_sd.train.storage import RunFolder
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+END = b"\n...\n"
+"""How YAML says that a document ends here."""
 DATA = "data.json"
 """Says which rows a run learns from, so that a resumed one tells where they are others."""
 
@@ -98,8 +100,12 @@ def _parse_config(content: bytes) -> tuple[dict | None, str | None]:
         return None, f"is damaged: {' '.join(str(error).split())}"
     if not isinstance(stored, dict):
         return None, "is damaged: it holds no settings"
+    if content.endswith(END):
+        return stored, None  # what it lacks, the version that wrote it did not know
     missing = [name for name in ExperimentConfig.model_fields if name not in stored]
-    return stored, f"is cut off: it has no {missing[0]}" if missing else None
+    if missing:
+        return stored, f"is cut off: it has no {missing[0]}"
+    return stored, None if content.endswith(b"\n") else "is cut off in its last line"
 
 
 def check_unchanged(config: ExperimentConfig, stored: dict) -> None:
@@ -149,7 +155,8 @@ def _whole_index(checkpoint: str) -> dict:
 
 def write_config(config: ExperimentConfig, run: RunFolder) -> None:
     """Write down what a run is, for those that go on with it."""
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
+    settings = config.model_dump(mode="json")
+    content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, explicit_end=True).encode()
     if run.read(CONFIG) != content:  # a disk that is full again would take what is there
         run.write(CONFIG, content)
 

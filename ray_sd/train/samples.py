@@ -15,11 +15,8 @@ from PIL import Image, ImageOps
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import InterpolationMethod, TemporalDecoderMethod
 from ray_sd.config.video import TYPICAL_BUCKET
-from ray_sd.errors import ConfigError
-from ray_sd.files import locate
 from ray_sd.generate import ClipRequest, ImageRequest, UpscaleRequest, generate, generate_clips
-from ray_sd.media.decode import LARGEST, RejectedError, decode
-from ray_sd.media.pictures import save_png
+from ray_sd.media.pictures import read_picture, save_png
 from ray_sd.media.sheets import clips_sheet, contact_sheet
 from ray_sd.media.videos import save_mp4
 from ray_sd.models import DiffusionModel
@@ -47,7 +44,7 @@ def draws(config: ExperimentConfig) -> bool:
 def check_images(config: ExperimentConfig) -> None:
     """Raise ConfigError for validation images that cannot be read."""
     for path in config.trainer.validation.images:
-        _read_image(path)
+        read_picture(path, IMAGES)
 
 
 @dataclass(frozen=True)
@@ -206,17 +203,11 @@ def _fitted_images(experiment: ExperimentConfig) -> list[Image.Image]:
     """The validation images at the size of the data set, cut in the middle where their shape is another."""
     size = (experiment.dataset.width, experiment.dataset.height)
     return [
-        ImageOps.fit(_read_image(path), size, Image.Resampling.LANCZOS) for path in experiment.trainer.validation.images
+        ImageOps.fit(read_picture(path, IMAGES), size, Image.Resampling.LANCZOS)
+        for path in experiment.trainer.validation.images
     ]
 
 
 def side_by_side(clips: Sequence[Sequence[Image.Image]]) -> list[Image.Image]:
     """One clip that shows all of them at once."""
     return [contact_sheet(frames) for frames in zip(*clips, strict=True)]
-
-
-def _read_image(path: str) -> Image.Image:
-    try:
-        return decode(locate(path, IMAGES).read(), background="#ffffff", max_pixels=LARGEST)
-    except (OSError, RejectedError) as error:
-        raise ConfigError(f"{IMAGES}: {path} cannot be read as a picture: {error}") from error

@@ -16,7 +16,7 @@ from ray_sd.cluster import SNAPSHOT
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.checkpoint import INDEX
-from ray_sd.train.resume import CONFIG, DATA, Beginning, find_beginning, note_data, stored_config
+from ray_sd.train.resume import CONFIG, DATA, END, Beginning, find_beginning, note_data, stored_config, write_config
 from ray_sd.train.storage import RunFolder
 
 BEFORE, NEWEST = "checkpoint-00000004", "checkpoint-00000006"
@@ -229,6 +229,24 @@ def test_settings_of_which_whole_groups_are_missing_are_cut_off(config, run, cap
     (run / CONFIG).write_text(lines)
     assert begin(config, run) == NEWEST
     assert f"{CONFIG} is cut off: it has no trainer; taking the settings" in told(caplog)
+
+
+def test_settings_that_are_cut_off_in_their_last_line_are_not_taken(config, run, caplog):
+    write_config(config, RunFolder(config.storage_path, "run"))
+    written = (run / CONFIG).read_bytes()
+    (run / CONFIG).write_bytes(written.removesuffix(END))
+    assert begin(config, run) == NEWEST
+    assert f"{CONFIG} is cut off in its last line; taking the settings" in told(caplog)
+
+
+def test_settings_of_an_earlier_version_are_whole_without_what_it_did_not_know(config, run, caplog):
+    write_config(config, RunFolder(config.storage_path, "run"))
+    known = yaml.safe_load((run / CONFIG).read_text())
+    del known["tracker"]
+    (run / CONFIG).write_text(yaml.safe_dump(known, explicit_end=True))
+    assert begin(config, run) == NEWEST
+    assert "cut off" not in told(caplog)
+    assert stored_config(RunFolder(config.storage_path, "run")) == known
 
 
 def test_a_folder_that_says_nothing_of_its_run_is_told(config, run):
