@@ -27,6 +27,7 @@ from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya, write_peft
 from ray_sd.methods.low_rank import Updates
 from ray_sd.models import DiffusionModel, fingerprint
+from ray_sd.models.fingerprints import is_on_hub
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -36,10 +37,17 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 def write_adapter(
-    contents: Contents, path: Path, model: DiffusionModel, config: AdapterExportConfig, base: Base | None
+    contents: Contents,
+    path: Path,
+    model: DiffusionModel,
+    config: AdapterExportConfig,
+    base: Base | None,
+    *,
+    fetched: bool = False,
 ) -> None:
     """Write a LoRA, embeddings, or both at `path`. A folder of ours says its `base`, by default the one `config.model` is.
 
+    fetched: whether weights of the hub are here. They are not asked for to tell this base from another by their content.
     Raises ArtifactError for contents that the layout has no place for.
     """
     if contents.weights:
@@ -47,7 +55,7 @@ def write_adapter(
         raise ArtifactError(f"whole weights ({parts}) have one layout; jobs/export.py fuse makes a model of them")
     contents = in_precision(contents, config.dtype)
     if config.layout == "diffusers" and not config.writes_file:
-        _write_folder(contents, path, model, config, base)
+        _write_folder(contents, path, model, config, base or _base(contents, config, fetched))
     else:
         LAYOUTS[config.layout](contents, path, LoraNames(model))
 
@@ -130,7 +138,7 @@ def _write_beside(contents: Contents, path: Path) -> None:
 
 
 def _write_folder(
-    contents: Contents, path: Path, model: DiffusionModel, config: AdapterExportConfig, base: Base | None
+    contents: Contents, path: Path, model: DiffusionModel, config: AdapterExportConfig, base: Base
 ) -> None:
     """An adapter folder with the files that training would have left."""
     if contents.updates:
@@ -140,11 +148,14 @@ def _write_folder(
     if contents.embeddings:
         write_embeddings(path / EMBEDDINGS if contents.updates else path, contents.embeddings)
     method = _method(contents)
-    if base is None:
-        relies_on = ("unet", "text_encoder") if contents.updates else ("text_encoder",)
-        base = describe_base(config.model, {part: fingerprint(config.model, part) for part in relies_on})
     described: dict[str, Any] = {"model": to_dict(config.model), "method": to_dict(method), "export": to_dict(config)}
     describe_folder(path, kind=method.name, family=config.model.family, base=base, config=described)
+
+
+def _base(contents: Contents, config: AdapterExportConfig, fetched: bool) -> Base:
+    relies_on = ("unet", "text_encoder") if contents.updates else ("text_encoder",)
+    known = [part for part in relies_on if fetched or not is_on_hub(config.model, part)]
+    return describe_base(config.model, {part: fingerprint(config.model, part) for part in known})
 
 
 def _method(contents: Contents) -> Method:

@@ -5,13 +5,13 @@ from ray_sd.errors import ConfigError
 from ray_sd.export.adapter_output import write_adapter
 from ray_sd.export.adapters import common_base, opened
 from ray_sd.export.output import new_output
+from ray_sd.export.skeletons import load_layers
 from ray_sd.export.summary import summary
-from ray_sd.models import load_model
 
 
 def convert(config: ConvertConfig) -> str:
     with new_output(config.output) as path:
-        model = load_model(config.model, ("unet", "text_encoder"), skeleton=True)
+        model = load_layers(config.model)
         with opened([config.adapter], model, config.token) as adapters:
             [adapter] = adapters
             if config.token is not None and list(adapter.contents.embeddings) != [config.token]:

@@ -50,7 +50,7 @@ def extract(config: ExtractConfig) -> str:
             )
         contents = Contents(updates)
         skeleton = load_model(config.model, ("unet", "text_encoder"), skeleton=True)
-        write_adapter(contents, path, skeleton, config, base=None)
+        write_adapter(contents, path, skeleton, config, base=None, fetched=True)
     total = change.layers + change.others
     return summary(
         config,

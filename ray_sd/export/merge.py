@@ -7,15 +7,15 @@ from ray_sd.errors import ArtifactError
 from ray_sd.export.adapter_output import write_adapter
 from ray_sd.export.adapters import Adapter, all_tokens, common_base, opened
 from ray_sd.export.output import new_output
+from ray_sd.export.skeletons import load_layers
 from ray_sd.export.summary import summary
 from ray_sd.methods.contents import Contents
 from ray_sd.methods.low_rank import LowRank, Updates, compress, concatenate
-from ray_sd.models import load_model
 
 
 def merge(config: MergeConfig) -> str:
     with new_output(config.output) as path:
-        model = load_model(config.model, ("unet", "text_encoder"), skeleton=True)
+        model = load_layers(config.model)
         with opened(config.adapters, model) as adapters:
             base = common_base(adapters, config.allow_other_base)
             for adapter, strength in zip(adapters, config.strengths(), strict=True):

@@ -73,7 +73,7 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
 
     Without `weights` only its configuration is fetched.
     """
-    source = _source(config, component)
+    source = component_source(config, component)
     if source.path is None:
         return Architecture(source.architecture or {}, _component_seed(config.seed, component))
     root = _find_root(config, component, source.path)
@@ -86,7 +86,8 @@ def find_component(config: ModelConfig, component: str, weights: bool = True) ->
     return Folder(folder, config.variant)
 
 
-def _source(config: ModelConfig, component: str) -> ComponentSource:
+def component_source(config: ModelConfig, component: str) -> ComponentSource:
+    """Where a component comes from, by itself or with the base."""
     if component == "low_res_scheduler":
         own = None
     elif component == "scheduler":

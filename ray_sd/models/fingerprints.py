@@ -17,8 +17,10 @@ from ray_sd.models.components import (
     Architecture,
     Folder,
     SingleFile,
+    component_source,
     config_file,
     find_component,
+    is_hub_id,
     read_json,
     weight_files,
 )
@@ -32,15 +34,24 @@ def fingerprint(config: ModelConfig, component: str) -> str:
     It does not depend on where the files lie nor on how the weights are divided among them. `text_encoder` stands for
     all text encoders with their tokenizers, `tokenizer` for all tokenizers.
     """
+    return _digest_of([_part_fingerprint(config, part) for part in _parts(config, component)])
+
+
+def is_on_hub(config: ModelConfig, component: str) -> bool:
+    """Whether a component's content, for its fingerprint, would be asked of the hub."""
+    paths = [component_source(config, part).path for part in _parts(config, component)]
+    return any(path is not None and is_hub_id(path) for path in paths)
+
+
+def _parts(config: ModelConfig, component: str) -> list[str]:
     pairs = config.text_parts.items()
     match component:
         case "text_encoder":
-            parts = [part for pair in pairs for part in pair]
+            return [part for pair in pairs for part in pair]
         case "tokenizer":
-            parts = [tokenizer for _, tokenizer in pairs]
+            return [tokenizer for _, tokenizer in pairs]
         case _:
-            parts = [component]
-    return _digest_of([_part_fingerprint(config, part) for part in parts])
+            return [component]
 
 
 def _digest_of(digests: list[str]) -> str:

