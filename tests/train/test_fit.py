@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_another_runs_checkpoint_with_other_workers_and_stage
         fit(configure(*WHOLE, "name=over", "trainer.max_steps=4", f"resume={checkpoint}"))
 
 
-def test_a_checkpoint_of_another_method_is_refusedin_words(whole, configure):
+def test_a_checkpoint_of_another_method_is_refused_in_words(whole, configure):
     further = ("name=rank4", "method.rank=4", "trainer.max_steps=7", "trainer.ema_decay=0.9")
     with pytest.raises(ArtifactError, match="rank changed"):
         fit_without_ray(configure(*further, f"resume={whole.checkpoint}"))
