@@ -159,7 +159,7 @@ def table_and_schedulers(model: DiffusionModel, count: int) -> dict[str, Way]:
         for step_one in steppers:
             step_one()
 
-    silent = stepping(_Said(model, said), requests)  # type: ignore[arg-type]  # stands in for the model
+    silent = stepping(_Said(model, said), requests)  # stands in for the model
     return {"table": silent, "schedulers": Way(step, begin)}
 
 

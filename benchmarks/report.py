@@ -41,7 +41,7 @@ def write_result(
 
     bars: the least value of a figure, by its name. at_most: the same of figures that are good when they are small.
     """
-    for figure, bar in ((bars or {}) | (at_most or {})).items():
+    for figure, bar in {**(bars or {}), **(at_most or {})}.items():
         reached = figures[figure] >= bar if figure in (bars or {}) else figures[figure] <= bar
         print(f"{figure}: {figures[figure]:g}, bar {bar:.4g}: {'reached' if reached else 'MISSED'}")
     if keep:

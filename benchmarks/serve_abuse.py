@@ -129,12 +129,14 @@ class Abuser:
         answer = asyncio.create_task(reader.read(1000))
         try:
             writer.write(first)
-            for at in itertools.count():
+            at = 0
+            while True:
                 done, _ = await asyncio.wait([answer], timeout=1)
                 if done:
                     text = (await answer).decode("latin-1")
                     return int(text.split(" ", 2)[1]) if text.startswith("HTTP/") else None
                 writer.write(rest[at : at + 1] or b"x")
+                at += 1
         except ConnectionError:
             return None
         finally:

@@ -165,4 +165,4 @@ class Front:
 
 def build(model: type[LockedModel | BatchedModel]) -> Application:
     deployment = serve.deployment(model).options(name="model", max_ongoing_requests=MOST_AT_ONCE)
-    return Front.bind(deployment.bind())
+    return Front.bind(deployment.bind())  # type: ignore[attr-defined]  # a deployment, by its decorators

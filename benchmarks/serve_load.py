@@ -127,7 +127,7 @@ class Clients:
         for one in asking:
             one.cancel()
         for one in await asyncio.gather(*asking, return_exceptions=True):
-            if not isinstance(one, asyncio.CancelledError):
+            if isinstance(one, BaseException) and not isinstance(one, asyncio.CancelledError):
                 raise one
         await self._ask(way, request("last", 1, 1.0))  # answered when the model is free again
         return found

@@ -27,6 +27,7 @@ import skimage
 from PIL import Image
 from report import print_table, write_result
 
+from ray_sd.config import ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.load import load_config
 from ray_sd.config.rows import RowSpec
@@ -188,7 +189,7 @@ def write_contact_sheet(sprites: Sequence[Sprite]) -> None:
                 layers.picture.putalpha(layers.alpha)
             layers.picture.save(pictures / f"{name}-{number}.png")
         ground("plain", SIZES[0], random.Random(0)).save(pictures / "empty.png")
-        config = load_config(
+        config: ExperimentConfig = load_config(
             [
                 "experiment=smoke",
                 "dataset=subject_photos",

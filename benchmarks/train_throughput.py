@@ -172,7 +172,8 @@ def diffusers_script(scratch: Path, config: ExperimentConfig, options: argparse.
         ),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    times, told = {}, b""
+    times: dict[int, float] = {}
+    told = b""
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while part := process.stderr.read1():
             told += part
