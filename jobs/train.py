@@ -9,6 +9,9 @@ from ray_sd.config.load import load_config, run_job
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(argv, ExperimentConfig)
+    from ray_sd.cluster import connect_while_importing
+
+    connect_while_importing("ray_sd.methods")
     from ray_sd.train.run import fit
 
     print(fit(config).summary())

@@ -6,7 +6,7 @@ import os
 
 # transformers warns of a missing torchvision on import, and of what we check ourselves when it loads weights.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# diffusers imports bitsandbytes where it is installed, which warns of a missing kernel for 4-bit layers on some CPUs.
+# bitsandbytes warns of a missing kernel for 4-bit layers on some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Imports of torch, diffusers and DeepSpeed make millions of objects that stay. To look for garbage among them after every 700 new
 # ones, as Python does by itself, takes a sixth of the time in which a worker starts.

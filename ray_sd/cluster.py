@@ -7,8 +7,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Optional
 
@@ -66,6 +68,17 @@ def connect() -> None:
     _start()
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
+
+
+def connect_while_importing(module: str) -> None:
+    """`connect`, and import a module that takes seconds, too, and imports nothing of Ray: two threads must not import the same.
+
+    What is raised is told by `connect` first.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        imported = beside.submit(import_module, module)
+        connect()
+        imported.result()
 
 
 def _start() -> None:

@@ -41,6 +41,7 @@ def in_process() -> Iterator[None]:
             patch.setattr(f"ray_sd.{module}.connect", lambda: None)
         for module in ("data.passes", "draw.generation"):
             patch.setattr(f"ray_sd.{module}.has_gpus", lambda: False)
+        patch.setattr("ray_sd.data.passes.is_one_machine", lambda: False)  # as where actors encode
         for module in ("passes", "lanes"):
             patch.setattr(f"ray_sd.data.{module}.ordered_dataset", lambda blocks, **_: Tables(blocks))
         patch.setattr(ray.data, "from_items", lambda rows, **_: Rows(rows))

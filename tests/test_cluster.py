@@ -39,6 +39,7 @@ from ray.tune.constants import TUNE_ENV_VARS
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from waiting import wait_for
 
+from ray_sd import cluster
 from ray_sd.cluster import (
     ADDRESS,
     ANALYSIS_LOGGER,
@@ -57,6 +58,7 @@ from ray_sd.cluster import (
     UV_RUN,
     WATCHER,
     connect,
+    connect_while_importing,
     give_back_of_dead,
     has_gpus,
     is_one_machine,
@@ -312,6 +314,25 @@ def test_a_cluster_that_does_not_answer_and_one_that_does_not_start_are_told_in_
     monkeypatch.setenv(ADDRESS, "192.0.2.1:1")
     with pytest.raises(RaySdError, match=words):
         connect()
+
+
+def test_a_module_is_imported_while_ray_starts(monkeypatch: pytest.MonkeyPatch):
+    begun = Event()
+    monkeypatch.setattr(cluster, "import_module", lambda name: begun.set())
+    monkeypatch.setattr(cluster, "connect", lambda: begun.wait(60) or pytest.fail("it was not imported meanwhile"))
+    connect_while_importing("ray_sd.methods")
+
+
+def test_what_goes_wrong_while_ray_starts_and_a_module_is_imported_is_raised(monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise RaySdError("no Ray cluster answers")
+
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    with pytest.raises(ModuleNotFoundError):
+        connect_while_importing("ray_sd.no_such")
+    monkeypatch.setattr(cluster, "connect", fail)
+    with pytest.raises(RaySdError, match="no Ray cluster answers"):
+        connect_while_importing("ray_sd.no_such")
 
 
 def test_ray_says_that_it_did_not_start_in_time_by_these_words():

@@ -137,11 +137,13 @@ def test_a_circle_is_found():
         ),
         pytest.param(
             "ray_sd.train.run, ray_sd.train.samples",
-            {"deepspeed"},
+            {"deepspeed", "bitsandbytes"},
             id="drivers and what draws a run's pictures",
             marks=pytest.mark.slow,
         ),
-        pytest.param("ray_sd.train.loop", {"mlflow"}, id="training workers", marks=pytest.mark.slow),
+        pytest.param("ray_sd.train.loop", {"mlflow", "bitsandbytes"}, id="training workers", marks=pytest.mark.slow),
+        pytest.param("jobs.train", {"torch", "ray", "diffusers"}, id="a command that only prints its configuration"),
+        pytest.param("ray_sd.methods", {"ray"}, id="what is imported while Ray starts", marks=pytest.mark.slow),
     ],
 )
 def test_processes_start_without_what_they_do_not_need(imported: str, slow: set[str]):

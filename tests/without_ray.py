@@ -70,6 +70,7 @@ class OneWorker:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as elsewhere:
             patch.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it
+            patch.setattr("ray_sd.train.worker.training_batches", training_batches)
             patch.setattr("ray_sd.train.loop.training_batches", training_batches)
             patch.setattr(ray.train, "get_context", lambda: context)
             patch.setattr(ray.train, "get_checkpoint", lambda: self._latest)

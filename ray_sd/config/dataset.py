@@ -259,7 +259,7 @@ class EncodeConfig(Schema):
     batch_size: Free[int] = Field(16, ge=1)
     """Pictures, or frames of clips, encoded at once by an actor."""
     num_actors: Free[int] = Field(1, ge=1)
-    """Largest number of encoder actors."""
+    """Largest number of encoder actors. With 1, on one machine without GPUs, the process that prepares the data encodes."""
     dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored latents and embeddings."""
     rows_per_shard: Free[int] = Field(1024, ge=1)

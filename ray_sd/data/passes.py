@@ -1,8 +1,11 @@
-"""The two passes over a data set: its pictures or videos, then its captions. Only ids, keys and captions reach the driver."""
+"""The two passes over a data set: its pictures or videos, then its captions.
+
+Only ids, keys and captions reach the driver, unless it encodes itself.
+"""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +16,12 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from ray_sd.cluster import has_gpus
+from ray_sd.cluster import has_gpus, is_one_machine
 from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
-from ray_sd.config.video import VideoConfig
 from ray_sd.data.blocks import ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.crops import Variant
@@ -45,6 +47,17 @@ DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.25
 SHOW_CPUS, DETECT_CPUS, CUT_CPUS = 0.2, 0.1, 0.2
 """The same, of what stands in for decoding where a model finds subjects."""
 SUBJECT_ENTRY = ("box", "subject", "subject_label", "subject_score")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where and in what pieces encoded records are written."""
+
+    folder: CacheFolder
+    dtypes: dict[str, str]
+    """Of each column with content, in the order of the record's `shapes`."""
+    rows: int
+    """Records of a shard."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +93,30 @@ def encode_images(
     pixels = _row_pixels(config.dataset)
     dtypes: dict[str, str]
     if rows.images == "pixels":
-        tables = _write(dataset, config, folder, {"pixels": "uint8"}, row_bytes=3 * pixels)
+        shards = Shards(folder, {"pixels": "uint8"}, _rows(config.dataset, 3 * pixels))
+        tables = _write(dataset, shards)
     elif config.dataset.video is not None:
-        dataset = _encode_clips(dataset, config, config.dataset.video, rows)
+        from ray_sd.data.video.encode import ClipEncoder
+
+        _check_loads(config, ClipEncoder)
         dtypes = {"mean": settings.dtype, "std": settings.dtype}
         dtypes |= {"condition_pixels": "uint8", "image_embeds": settings.dtype}
         kept = 3 * _largest(config.dataset) * len(rows.condition_frames)
-        tables = _write(dataset, config, folder, dtypes, row_bytes=latent_bytes(config, pixels) + kept)
+        shards = Shards(folder, dtypes, _rows(config.dataset, latent_bytes(config, pixels) + kept))
+        frames_at_once = settings.batch_size
+        clips_at_once = max(1, frames_at_once // config.dataset.video.num_frames)
+        others = (frames_at_once, rows.condition_frames)
+        tables = _encode(dataset, config, ClipEncoder, shards, others, clips_at_once)
     else:
-        dataset = _encode(dataset, config, ImageEncoder)
+        _check_loads(config, ImageEncoder)
         dtypes = {"mean": settings.dtype, "std": settings.dtype, "add_time_ids": "float32"}
         dtypes |= {} if config.dataset.mask is None else {"mask": settings.dtype}
         dtypes |= {LOW_RES: "uint8"} if config.model.upscales else {}
-        tables = _write(dataset, config, folder, dtypes, row_bytes=latent_bytes(config, pixels))
+        shards = Shards(folder, dtypes, _rows(config.dataset, latent_bytes(config, pixels)))
+        tables = _encode(dataset, config, ImageEncoder, shards)
 
     heads, rejected, new = [_HEADS.empty_table()], [], [entries.slice(0, 0)]
-    for table in tables:
+    for table in _told(tables):
         heads.append(table.filter(pc.is_valid(table["captions"])).select(_HEADS.names))
         rejected += table.filter(pc.is_valid(table["reason"])).select(["path", "reason"]).to_pylist()
         new.append(table.filter(pc.is_valid(table["key"])).select(entries.column_names))
@@ -124,11 +145,11 @@ def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFold
     missing = pc.invert(pc.is_in(keys, value_set=entries["key"]))
     table = pa.table({"key": keys, "caption": captions}, schema=TEXT).filter(missing)
     if len(table):
-        dataset = _dataset(_blocks(table), config)
-        dataset = _encode(dataset, config, TextEncoder)
+        _check_loads(config, TextEncoder)
         names = FAMILIES[config.model.family].embeddings
-        row_bytes = TEXT_BYTES * config.model.prompt_chunks
-        tables = _write(dataset, config, folder, dict.fromkeys(names, settings.dtype), row_bytes=row_bytes)
+        rows = _rows(config.dataset, TEXT_BYTES * config.model.prompt_chunks)
+        shards = Shards(folder, dict.fromkeys(names, settings.dtype), rows)
+        tables = _told(_encode(_dataset(_blocks(table), config), config, TextEncoder, shards))
         entries = pa.concat_tables([entries, *(table.select(entries.column_names) for table in tables)])
     used = entries.filter(pc.is_in(entries["key"], value_set=keys))
     cut = pc.sum(pc.greater(used["excess_tokens"], 0)).as_py() or 0
@@ -224,58 +245,91 @@ def latent_bytes(config: ExperimentConfig, pixels: int) -> int:
     return 2 * np.dtype(config.dataset.encode.dtype).itemsize * autoencoder["latent_channels"] * places
 
 
-def _encode_clips(
-    dataset: ray.data.Dataset, config: ExperimentConfig, video: VideoConfig, rows: RowSpec
-) -> ray.data.Dataset:
-    from ray_sd.data.video.encode import ClipEncoder
+def _check_loads(config: ExperimentConfig, encoder: Any) -> None:
+    """What is wrong with an encoder is told in words here; Ray would wrap an actor's error in a traceback."""
+    from ray_sd.models import load_model
 
-    frames_at_once = config.dataset.encode.batch_size
-    clips_at_once = max(1, frames_at_once // video.num_frames)
-    return _encode(dataset, config, ClipEncoder, (frames_at_once, rows.condition_frames), batch_size=clips_at_once)
+    load_model(config.model, encoder.components)
 
 
 def _encode(
     dataset: ray.data.Dataset,
     config: ExperimentConfig,
     encoder: Any,
+    shards: Shards,
     arguments: tuple[Any, ...] = (),
     batch_size: int | None = None,
-) -> ray.data.Dataset:
-    """arguments: what the encoder takes after model, precision and number of actors."""
-    from ray_sd.models import load_model
+) -> Iterator[pa.Table]:
+    """Encode and write shards; yields the records without content.
 
-    # What is wrong with it is told in words here; Ray would wrap an actor's error in a traceback.
-    load_model(config.model, encoder.components)
+    arguments: what the encoder takes after model, precision and number of actors.
+    """
     settings = config.dataset.encode
-    return dataset.map_batches(
+    batch_size = batch_size or settings.batch_size
+    arguments = (absolute_paths(config.model), settings.dtype, settings.num_actors, *arguments)
+    if _encodes_here(config):
+        batches = dataset.iter_batches(batch_size=batch_size, batch_format="pyarrow")
+        return _write_here(_encode_here(batches, encoder, arguments), shards)
+    encoded = dataset.map_batches(
         encoder,
-        batch_size=batch_size or settings.batch_size,
+        batch_size=batch_size,
         batch_format="pyarrow",
-        fn_constructor_args=(absolute_paths(config.model), settings.dtype, settings.num_actors, *arguments),
+        fn_constructor_args=arguments,
         compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=ENCODE_CPUS,
         num_gpus=_gpus(config),
     )
+    return _write(encoded, shards)
 
 
-def _write(
-    dataset: ray.data.Dataset, config: ExperimentConfig, folder: CacheFolder, dtypes: dict[str, str], row_bytes: int
-) -> Iterator[pa.Table]:
-    """Write shards; yields the records without content. row_bytes: about what a record weighs."""
-    dataset = dataset.map_batches(
+def _encodes_here(config: ExperimentConfig) -> bool:
+    """Whether this process encodes: an actor on the same cores would first import and load all that is here already."""
+    return config.dataset.encode.num_actors == 1 and not has_gpus() and is_one_machine()
+
+
+def _encode_here(batches: Iterable[pa.Table], encoder: Any, arguments: tuple[Any, ...]) -> Iterator[pa.Table]:
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield from map(encoder(*arguments), batches)
+    finally:
+        torch.set_num_threads(threads)  # encoders take the share of an actor
+
+
+def _rows(dataset: DatasetConfig, row_bytes: int) -> int:
+    """Records of a shard. row_bytes: about what one weighs."""
+    return max(1, min(dataset.encode.rows_per_shard, SHARD_BYTES // row_bytes))
+
+
+def _write(dataset: ray.data.Dataset, shards: Shards) -> Iterator[pa.Table]:
+    """Write shards in tasks; yields the records without content."""
+    written = dataset.map_batches(
         write_shard,
-        batch_size=max(1, min(config.dataset.encode.rows_per_shard, SHARD_BYTES // row_bytes)),
+        batch_size=shards.rows,
         batch_format="pyarrow",
-        fn_kwargs={"folder": folder, "dtypes": dtypes},
+        fn_kwargs={"folder": shards.folder, "dtypes": shards.dtypes},
         num_cpus=WRITE_CPUS,
     )
-    return _stream(dataset)
+    yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def _stream(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """The data set's blocks as they come, logging how many records were encoded."""
+def _write_here(tables: Iterator[pa.Table], shards: Shards) -> Iterator[pa.Table]:
+    """The same in this process."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= shards.rows:
+            yield write_shard(pa.concat_tables(waiting), folder=shards.folder, dtypes=shards.dtypes)
+            waiting = []
+    if waiting:
+        yield write_shard(pa.concat_tables(waiting), folder=shards.folder, dtypes=shards.dtypes)
+
+
+def _told(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables as they come, logging how many records were encoded."""
     encoded, told = 0, time.monotonic()
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for table in tables:
         yield table
         # What was rejected has no key, nor has what is of a whole source row.
         encoded += len(table) - table["key"].null_count

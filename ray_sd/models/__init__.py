@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import ray_sd.models.bitsandbytes  # noqa: F401 - before anything else imports diffusers
 from ray_sd.config import ModelConfig
 from ray_sd.models.base import DiffusionLoss, DiffusionModel, VideoLoss
 from ray_sd.models.fingerprints import fingerprint

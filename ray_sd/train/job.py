@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData
 
 
@@ -14,6 +15,8 @@ class TrainingJob:
     """With absolute local paths, since workers run in other folders."""
     given: ExperimentConfig
     """As the user wrote it, which is what checkpoints and trackers keep."""
+    rows: RowSpec
+    """What the method reads of each row."""
     data: PreparedData
     initial_checkpoint: str | None
     """Checkpoint to start from, of this run or another; what Ray Train knows of this run goes before it."""

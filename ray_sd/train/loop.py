@@ -23,7 +23,7 @@ from ray_sd.models.compiler import check_cpu_compiler
 from ray_sd.train import checkpoint
 from ray_sd.train.engine import Engine
 from ray_sd.train.job import TrainingJob
-from ray_sd.train.monitor import Monitor
+from ray_sd.train.monitor import Batch, Monitor
 from ray_sd.train.precision import compute_dtype
 from ray_sd.train.quantize import quantize_frozen
 from ray_sd.train.samples import draws
@@ -46,8 +46,8 @@ class Objective(nn.Module):
         return self.method.validation_losses(self.model, batch)
 
 
-def train(job: TrainingJob) -> RaySdError | None:
-    """Train from the latest checkpoint to `trainer.max_steps`.
+def train(job: TrainingJob, batches: Iterator[Batch] | None = None) -> RaySdError | None:
+    """Train from the latest checkpoint to `trainer.max_steps`. batches: this rank's, where there is no checkpoint.
 
     Returns why not, where that checkpoint cannot be gone on from, or the weights were lost on the way: what is raised is
     taken for a worker that died, and tried again.
@@ -77,7 +77,9 @@ def train(job: TrainingJob) -> RaySdError | None:
         start = 0 if folder is None else checkpoint.restore(engine, folder)
     monitor = Monitor(engine, job, run, start=start, rank=rank)
     factor = learning_rate_factor(trainer.schedule, trainer.max_steps)
-    batches = monitor.waited_for(training_batches(job.data, config, method.rows(), rank, start, trainer.max_steps))
+    if batches is None:
+        batches = training_batches(job.data, config, job.rows, rank, start, trainer.max_steps)
+    batches = monitor.waited_for(batches)
 
     lost = None
     for step in range(start + 1, trainer.max_steps + 1):
@@ -92,7 +94,7 @@ def train(job: TrainingJob) -> RaySdError | None:
         method.after_step(model)
         monitor.after_step(step)
         if job.data.validation is not None and _due(step, trainer.validation.every_steps, trainer.max_steps):
-            held_out = validation_batches(job.data.validation, config, method.rows(), rank, world_size)
+            held_out = validation_batches(job.data.validation, config, job.rows, rank, world_size)
             monitor.log({"validation_loss": validation_loss(engine, held_out)}, step)
         if _due(step, trainer.checkpoint.every_steps, trainer.max_steps):
             lost = _lost(monitor.latest, step, run)

@@ -112,7 +112,7 @@ def fit(
         data = prepare(config, rows, listing)
     write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
-    job = TrainingJob(config, given, data, beginning.checkpoint, estimated_bytes, has_bar=drawings is None)
+    job = TrainingJob(config, given, rows, data, beginning.checkpoint, estimated_bytes, has_bar=drawings is None)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,

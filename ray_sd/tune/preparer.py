@@ -1,4 +1,4 @@
-"""Data of all trials of a sweep, in an actor that imports no model: those who encode are processes of their own."""
+"""Data of all trials of a sweep, in an actor that imports no model before there is something to encode."""
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec

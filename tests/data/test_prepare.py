@@ -52,7 +52,9 @@ def encoded_folder(
     path = tmp_path_factory.mktemp("encoded")
     save_tiny_model(path / "models" / "tiny")
     config = experiment(
-        path / "cache", captioned_pictures(path / "pictures"), encode={"dtype": "float32", "batch_size": 4}
+        path / "cache",
+        captioned_pictures(path / "pictures"),
+        encode={"dtype": "float32", "batch_size": 4, "num_actors": 2},  # else they are encoded in this process
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)  # actors run in another folder
@@ -86,6 +88,25 @@ def test_pictures_and_captions_are_encoded_as_the_model_itself_encodes_them(enco
     others = [rows[name] for name in rows if name != "7.png"]
     for name in ("latent_mean", "text_embeds"):
         assert min(np.abs(rows["7.png"][name] - other[name]).max() for other in others) > 1e-2
+
+
+def test_one_machine_without_gpus_encodes_in_the_process_that_prepares(
+    encoded_folder: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, by_actors = encoded_folder
+    encode = config.dataset.encode.model_copy(update={"num_actors": 1})
+    dataset = config.dataset.model_copy(update={"encode": encode})
+    config = config.model_copy(update={"dataset": dataset, "cache_path": str(tmp_path)})
+    monkeypatch.setattr("ray_sd.data.passes.ActorPoolStrategy", lambda **_: pytest.fail("an actor encodes"))
+    threads = torch.get_num_threads()
+    prepared = prepare_by_ray(config, LATENTS)
+    assert torch.get_num_threads() == threads
+    assert prepared.fingerprint == by_actors.fingerprint
+    assert counts(prepared) == (10, 0)
+    expected = read_all(by_actors.train, encoded_folder[0], LATENTS)
+    for name, row in read_all(prepared.train, config, LATENTS).items():
+        for key in ("latent_mean", "text_embeds"):
+            assert np.allclose(row[key], expected[name][key], atol=1e-4)
 
 
 def test_stable_diffusion_xl_gets_both_embeddings_the_size_and_the_crop(configure: Callable, tmp_path: Path):

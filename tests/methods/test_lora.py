@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def train(folder: Path, steps: int = 3, **settings: object) -> tuple[Lora, Diffu
         optimizer.step()
     model.eval()
     return method, model
+
+
+def test_a_lora_is_given_without_importing_bitsandbytes(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)  # as in a process that has no use for it
+    monkeypatch.delitem(sys.modules, "peft.tuners.lora.bnb", raising=False)
+    train(tiny, steps=0)
+    assert "peft.tuners.lora.bnb" not in sys.modules
 
 
 def whole(folder: Path, trained: DiffusionModel | None = None) -> DiffusionModel:

@@ -99,7 +99,7 @@ def test_an_export_loads_what_it_is_made_of_and_is_that_of_the_whole_model(
     whole.mkdir()
     build_method(config.method).export(load_trained(config, checkpoint)[0], whole)
     loaded.clear()
-    job = TrainingJob(config, config, SimpleNamespace(fingerprint="rows"), None)
+    job = TrainingJob(config, config, None, SimpleNamespace(fingerprint="rows"), None)
     result = _export(job, RunFolder(str(tmp_path), "run"), {}, ray.train.Checkpoint(str(checkpoint)))
 
     assert sorted(loaded) == sorted(components)

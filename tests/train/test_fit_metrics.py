@@ -211,7 +211,7 @@ def test_a_run_that_is_shown_elsewhere_has_no_bar(
 
     monkeypatch.setattr("ray_sd.train.monitor.tqdm_ray.tqdm", Bar)
     for has_bar in (False, True):
-        job = TrainingJob(config, config, None, None, has_bar=has_bar)
+        job = TrainingJob(config, config, None, None, None, has_bar=has_bar)
         monitor = Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=0, rank=0)
         monitor.after_step(1)
         monitor.close()
@@ -229,7 +229,7 @@ def test_waiting_for_data_and_the_most_memory_are_told(
     monkeypatch.setattr("ray_sd.train.monitor.time.perf_counter", lambda: now)
     monkeypatch.setattr("ray_sd.train.monitor.dist.all_reduce", lambda tensor: None)
     engine = SimpleNamespace(device=torch.device("cpu"), learning_rate=0.1, gradient_norm=lambda: None)
-    job = TrainingJob(config, config, None, None, estimated_bytes=3 * 2**30)
+    job = TrainingJob(config, config, None, None, None, estimated_bytes=3 * 2**30)
     monitor = Monitor(engine, job, RunFolder(config.storage_path, config.name), start=0, rank=0)
 
     def batches() -> Iterator[dict]:
@@ -263,7 +263,7 @@ def test_measurements_reach_trackers_with_the_step_of_their_pictures(
         run.write(f"samples/step-{step:08d}.json", json.dumps({"step": step, "val/x": step / 10}).encode())
 
     def monitor(start: int) -> Monitor:
-        job = TrainingJob(config, config, None, None)
+        job = TrainingJob(config, config, None, None, None)
         return Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=start, rank=0)
 
     def recorded() -> list[dict]:
@@ -301,7 +301,7 @@ def test_damaged_measurements_and_files_that_are_none_are_left_out(
     run.write("samples/step-best.json", b"{}")
     run.write("samples/notes.json", b"{}")
     run.write("samples/step-best.png", b"")
-    job = TrainingJob(config, config, None, None)
+    job = TrainingJob(config, config, None, None, None)
     Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=9, rank=0).close()
     assert json.loads(run.read("logs/metrics.jsonl") or b"") == {"step": 4, "val/x": 0.5}
     assert caplog.text.count("is damaged; what was measured in it is left out") == 4
