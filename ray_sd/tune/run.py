@@ -5,6 +5,7 @@ import shlex
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, DRAWING_CPUS, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.limit import LimitedSearch, time_limit
+from ray_sd.tune.limit import LimitedSearch
 from ray_sd.tune.plan import check_plan
 from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
@@ -131,7 +132,7 @@ def sweep(config: SweepConfig) -> SweepResult:
             trainable,
             param_space=search.population() if is_population else None,
             tune_config=tune.TuneConfig(
-                search_alg=None if is_population else LimitedSearch(search, at_once),
+                search_alg=None if is_population else LimitedSearch(search, at_once, partial(_seconds_left, folder)),
                 scheduler=build_scheduler(config, space),
                 num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
                 max_concurrent_trials=at_once if is_population else None,
@@ -146,7 +147,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         )
     for label, command in _watching(config, folder):
         logger.info("%s: %s", label, command)
-    with tuning_environment(), watching(), time_limit(_seconds_left(config, folder)):
+    with tuning_environment(), watching():
         tuner.fit()
     _give_all_back()
     return _finish(config, folder)
@@ -243,10 +244,11 @@ def _study_url(config: SweepConfig, folder: RunFolder) -> str:
     return f"sqlite:///{folder.local / STUDY_FILE}"
 
 
-def _seconds_left(config: SweepConfig, folder: RunFolder) -> float:
-    """Of the sweep's time, of which earlier starts have taken theirs."""
+def _seconds_left(folder: RunFolder) -> float:
+    """Of the time that a sweep was given at its newest start, of which earlier starts have taken theirs."""
+    minutes = value_at(yaml.safe_load(folder.read(CONFIG) or b""), "sweep.time_limit")
     record = read_record(folder)
-    return 60 * (config.sweep.time_limit or float("inf")) - (0 if record is None else record.seconds)
+    return 60 * (minutes or float("inf")) - (0 if record is None else record.seconds)
 
 
 def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
@@ -256,7 +258,7 @@ def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
     if any(trial.status == "running" for trial in record.trials):
         raise RaySdError("the sweep was interrupted; the same command with resume=true goes on")
     begun, wanted = len(record.trials), config.sweep.num_trials * config.sweep.num_seeds
-    if begun < wanted and _seconds_left(config, folder) <= 0:
+    if begun < wanted and _seconds_left(folder) <= 0:
         logger.info(
             "sweep: its time is over, and %d of %d trials began; resume=true with a larger sweep.time_limit goes on",
             begun,

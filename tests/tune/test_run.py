@@ -13,7 +13,7 @@ from ray_sd.errors import ConfigError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _seconds_left, _trials_at_once, _watching, _write_report, sweep
+from ray_sd.tune.run import CONFIG, _commands, _preset, _seconds_left, _trials_at_once, _watching, _write_report, sweep
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -86,14 +86,14 @@ def test_a_trial_that_no_gpu_is_there_for_is_refused(configure, monkeypatch: pyt
 
 
 def test_a_sweep_has_the_time_that_earlier_starts_left(configure, tmp_path: Path):
-    folder = RunFolder(str(tmp_path), "rates")
-    assert _seconds_left(configure(), folder) == float("inf")
-    limited = configure("sweep.time_limit=2")
-    assert _seconds_left(limited, folder) == 120
+    folder, limited = RunFolder(str(tmp_path), "rates"), configure("sweep.time_limit=2")
+    for config, left in ((configure(), float("inf")), (limited, 120)):
+        folder.write(CONFIG, yaml.safe_dump(to_dict(config)).encode())
+        assert _seconds_left(folder) == left
     record = new_record(limited, Space(limited))
     record.seconds = 50.0
     folder.write(RECORD, record.to_json())
-    assert _seconds_left(limited, folder) == 70
+    assert _seconds_left(folder) == 70
 
 
 def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
