@@ -307,7 +307,8 @@ def _commands(experiment: ExperimentConfig, folder: RunFolder) -> list[tuple[str
     return [
         (
             "train",
-            f"python jobs/train.py --config-dir {folder.given} experiment=best name={Path(folder.given).name}-best",
+            f"python jobs/train.py --config-dir {shlex.quote(folder.given)} experiment=best "
+            f"name={Path(folder.given).name}-best",
         ),
         ("use it", usage(experiment, f"{folder.given}/{BEST}")),
     ]

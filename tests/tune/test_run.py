@@ -1,6 +1,7 @@
 """What a sweep tells people, and what it leaves for the next run."""
 
 import html
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -8,12 +9,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sd.config.load import to_dict
+from ray_sd.config import GenerateConfig
+from ray_sd.config.load import load_config, to_dict
 from ray_sd.errors import ConfigError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import CONFIG, _commands, _preset, _seconds_left, _trials_at_once, _watching, _write_report, sweep
+from ray_sd.tune.run import (
+    CONFIG,
+    PRESET,
+    _commands,
+    _preset,
+    _seconds_left,
+    _trials_at_once,
+    _watching,
+    _write_report,
+    sweep,
+)
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -115,6 +127,32 @@ def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch
     }
     page = (tmp_path / "runs" / "sweeps" / "learning_rate" / "report.html").read_text()
     assert all(command in html.unescape(page) for command in commands.values())
+
+
+ODD = ("my sweeps", "it's [a], {b: c} & $HOME", 'say "no" to \\', "a\\\\'b")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_words(
+    configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+):
+    monkeypatch.chdir(tmp_path)
+    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c"]
+    config = configure(f"trainer.validation.prompts={json.dumps(prompts)}", f"storage_path={odd}")
+    folder = RunFolder(config.storage_path, config.name)
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 0)
+    folder.write(PRESET, _preset(best, config).encode())
+    commands = dict(_commands(config.experiment, folder))
+    python, job, *settings = shlex.split(commands["train"])
+    assert (python, job) == ("python", "jobs/train.py")
+    again = load_config(settings)
+    assert list(again.trainer.validation.prompts) == prompts
+    assert again.trainer.learning_rate == 0.5
+    *words, prompt = shlex.split(commands["use it"])
+    assert prompt == "prompt=…"
+    for own in prompts:
+        drawn = load_config([*words[2:], f"prompt={own}"], GenerateConfig)
+        assert (drawn.adapter, drawn.prompt) == (f"{odd}/learning_rate/best", own)
 
 
 def test_what_trains_with_the_best_settings_is_no_trial(configure):
