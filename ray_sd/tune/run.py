@@ -84,6 +84,9 @@ class SweepResult:
             goals = ", ".join(f"{goal.metric} {best.last(goal.metric):.4g}" for goal in self.sweep.objectives)
             settings = " ".join(f"{path}={value}" for path, value in best.settings.items())
             lines += [f"best:     {settings} ({goals})", f"adapter:  {self.adapter}"]
+            if (untrained := self.sweep.untrained(best)) is not None and untrained[1]:
+                metric = self.sweep.objectives[0].metric
+                lines.append(f"warning:  without training {metric} is {untrained[0]:.4g}, which is better")
             if (turned := self.sweep.turning_point(best)) is not None:
                 step, value = turned
                 lines.append(f"hint:     {value:.4g} at step {step}: fewer steps may do (trainer.max_steps={step})")

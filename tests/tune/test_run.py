@@ -18,6 +18,7 @@ from ray_sd.tune.results import Trial
 from ray_sd.tune.run import (
     CONFIG,
     PRESET,
+    SweepResult,
     _commands,
     _preset,
     _seconds_left,
@@ -127,6 +128,18 @@ def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch
     }
     page = (tmp_path / "runs" / "sweeps" / "learning_rate" / "report.html").read_text()
     assert all(command in html.unescape(page) for command in commands.values())
+
+
+def test_the_summary_warns_of_a_winner_that_is_worse_than_no_training(configure):
+    config = configure()
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 0, status="finished", adapter="adapter")
+    best.reports = [{"step": 4, "validation_loss": 0.5, "untrained_validation_loss": 0.6}]
+    record = new_record(config, Space(config))
+    record.trials.append(best)
+    result = SweepResult(record, "sweeps/x", "sweeps/x/best", ())
+    assert "without training" not in result.summary()
+    best.reports[0]["validation_loss"] = 0.7
+    assert "warning:  without training validation_loss is 0.6, which is better" in result.summary().splitlines()
 
 
 ODD = ("my sweeps", "it's [a], {b: c} & $HOME", 'say "no" to \\', "a\\\\'b")
