@@ -81,7 +81,11 @@ class SettingsSearch(OptunaSearch):
         self._base = space.base() if settings.include_base else None
         # What is enqueued is asked for first, in this order.
         first = [self._base] if self._base is not None and space.holds(self._base) else []
-        for point in first + [point for point in space.grid() if point and point not in first]:
+        points = [point for point in space.grid() if point]
+        if settings.searcher == "optuna":  # at random a few may all lie on one side of the best
+            room = settings.num_trials - (self._base is not None)
+            points += space.spread(_startup_trials(config))[:room]
+        for point in first + [point for point in points if point not in first]:
             self._ot_study.enqueue_trial(space.labels(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -152,7 +156,7 @@ def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
         return AsyncHyperBandScheduler(
             **judged,
             max_t=config.trainer.max_steps,
-            grace_period=scheduler.grace_steps or config.report_steps,
+            grace_period=scheduler.grace_steps or max(config.report_steps, config.trainer.max_steps // 2),
             reduction_factor=scheduler.reduction_factor,
         )
     if isinstance(scheduler, MedianScheduler):
@@ -189,12 +193,16 @@ def _sampler(config: SweepConfig) -> BaseSampler:
     if config.sweep.searcher == "random":
         return RandomSampler(seed=config.seed)
     # Trials at work are taken for bad ones meanwhile, so that those beside them are elsewhere.
-    startup = max(STARTUP_TRIALS, config.sweep.num_trials // 4)
+    startup = _startup_trials(config)
     with warnings.catch_warnings():
         # Depending on its version it says of some of these that their interface can change.
         told = r"Argument ``(multivariate|group|constant_liar)`` is an experimental feature"
         warnings.filterwarnings("ignore", told, ExperimentalWarning)
         return TPESampler(seed=config.seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+
+
+def _startup_trials(config: SweepConfig) -> int:
+    return max(STARTUP_TRIALS, config.sweep.num_trials // 4)
 
 
 def _domain(distribution: Distribution) -> Any:

@@ -124,6 +124,19 @@ def test_the_preset_of_learning_rates_lies_around_that_of_the_experiment(experim
     assert all(rate / 30 <= one <= rate * 30 for one in rates)
 
 
+def test_what_is_drawn_first_of_a_single_range_is_spread_over_it():
+    rates = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=5"), 5)]
+    assert rates == pytest.approx([2e-3, 2e-3 / 30, 2e-3 / 30 ** (1 / 3), 2e-3 * 30 ** (1 / 3), 2e-3 * 30], rel=5e-3)
+    ranks = "sweep.space={method.rank: {randint: [1, 7]}}"
+    assert [one["method.rank"] for one in drawn(load(ranks, "sweep.num_trials=5"), 5)] == [16, 1, 3, 5, 7]
+    around_own = load("sweep.num_trials=20", "sweep.searcher=optuna", "trainer.learning_rate=0.0123")
+    assert [one["trainer.learning_rate"] for one in drawn(around_own, 5)].count(0.0123) == 1
+    by_chance = drawn(load("sweep.searcher=random", "sweep.num_trials=5"), 5)
+    assert 0.06 not in [one["trainer.learning_rate"] for one in by_chance]
+    two = "sweep.space.trainer.optimizer.weight_decay={around: 10}"
+    assert 0.06 not in [one["trainer.learning_rate"] for one in drawn(load(two, "sweep.num_trials=5"), 5)]
+
+
 def test_a_population_draws_anew_around_the_experiments_own_value():
     config = load("sweep.scheduler=pbt", "trainer.learning_rate=0.01", "sweep.space.trainer.learning_rate={around: 2}")
     domain = build_scheduler(config, Space(config))._hyperparam_mutations[SETTINGS]["trainer.learning_rate"]

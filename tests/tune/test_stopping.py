@@ -52,8 +52,8 @@ def last_steps(config: SweepConfig, losses: list[float]) -> list[int]:
     ("scheduler", "came_to"),
     [
         ("none", [8, 8, 8, 8, 8]),
-        ("asha", [8, 8, 2, 2, 8]),
-        ("{name: asha, grace_steps: 4}", [8, 8, 4, 4, 8]),
+        ("asha", [8, 8, 4, 4, 8]),
+        ("{name: asha, grace_steps: 2}", [8, 8, 2, 2, 8]),
         ("{name: median, min_trials: 1}", [8, 8, 2, 2, 8]),
         ("{name: median, min_trials: 3}", [8, 8, 8, 2, 8]),
         ("{name: median, min_trials: 1, grace_steps: 6}", [8, 8, 6, 6, 8]),
