@@ -38,6 +38,8 @@ OF_ENDED = ("run", "samples")
 """Of a report, what the study is told of a trial that ended."""
 STARTUP_TRIALS = 4
 """Trials at least before what they came to is learnt from."""
+MOST_SPREAD = 7
+"""Values of a single range that are tried at even distances before any is drawn."""
 MOST_DRAWS = 200
 """Draws that constraints or repeats may throw away before a search ends."""
 
@@ -83,8 +85,7 @@ class SettingsSearch(OptunaSearch):
         first = [self._base] if self._base is not None and space.holds(self._base) else []
         points = [point for point in space.grid() if point]
         if settings.searcher == "optuna":  # at random a few may all lie on one side of the best
-            room = settings.num_trials - (self._base is not None)
-            points += space.spread(_startup_trials(config))[:room]
+            points += space.spread(min(MOST_SPREAD, settings.num_trials - (self._base is not None)))
         for point in first + [point for point in points if point not in first]:
             self._ot_study.enqueue_trial(space.labels(point))
 
@@ -193,16 +194,12 @@ def _sampler(config: SweepConfig) -> BaseSampler:
     if config.sweep.searcher == "random":
         return RandomSampler(seed=config.seed)
     # Trials at work are taken for bad ones meanwhile, so that those beside them are elsewhere.
-    startup = _startup_trials(config)
+    startup = max(STARTUP_TRIALS, config.sweep.num_trials // 4)
     with warnings.catch_warnings():
         # Depending on its version it says of some of these that their interface can change.
         told = r"Argument ``(multivariate|group|constant_liar)`` is an experimental feature"
         warnings.filterwarnings("ignore", told, ExperimentalWarning)
         return TPESampler(seed=config.seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
-
-
-def _startup_trials(config: SweepConfig) -> int:
-    return max(STARTUP_TRIALS, config.sweep.num_trials // 4)
 
 
 def _domain(distribution: Distribution) -> Any:

@@ -124,17 +124,25 @@ def test_the_preset_of_learning_rates_lies_around_that_of_the_experiment(experim
     assert all(rate / 30 <= one <= rate * 30 for one in rates)
 
 
-def test_what_is_drawn_first_of_a_single_range_is_spread_over_it():
-    rates = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=5"), 5)]
-    assert rates == pytest.approx([2e-3, 2e-3 / 30, 2e-3 / 30 ** (1 / 3), 2e-3 * 30 ** (1 / 3), 2e-3 * 30], rel=5e-3)
+def test_what_is_tried_first_of_a_single_range_is_spread_over_it():
+    rates = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=8"), 8)]
+    spread = [2e-3 * 30 ** (third / 3) for third in (-3, -2, -1, 1, 2, 3)]
+    assert rates[0] == 2e-3
+    assert rates[1:7] == pytest.approx(spread, rel=5e-3)
+    assert min(spread) < rates[7] < max(spread)
+    few = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=3"), 3)]
+    assert few == pytest.approx([2e-3, spread[0], spread[-1]], rel=5e-3)
     ranks = "sweep.space={method.rank: {randint: [1, 7]}}"
     assert [one["method.rank"] for one in drawn(load(ranks, "sweep.num_trials=5"), 5)] == [16, 1, 3, 5, 7]
-    around_own = load("sweep.num_trials=20", "sweep.searcher=optuna", "trainer.learning_rate=0.0123")
-    assert [one["trainer.learning_rate"] for one in drawn(around_own, 5)].count(0.0123) == 1
-    by_chance = drawn(load("sweep.searcher=random", "sweep.num_trials=5"), 5)
-    assert 0.06 not in [one["trainer.learning_rate"] for one in by_chance]
-    two = "sweep.space.trainer.optimizer.weight_decay={around: 10}"
-    assert 0.06 not in [one["trainer.learning_rate"] for one in drawn(load(two, "sweep.num_trials=5"), 5)]
+    odd = [one["trainer.learning_rate"] for one in drawn(load("trainer.learning_rate=0.012"), 8)]
+    assert len([rate for rate in odd if 0.011 < rate < 0.013]) == 1  # the experiment's own, which lies in the middle
+
+
+def test_what_is_tried_is_drawn_by_chance_where_that_is_asked_for_or_more_than_one_range_is_there():
+    for more in ("sweep.searcher=random", "sweep.space.trainer.optimizer.weight_decay={around: 10}"):
+        rates = [one["trainer.learning_rate"] for one in drawn(load(more, "sweep.num_trials=3"), 3)]
+        assert rates[0] == 2e-3
+        assert 2e-3 / 30 < min(rates[1:]) <= max(rates[1:]) < 0.06
 
 
 def test_a_population_draws_anew_around_the_experiments_own_value():
