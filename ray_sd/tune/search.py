@@ -85,7 +85,9 @@ class SettingsSearch(OptunaSearch):
         first = [self._base] if self._base is not None and space.holds(self._base) else []
         points = [point for point in space.grid() if point]
         if settings.searcher == "optuna":  # at random a few may all lie on one side of the best
-            points += space.spread(min(MOST_SPREAD, settings.num_trials - (self._base is not None)))
+            room = settings.num_trials - (self._base is not None)
+            spread = [point for point in space.spread(min(MOST_SPREAD, room + 1)) if point != self._base]
+            points += spread if len(spread) <= room else space.spread(room)
         for point in first + [point for point in points if point not in first]:
             self._ot_study.enqueue_trial(space.labels(point))
 
