@@ -1,4 +1,5 @@
-"""Pictures of a sweep's report and of its study in Optuna's dashboard, for the guide: `python benchmarks/sweep_pages.py FOLDER`.
+"""Pictures of a sweep's report, of what it drew, and of its study in Optuna's dashboard, for README and guide:
+`python benchmarks/sweep_pages.py FOLDER`.
 
 FOLDER is that of a finished sweep, such as `runs/sweeps/learning_rate`. Needs Chromium and `ray-sd[sweep]`.
 """
@@ -14,12 +15,17 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 REPORT_SIZE = (1400, 3000)
+PICTURES_SIZE = (1400, 800)
+ALONE = "<style>header, nav, section:not(#pictures) { display: none; }</style>"
+"""Leaves of a report the pictures."""
 DASHBOARD_SIZE = (1400, 1000)
+MARGIN = 20
+"""Pixels below the last that is not empty."""
 PATIENCE_SECONDS = 60
 
 
@@ -31,6 +37,10 @@ def main() -> None:
     if browser is None:
         sys.exit("error: Chromium is not on the PATH; apt-get install chromium")
     photograph(browser, (folder / "report.html").as_uri(), REPORT_SIZE, IMAGES / "sweep_report.png")
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "pictures.html"
+        page.write_text((folder / "report.html").read_text("utf-8") + ALONE, "utf-8")
+        photograph(browser, page.as_uri(), PICTURES_SIZE, IMAGES / "sweep_pictures.png")
     port = free_port()
     study = f"sqlite:///{folder / 'optuna.db'}"
     command = [Path(sys.executable).with_name("optuna-dashboard"), study, "--artifact-dir", folder / "artifacts"]
@@ -45,13 +55,16 @@ def main() -> None:
 
 
 def photograph(browser: str, address: str, size: tuple[int, int], path: Path) -> None:
-    """A page as it shows itself, in few colours."""
+    """A page as it shows itself, without what is empty below, in few colours."""
     with tempfile.TemporaryDirectory() as scratch:
         shot = Path(scratch) / "page.png"
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--hide-scrollbars"]
         options += [f"--window-size={size[0]},{size[1]}", "--virtual-time-budget=20000", f"--screenshot={shot}"]
         subprocess.run([browser, *options, address], check=True, stderr=subprocess.DEVNULL)
-        Image.open(shot).convert("RGB").quantize(256).save(path, optimize=True)
+        picture = Image.open(shot).convert("RGB")
+        ground = Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, picture.height - 1)))
+        *_, last = ImageChops.difference(picture, ground).getbbox()
+        picture.crop((0, 0, picture.width, min(last + MARGIN, picture.height))).quantize(256).save(path, optimize=True)
     print(path)
 
 

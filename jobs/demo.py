@@ -1,6 +1,7 @@
 """Teach the embedded model an animal it has never seen, and show it before and after: `python jobs/demo.py`."""
 
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,9 +54,9 @@ def _free_name(folder: Path, name: str) -> str:
 def _next_steps(folder: Path, adapter: str) -> str:
     return f"""
 What next:
-  draw with it      python jobs/generate.py model=emoji adapter={adapter} \\
+  draw with it      python jobs/generate.py model=emoji adapter={shlex.quote(adapter)} \\
                         prompt='a owl on a purple background' num_images=4
-  curves            tensorboard --logdir {folder}
+  curves            tensorboard --logdir {shlex.quote(str(folder))}
   your own photos   python jobs/train.py experiment=lora name=my-dog dataset.source.path=PHOTOS \\
                         dataset.caption.template='a photo of a sks dog'   (needs a GPU and the sd15 weights)
   all settings      docs/configuration.md"""

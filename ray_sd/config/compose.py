@@ -1,5 +1,6 @@
 """Presets: YAML files in groups, of which Hydra composes the chosen ones into one mapping."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,5 +100,6 @@ def _defaults(root: str) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("'", "\\'")
+    """As Hydra reads it: there a backslash is one, but for those before a quote, which go in pairs."""
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'")
     return f"'{escaped}'"

@@ -11,6 +11,8 @@ from ray_sd.config.rewording import reword
 SETTING = "trainer.validation.metrics"
 PREFIX = "val/"
 """How the names of these numbers begin."""
+UNTRAINED = "untrained_"
+"""How the name of a number begins that is measured before the first step."""
 LEAST_SIDE = 32
 """Of pictures that LPIPS compares, in pixels: of less, AlexNet's pooling leaves nothing."""
 

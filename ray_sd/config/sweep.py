@@ -87,7 +87,7 @@ class AshaScheduler(Schema):
     name: Literal["asha"] = "asha"
     """Kind of scheduler."""
     grace_steps: int | None = Field(None, ge=1)
-    """Steps that every trial gets; null takes those of one report."""
+    """Steps that every trial gets; null takes half of all."""
     reduction_factor: float = Field(2, gt=1)
     """Of so many trials that come to a rung one goes on, and rungs are so many times as far apart."""
 

@@ -1,5 +1,7 @@
 """The command that uses what a run has learnt."""
 
+import shlex
+
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.method import TemporalDecoderMethod
 from ray_sd.config.text_to_video import METHODS_OF, DecodeStage, VideoStage
@@ -16,9 +18,9 @@ def usage(config: ExperimentConfig, adapter: str) -> str:
     """
     model, method = config.model, config.method.name
     if build_method(config.method).moves_latents:
-        return f"python jobs/train.py model={model.name} model.vae={adapter}/vae …"
+        return f"python jobs/train.py model={model.name} model.vae={shlex.quote(f'{adapter}/vae')} …"
     if not (model.makes_videos or model.upscales):
-        return f"python jobs/generate.py model={model.name} adapter={adapter} prompt='…'"
+        return f"python jobs/generate.py model={model.name} adapter={shlex.quote(adapter)} prompt='…'"
     learnt = "upscale"
     if model.makes_videos:
         learnt = next(stage for stage, methods in METHODS_OF.items() if method in methods)
@@ -31,7 +33,7 @@ def usage(config: ExperimentConfig, adapter: str) -> str:
             settings.append(f"{stage}=null")
         elif stage == learnt or not model.is_embedded:  # the embedded models are of one stage each, and the default
             settings.append(f"{stage}.model={model.name}")
-    settings += [f"{learnt}.adapter={adapter}", *_as_trained(config, learnt)]
+    settings += [f"{learnt}.adapter={shlex.quote(adapter)}", *_as_trained(config, learnt)]
     return f"python jobs/text_to_video.py {' '.join(settings)}"
 
 

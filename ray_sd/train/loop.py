@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.metrics import UNTRAINED
 from ray_sd.data import training_batches, validation_batches
 from ray_sd.errors import ArtifactError, RaySdError
 from ray_sd.methods import Method, build_method
@@ -81,6 +83,12 @@ def train(job: TrainingJob, batches: Iterator[Batch] | None = None) -> RaySdErro
         batches = training_batches(job.data, config, job.rows, rank, start, trainer.max_steps)
     batches = monitor.waited_for(batches)
 
+    held_out = None
+    if job.data.validation is not None:
+        held_out = partial(validation_batches, job.data.validation, config, job.rows, rank, world_size)
+        if start == 0:
+            monitor.log({f"{UNTRAINED}validation_loss": validation_loss(engine, held_out())}, 0)
+
     lost = None
     for step in range(start + 1, trainer.max_steps + 1):
         engine.set_learning_rate(factor(step - 1))
@@ -93,9 +101,8 @@ def train(job: TrainingJob, batches: Iterator[Batch] | None = None) -> RaySdErro
             monitor.record(loss)
         method.after_step(model)
         monitor.after_step(step)
-        if job.data.validation is not None and _due(step, trainer.validation.every_steps, trainer.max_steps):
-            held_out = validation_batches(job.data.validation, config, job.rows, rank, world_size)
-            monitor.log({"validation_loss": validation_loss(engine, held_out)}, step)
+        if held_out is not None and _due(step, trainer.validation.every_steps, trainer.max_steps):
+            monitor.log({"validation_loss": validation_loss(engine, held_out())}, step)
         if _due(step, trainer.checkpoint.every_steps, trainer.max_steps):
             lost = _lost(monitor.latest, step, run)
             if lost is not None:

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
+from ray_sd.config.metrics import UNTRAINED
+
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 """`stopped` by the scheduler, because others were better."""
 STEP = "step"
@@ -136,6 +138,13 @@ class Sweep:
         step, value = min(known, key=lambda report: goal.cost(report[1]))
         last = known[-1][1]
         return (int(step), value) if goal.cost(last) - goal.cost(value) > NOTABLE * abs(last) else None
+
+    def untrained(self, trial: Trial) -> tuple[float, bool] | None:
+        """The first objective's value before a trial's first step, and whether the trial is worse in the end; None where it was
+        not measured."""
+        goal = self.objectives[0]
+        before, last = trial.last(f"{UNTRAINED}{goal.metric}"), trial.last(goal.metric)
+        return None if before is None or last is None else (before, goal.cost(last) > goal.cost(before))
 
     def _comparable(self) -> list[Trial]:
         """Those of which every objective is known and that came as far as any did."""

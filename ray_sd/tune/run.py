@@ -5,6 +5,7 @@ import shlex
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, DRAWING_CPUS, check
 from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.limit import LimitedSearch, time_limit
+from ray_sd.tune.limit import LimitedSearch
 from ray_sd.tune.plan import check_plan
 from ray_sd.tune.preparer import Preparer
 from ray_sd.tune.progress import show, watching
@@ -83,6 +84,9 @@ class SweepResult:
             goals = ", ".join(f"{goal.metric} {best.last(goal.metric):.4g}" for goal in self.sweep.objectives)
             settings = " ".join(f"{path}={value}" for path, value in best.settings.items())
             lines += [f"best:     {settings} ({goals})", f"adapter:  {self.adapter}"]
+            if (untrained := self.sweep.untrained(best)) is not None and untrained[1]:
+                metric = self.sweep.objectives[0].metric
+                lines.append(f"warning:  without training {metric} is {untrained[0]:.4g}, which is better")
             if (turned := self.sweep.turning_point(best)) is not None:
                 step, value = turned
                 lines.append(f"hint:     {value:.4g} at step {step}: fewer steps may do (trainer.max_steps={step})")
@@ -131,7 +135,7 @@ def sweep(config: SweepConfig) -> SweepResult:
             trainable,
             param_space=search.population() if is_population else None,
             tune_config=tune.TuneConfig(
-                search_alg=None if is_population else LimitedSearch(search, at_once),
+                search_alg=None if is_population else LimitedSearch(search, at_once, partial(_seconds_left, folder)),
                 scheduler=build_scheduler(config, space),
                 num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
                 max_concurrent_trials=at_once if is_population else None,
@@ -146,7 +150,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         )
     for label, command in _watching(config, folder):
         logger.info("%s: %s", label, command)
-    with tuning_environment(), watching(), time_limit(_seconds_left(config, folder)):
+    with tuning_environment(), watching():
         tuner.fit()
     _give_all_back()
     return _finish(config, folder)
@@ -243,10 +247,11 @@ def _study_url(config: SweepConfig, folder: RunFolder) -> str:
     return f"sqlite:///{folder.local / STUDY_FILE}"
 
 
-def _seconds_left(config: SweepConfig, folder: RunFolder) -> float:
-    """Of the sweep's time, of which earlier starts have taken theirs."""
+def _seconds_left(folder: RunFolder) -> float:
+    """Of the time that a sweep was given at its newest start, of which earlier starts have taken theirs."""
+    minutes = value_at(yaml.safe_load(folder.read(CONFIG) or b""), "sweep.time_limit")
     record = read_record(folder)
-    return 60 * (config.sweep.time_limit or float("inf")) - (0 if record is None else record.seconds)
+    return 60 * (minutes or float("inf")) - (0 if record is None else record.seconds)
 
 
 def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
@@ -256,7 +261,7 @@ def _finish(config: SweepConfig, folder: RunFolder) -> SweepResult:
     if any(trial.status == "running" for trial in record.trials):
         raise RaySdError("the sweep was interrupted; the same command with resume=true goes on")
     begun, wanted = len(record.trials), config.sweep.num_trials * config.sweep.num_seeds
-    if begun < wanted and _seconds_left(config, folder) <= 0:
+    if begun < wanted and _seconds_left(folder) <= 0:
         logger.info(
             "sweep: its time is over, and %d of %d trials began; resume=true with a larger sweep.time_limit goes on",
             begun,
@@ -305,7 +310,8 @@ def _commands(experiment: ExperimentConfig, folder: RunFolder) -> list[tuple[str
     return [
         (
             "train",
-            f"python jobs/train.py --config-dir {folder.given} experiment=best name={Path(folder.given).name}-best",
+            f"python jobs/train.py --config-dir {shlex.quote(folder.given)} experiment=best "
+            f"name={Path(folder.given).name}-best",
         ),
         ("use it", usage(experiment, f"{folder.given}/{BEST}")),
     ]

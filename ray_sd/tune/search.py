@@ -38,6 +38,8 @@ OF_ENDED = ("run", "samples")
 """Of a report, what the study is told of a trial that ended."""
 STARTUP_TRIALS = 4
 """Trials at least before what they came to is learnt from."""
+MOST_SPREAD = 7
+"""Values of a single range that are tried at even distances before any is drawn."""
 MOST_DRAWS = 200
 """Draws that constraints or repeats may throw away before a search ends."""
 
@@ -81,7 +83,12 @@ class SettingsSearch(OptunaSearch):
         self._base = space.base() if settings.include_base else None
         # What is enqueued is asked for first, in this order.
         first = [self._base] if self._base is not None and space.holds(self._base) else []
-        for point in first + [point for point in space.grid() if point and point not in first]:
+        points = [point for point in space.grid() if point]
+        if settings.searcher == "optuna":  # at random a few may all lie on one side of the best
+            room = settings.num_trials - (self._base is not None)
+            spread = [point for point in space.spread(min(MOST_SPREAD, room + 1)) if point != self._base]
+            points += spread if len(spread) <= room else space.spread(room)
+        for point in first + [point for point in points if point not in first]:
             self._ot_study.enqueue_trial(space.labels(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -152,7 +159,7 @@ def build_scheduler(config: SweepConfig, space: Space) -> TrialScheduler:
         return AsyncHyperBandScheduler(
             **judged,
             max_t=config.trainer.max_steps,
-            grace_period=scheduler.grace_steps or config.report_steps,
+            grace_period=scheduler.grace_steps or max(config.report_steps, config.trainer.max_steps // 2),
             reduction_factor=scheduler.reduction_factor,
         )
     if isinstance(scheduler, MedianScheduler):

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import islice, product
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import Trial
@@ -104,6 +105,17 @@ class Space:
     def grid(self) -> list[Settings]:
         """Every combination of the grids' values; one of none where there is no grid."""
         return list(self._combinations({path: one.values for path, one in self._space.items() if one.grid is not None}))
+
+    def spread(self, count: int) -> list[Settings]:
+        """So many values of the only range at even distances, both ends among them; none where more than a range is tried."""
+        (path, one), *others = self._space.items()
+        if others or one.kind not in RANGES:
+            return []
+        low, high = one.values
+        evenly = np.geomspace if one.loguniform is not None else np.linspace
+        # Of few digits, so that what is the experiment's own value but for rounding is that.
+        values = [min(max(float(f"{value:.3g}"), low), high) for value in evenly(low, high, count)]
+        return [self.fit({path: value}) for value in values]
 
     def allows(self, settings: Settings) -> bool:
         """Whether the constraints hold. Raises ConfigError for one that cannot be computed."""

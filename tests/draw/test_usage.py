@@ -121,3 +121,20 @@ def test_an_autoencoder_with_latents_of_its_own_is_first_trained_on():
     assert command("model=sd15", *photos) == "python jobs/train.py model=sd15 model.vae=runs/x/adapter/vae …"
     words = command("model=sd15", "method.teacher=stable-diffusion-v1-5/stable-diffusion-v1-5", *photos)
     assert words == "python jobs/generate.py model=sd15 adapter=runs/x/adapter prompt='…'"
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        (("model=sd15", "dataset=image_folder", "dataset.source.path=photos", "method=lora"), "adapter={}"),
+        (
+            ("model=sd15", "dataset=image_folder", "dataset.source.path=photos", "method=autoencoder"),
+            "model.vae={}/vae",
+        ),
+        ((*CLIPS, "method=temporal"), "video.adapter={}"),
+    ],
+)
+def test_a_shell_takes_the_command_whatever_an_adapters_folder_is_called(settings: tuple[str, ...], setting: str):
+    odd = "it's my run/adapter"
+    words = usage(load_config(["name=x", *settings]), odd)
+    assert setting.format(odd) in shlex.split(words)

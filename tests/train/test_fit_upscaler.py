@@ -35,6 +35,8 @@ def test_a_run_leaves_weights_a_validation_loss_and_enlarged_pictures(
     )
     lines = [json.loads(line) for line in (Path(result.run) / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert [line["step"] for line in lines if "untrained_validation_loss" in line] == [0]
+    assert result.metrics["untrained_validation_loss"] == lines[0]["untrained_validation_loss"]
 
     before, after = load_model(config.model), load_model(config.model)
     assert load_adapter(after, result.adapter) > 0

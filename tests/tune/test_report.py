@@ -80,6 +80,19 @@ def test_a_winner_that_was_better_before_its_end_is_said_to_need_fewer_steps():
     assert "At step 10 its clip_score was 0.9" in page_of(higher).text
 
 
+def test_a_winner_that_is_worse_than_no_training_is_said_to_be():
+    for untrained, words in ((0.9, "0.9."), (0.7, "0.7, which is better: this training did harm.")):
+        winner = trial(1, {"a.x": 1}, 1.0, 0.8)
+        winner.reports[0]["untrained_validation_loss"] = untrained
+        page = page_of(sweep_of(winner))
+        assert f"Without training validation_loss is {words}" in page.text
+        assert "untrained_validation_loss" not in page.text
+    assert "Without training" not in page_of(sweep_of(trial(1, {"a.x": 1}, 0.8))).text
+    higher = Sweep("odd", (ANSWER,), ("a.x",), (), 100, (), [trial(1, {"a.x": 1}, 1.0)], finished=True)
+    higher.trials[0].reports[0] |= {ANSWER.metric: 0.2, f"untrained_{ANSWER.metric}": 0.3}
+    assert "Without training clip_score is 0.3, which is better" in page_of(higher).text
+
+
 def test_a_metric_that_is_called_as_a_setting_is_told_from_it():
     sweep = drawn_sweep(3)
     sweep.trials[0].reports[-1]["learning_rate"] = 3e-8

@@ -167,6 +167,59 @@ def test_pictures_are_chosen_by_step_and_seed_and_seen_large(page: tuple[Sweep, 
     assert chromium.complaints == []
 
 
+CONTROLS = """
+document.querySelectorAll("details").forEach((one) => { one.open = true; });
+window.controls = [...document.querySelectorAll("a[href], button, select, input, summary")]
+  .filter((one) => one.checkVisibility());
+controls.length
+"""
+FOCUSED = """
+(({ outlineStyle, outlineWidth }, one) => [
+  controls.indexOf(one),
+  one.checkVisibility({ opacityProperty: true }) && outlineStyle !== "none" && parseFloat(outlineWidth) > 0,
+])(getComputedStyle(document.activeElement), document.activeElement)
+"""
+
+
+@pytest.mark.slow
+def test_all_is_done_by_keys_and_where_they_go_is_seen(page: tuple[Sweep, Path], chromium: Browser):
+    _, path = page
+    chromium.show(path)
+    count = chromium.run(CONTROLS)
+    found: dict[int, bool] = {}
+    for _ in range(count + 10):  # and parts that scroll
+        chromium.press("Tab")
+        control, is_seen = chromium.run(FOCUSED)
+        found[control] = is_seen
+    unseen = [control for control in range(count) if not found.get(control)]
+    assert [chromium.run(f"controls[{control}].outerHTML") for control in unseen] == []
+
+    focused = "document.activeElement.closest({!r})"
+    chromium.run("[...document.querySelectorAll('thead button')].find((b) => b.textContent === 'rank').focus()")
+    for order in ("ascending", "descending"):
+        chromium.press("Enter")
+        assert chromium.run(focused.format("th") + ".ariaSort") == order
+    cells = "[...document.querySelectorAll('#grid .cell')]"
+    chromium.run(f"{cells}[1].focus()")
+    opened = chromium.run("document.activeElement.dataset.trial")
+    for turns in ((), ("ArrowDown",)):  # which lays the grid anew
+        chromium.press("Enter")
+        assert chromium.run("document.querySelector('#large').open")
+        for key in turns:
+            chromium.press(key)
+        chromium.press("Escape")
+        assert not chromium.run("document.querySelector('#large').open")
+        chromium.wait(f"() => {focused.format('.cell')}?.dataset.trial === {opened!r}")
+    chromium.press("Enter")
+    chromium.run("document.querySelector('#large a').focus()")
+    chromium.press("Enter")
+    assert chromium.run(focused.format("tr") + ".id") == f"trial-{opened}"
+    chromium.press("Tab")
+    assert chromium.run(focused.format("tr") + ".id") == f"trial-{opened}"
+    assert chromium.run("document.activeElement.tagName") == "BUTTON"
+    assert chromium.complaints == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1400, False)])
 def test_many_trials_fit_a_phone_and_a_dark_theme(width: int, dark: bool, many: Path, chromium: Browser):

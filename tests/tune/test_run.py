@@ -1,6 +1,7 @@
 """What a sweep tells people, and what it leaves for the next run."""
 
 import html
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -8,12 +9,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sd.config.load import to_dict
+from ray_sd.config import GenerateConfig
+from ray_sd.config.load import load_config, to_dict
 from ray_sd.errors import ConfigError
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.record import RECORD, new_record
 from ray_sd.tune.results import Trial
-from ray_sd.tune.run import _commands, _preset, _seconds_left, _trials_at_once, _watching, _write_report, sweep
+from ray_sd.tune.run import (
+    CONFIG,
+    PRESET,
+    SweepResult,
+    _commands,
+    _preset,
+    _seconds_left,
+    _trials_at_once,
+    _watching,
+    _write_report,
+    sweep,
+)
 from ray_sd.tune.search import SEED, SETTINGS
 from ray_sd.tune.space import Space
 from ray_sd.tune.trial import TrialJob
@@ -86,14 +99,14 @@ def test_a_trial_that_no_gpu_is_there_for_is_refused(configure, monkeypatch: pyt
 
 
 def test_a_sweep_has_the_time_that_earlier_starts_left(configure, tmp_path: Path):
-    folder = RunFolder(str(tmp_path), "rates")
-    assert _seconds_left(configure(), folder) == float("inf")
-    limited = configure("sweep.time_limit=2")
-    assert _seconds_left(limited, folder) == 120
+    folder, limited = RunFolder(str(tmp_path), "rates"), configure("sweep.time_limit=2")
+    for config, left in ((configure(), float("inf")), (limited, 120)):
+        folder.write(CONFIG, yaml.safe_dump(to_dict(config)).encode())
+        assert _seconds_left(folder) == left
     record = new_record(limited, Space(limited))
     record.seconds = 50.0
     folder.write(RECORD, record.to_json())
-    assert _seconds_left(limited, folder) == 70
+    assert _seconds_left(folder) == 70
 
 
 def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -115,6 +128,44 @@ def test_commands_repeat_the_storage_path_as_it_was_given(configure, monkeypatch
     }
     page = (tmp_path / "runs" / "sweeps" / "learning_rate" / "report.html").read_text()
     assert all(command in html.unescape(page) for command in commands.values())
+
+
+def test_the_summary_warns_of_a_winner_that_is_worse_than_no_training(configure):
+    config = configure()
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 0, status="finished", adapter="adapter")
+    best.reports = [{"step": 4, "validation_loss": 0.5, "untrained_validation_loss": 0.6}]
+    record = new_record(config, Space(config))
+    record.trials.append(best)
+    result = SweepResult(record, "sweeps/x", "sweeps/x/best", ())
+    assert "without training" not in result.summary()
+    best.reports[0]["validation_loss"] = 0.7
+    assert "warning:  without training validation_loss is 0.6, which is better" in result.summary().splitlines()
+
+
+ODD = ("my sweeps", "it's [a], {b: c} & $HOME", 'say "no" to \\', "a\\\\'b")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_words(
+    configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+):
+    monkeypatch.chdir(tmp_path)
+    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c"]
+    config = configure(f"trainer.validation.prompts={json.dumps(prompts)}", f"storage_path={odd}")
+    folder = RunFolder(config.storage_path, config.name)
+    best = Trial("first", {"trainer.learning_rate": 0.5}, 0)
+    folder.write(PRESET, _preset(best, config).encode())
+    commands = dict(_commands(config.experiment, folder))
+    python, job, *settings = shlex.split(commands["train"])
+    assert (python, job) == ("python", "jobs/train.py")
+    again = load_config(settings)
+    assert list(again.trainer.validation.prompts) == prompts
+    assert again.trainer.learning_rate == 0.5
+    *words, prompt = shlex.split(commands["use it"])
+    assert prompt == "prompt=…"
+    for own in prompts:
+        drawn = load_config([*words[2:], f"prompt={own}"], GenerateConfig)
+        assert (drawn.adapter, drawn.prompt) == (f"{odd}/learning_rate/best", own)
 
 
 def test_what_trains_with_the_best_settings_is_no_trial(configure):

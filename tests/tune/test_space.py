@@ -124,6 +124,28 @@ def test_the_preset_of_learning_rates_lies_around_that_of_the_experiment(experim
     assert all(rate / 30 <= one <= rate * 30 for one in rates)
 
 
+def test_what_is_tried_first_of_a_single_range_is_spread_over_it():
+    rates = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=8"), 8)]
+    assert rates[:7] == [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=7"), 7)]
+    spread = [2e-3 * 30 ** (third / 3) for third in (-3, -2, -1, 1, 2, 3)]
+    assert rates[0] == 2e-3
+    assert rates[1:7] == pytest.approx(spread, rel=5e-3)
+    assert min(spread) < rates[7] < max(spread)
+    few = [one["trainer.learning_rate"] for one in drawn(load("sweep.num_trials=3"), 3)]
+    assert few == pytest.approx([2e-3, spread[0], spread[-1]], rel=5e-3)
+    ranks = "sweep.space={method.rank: {randint: [1, 7]}}"
+    assert [one["method.rank"] for one in drawn(load(ranks, "sweep.num_trials=5"), 5)] == [16, 1, 3, 5, 7]
+    odd = [one["trainer.learning_rate"] for one in drawn(load("trainer.learning_rate=0.012", "sweep.num_trials=8"), 8)]
+    assert len([rate for rate in odd if 0.011 < rate < 0.013]) == 1  # the experiment's own, which lies in the middle
+
+
+def test_what_is_tried_is_drawn_by_chance_where_that_is_asked_for_or_more_than_one_range_is_there():
+    for more in ("sweep.searcher=random", "sweep.space.trainer.optimizer.weight_decay={around: 10}"):
+        rates = [one["trainer.learning_rate"] for one in drawn(load(more, "sweep.num_trials=3"), 3)]
+        assert rates[0] == 2e-3
+        assert 2e-3 / 30 < min(rates[1:]) <= max(rates[1:]) < 0.06
+
+
 def test_a_population_draws_anew_around_the_experiments_own_value():
     config = load("sweep.scheduler=pbt", "trainer.learning_rate=0.01", "sweep.space.trainer.learning_rate={around: 2}")
     domain = build_scheduler(config, Space(config))._hyperparam_mutations[SETTINGS]["trainer.learning_rate"]
@@ -291,7 +313,7 @@ def test_what_cannot_be_tried_is_told_before_anything_is(settings: list[str], wo
 def test_grids_that_do_not_fit_are_refused():
     grids = ("sweep.space={trainer.learning_rate: {grid: [1e-4, 1e-3, 1e-2]}, method.rank: {grid: [2, 4, 8]}}",)
     with pytest.raises(
-        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 8 trials; set it to 9"
+        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 7 trials; set it to 9"
     ):
         Space(load(*grids)).check()
     Space(load(*grids, "sweep.num_trials=9")).check()

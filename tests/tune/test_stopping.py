@@ -2,20 +2,21 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
 from formula_trial import RATE, use_formula
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import TrialScheduler
 from ray.util import placement_group_table
 from recorded import trials
 from waiting import wait_for
 
 from ray_sd.config import SweepConfig
-from ray_sd.tune.limit import LimitedSearch, time_limit
+from ray_sd.tune.limit import LimitedSearch
 from ray_sd.tune.run import sweep
 from ray_sd.tune.search import SETTINGS, SettingsSearch, build_scheduler
 from ray_sd.tune.space import Space
@@ -51,8 +52,8 @@ def last_steps(config: SweepConfig, losses: list[float]) -> list[int]:
     ("scheduler", "came_to"),
     [
         ("none", [8, 8, 8, 8, 8]),
-        ("asha", [8, 8, 2, 2, 8]),
-        ("{name: asha, grace_steps: 4}", [8, 8, 4, 4, 8]),
+        ("asha", [8, 8, 4, 4, 8]),
+        ("{name: asha, grace_steps: 2}", [8, 8, 2, 2, 8]),
         ("{name: median, min_trials: 1}", [8, 8, 2, 2, 8]),
         ("{name: median, min_trials: 3}", [8, 8, 8, 2, 8]),
         ("{name: median, min_trials: 1, grace_steps: 6}", [8, 8, 6, 6, 8]),
@@ -63,22 +64,32 @@ def test_schedulers_stop_what_others_are_better_than(configure, scheduler: str, 
     assert last_steps(config, [0.2, 0.1, 9.0, 8.0, 0.05]) == came_to
 
 
-def test_a_search_draws_nothing_once_the_time_is_over_and_goes_on_with_more(configure, tmp_path: Path):
-    config = configure()
-    searching = LimitedSearch(SettingsSearch(Space(config), config, None), at_once=2)
-    searching.add_configurations([tune.Experiment("rates", run=print, num_samples=2)])
-    with time_limit(3600):
-        assert searching.next_trial().config[SETTINGS] == Space(config).base()
-    with time_limit(0):
-        assert searching.next_trial() is None
-        assert searching.is_finished()
-        searching.save_to_dir(str(tmp_path), "first")
-    again = LimitedSearch(SettingsSearch(Space(config), config, None), at_once=2)
-    again.restore_from_dir(str(tmp_path))
-    with time_limit(3600):
-        assert not again.is_finished()
-        assert again.next_trial().config[SETTINGS] != Space(config).base()
-        assert again.is_finished()  # as many as it has
+def searching(config: SweepConfig, seconds_left: Callable[[], float]) -> LimitedSearch:
+    search = LimitedSearch(SettingsSearch(Space(config), config, None), 2, seconds_left)
+    search.add_configurations([tune.Experiment("rates", run=print, num_samples=2)])
+    return search
+
+
+def test_a_search_draws_nothing_once_the_time_is_over_and_goes_on_with_more(configure, monkeypatch: pytest.MonkeyPatch):
+    config, now = configure(), [1000.0]
+    monkeypatch.setattr("ray_sd.tune.limit.time", SimpleNamespace(monotonic=lambda: now[0]))
+    first = searching(config, lambda: 60)
+    assert first.next_trial().config[SETTINGS] == Space(config).base()
+    now[0] += 60
+    assert first.next_trial() is None
+    assert first.is_finished()
+    again = cloudpickle.loads(cloudpickle.dumps(first))  # as Tune does before a sweep goes on
+    assert not again.is_finished()
+    assert again.next_trial().config[SETTINGS] != Space(config).base()
+    assert again.is_finished()  # as many as it has
+
+
+def test_sweeps_of_one_process_have_each_their_own_time(configure):
+    short, long = searching(configure(), lambda: 0), searching(configure(), lambda: 3600)
+    assert long.next_trial() is not None
+    assert short.next_trial() is None
+    assert not long.is_finished()
+    assert short.is_finished()
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@
     all("#table tr.shown").forEach((other) => other.classList.remove("shown"));
     row.classList.add("shown");
     row.scrollIntoView({ block: "center" });
+    row.tabIndex = -1;
+    row.focus({ preventScroll: true });  // so that Tab goes on from there
   }
 
   // --- which trials are shown: all, or those that pass the brushes
@@ -293,10 +295,10 @@
 
     // --- one picture, large: arrows go to the other trials, and to the other prompts of the same
     const large = one("#large");
-    let [around, at] = [[], 0];
+    let [around, at, opener] = [[], 0, null];
 
     function enlarge(others, index) {
-      [around, at] = [others, others.indexOf(index)];
+      [around, at, opener] = [others, others.indexOf(index), document.activeElement];
       fill();
       if (!large.open) large.showModal();
     }
@@ -332,6 +334,10 @@
     large.addEventListener("click", (event) => {
       if (event.target === large) large.close();  // beside it
       if (event.target.dataset.key) turn(event.target.dataset.key);
+    });
+    // Where another prompt was chosen, the button that it was opened by is there no more.
+    large.addEventListener("close", () => {
+      if (!opener.isConnected) one(`#grid [data-trial="${around[at]}"]`)?.focus();
     });
     one("a", large).addEventListener("click", (event) => {
       event.preventDefault();

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from plotly.offline import get_plotlyjs
 
+from ray_sd.config.metrics import UNTRAINED
 from ray_sd.tune.report import charts
 from ray_sd.tune.report.grid import SEED, axes, ranked
 from ray_sd.tune.report.importance import ROUGH_BELOW, importance
@@ -157,7 +158,7 @@ def _columns(sweep: Sweep, names: Mapping[str, str]) -> list[Column]:
     """Of settings and metrics: those that are looked for first, the others as the trials began to report them."""
     goals = [goal.metric for goal in sweep.objectives]
     reported = dict.fromkeys(name for trial in sweep.trials for report in trial.reports for name in report)
-    metrics = [*goals, *(name for name in reported if name not in (*goals, STEP))]
+    metrics = [*goals, *(name for name in reported if name not in (*goals, STEP) and not name.startswith(UNTRAINED))]
     columns = [_setting_column(sweep.trials, path, names[path]) for path in sweep.paths]
     if len({trial.seed for trial in sweep.trials}) > 1:
         seeds = tuple(trial.seed for trial in sweep.trials)

@@ -29,6 +29,7 @@ def verdict(sweep: Sweep) -> list[str]:
             else "No trial beats it in either."
         )
     sentences += _against_base(sweep, best)
+    sentences += _against_untrained(sweep, best)
     sentences += _earlier(sweep, best)
     for goal in sweep.objectives[:1]:
         sentences += _over_seeds(seed_intervals(sweep, goal), best, goal)
@@ -64,6 +65,15 @@ def _against_base(sweep: Sweep, best: Trial) -> list[str]:
         return [f"The experiment's own settings have no value to compare with: trial {base.id} is {base.status}."]
     early = "" if base.status == "finished" else f" at step {base.step}"
     return [f"The experiment's own settings, trial {base.id}, came to {' and '.join(parts)}{early}."]
+
+
+def _against_untrained(sweep: Sweep, best: Trial) -> list[str]:
+    untrained = sweep.untrained(best)
+    if untrained is None:
+        return []
+    value, is_worse = untrained
+    sentence = f"Without training {sweep.objectives[0].metric} is {number(value)}"
+    return [f"{sentence}, which is better: this training did harm." if is_worse else f"{sentence}."]
 
 
 def _earlier(sweep: Sweep, best: Trial) -> list[str]:
