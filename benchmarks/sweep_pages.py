@@ -63,8 +63,10 @@ def photograph(browser: str, address: str, size: tuple[int, int], path: Path) ->
         subprocess.run([browser, *options, address], check=True, stderr=subprocess.DEVNULL)
         picture = Image.open(shot).convert("RGB")
         ground = Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, picture.height - 1)))
-        *_, last = ImageChops.difference(picture, ground).getbbox()
-        picture.crop((0, 0, picture.width, min(last + MARGIN, picture.height))).quantize(256).save(path, optimize=True)
+        shown = ImageChops.difference(picture, ground).getbbox()
+        if shown is None:
+            sys.exit(f"error: {address} shows nothing")
+        picture.crop((0, 0, picture.width, min(shown[3] + MARGIN, picture.height))).quantize(256).save(path, optimize=True)
     print(path)
 
 
