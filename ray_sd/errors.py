@@ -6,7 +6,7 @@ class RaySdError(Exception):
 
 
 class ConfigError(RaySdError):
-    """The configuration cannot be run as written; raised before Ray starts."""
+    """The configuration cannot be run as written; raised before anything is encoded, drawn or trained."""
 
 
 class RequestError(RaySdError):

@@ -156,7 +156,7 @@ class TrainerConfig(Schema):
     compile: bool = False
     """Run the U-Net through `torch.compile`, which needs a C++ compiler on CPUs."""
     gpu_memory: float | None = Field(None, gt=0)
-    """Memory of each GPU in GiB, with which the run's needs are compared before Ray starts; null asks this machine's
+    """Memory of each GPU in GiB, with which the run's needs are compared before it starts; null asks this machine's
     GPUs, if it has any."""
     zero: ZeroConfig = ZeroConfig()
     """DeepSpeed ZeRO."""

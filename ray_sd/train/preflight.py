@@ -1,4 +1,4 @@
-"""Whether a run fits its machines, told before Ray starts: their memory, with the settings that need less, and a compiler."""
+"""Whether a run fits its machines, told before the run starts: their memory, with the settings that need less, and a compiler."""
 
 import logging
 from typing import Any
