@@ -43,6 +43,7 @@ def in_process() -> Iterator[None]:
             patch.setattr(f"ray_sd.{module}.has_gpus", lambda: False)
         for module in ("passes", "lanes"):
             patch.setattr(f"ray_sd.data.{module}.ordered_dataset", lambda blocks, **_: Tables(blocks))
+        patch.setattr("ray_sd.data.passes.actor_restarts", dict)
         patch.setattr(ray.data, "from_items", lambda rows, **_: Rows(rows))
         patch.setattr(ray, "put", lambda value: value)
         patch.setattr(ray, "get", lambda value: value)
