@@ -139,15 +139,16 @@ def training_batches(
     """
     lanes = lanes_of(data.train, config, rank)
     number, stop = start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps
+    lost_at = None
     while number < stop:
-        began = number
         try:
             for batch in _batches(data, config, rows, lanes, number, stop):
                 yield batch
                 number += 1
         except RayActorError as error:
-            if number == began:
+            if number == lost_at:
                 raise
+            lost_at = number
             logger.warning("the reader of worker %d was lost, and another reads on: %s", rank, first_line(error))
 
 
