@@ -32,8 +32,12 @@ LOOKS, WATCHER = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTI
 WAITS = "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
 """Seconds between what Ray Tune writes down of a sweep."""
-DATA_LOGGERS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
-"""They say at INFO that an execution starts, and at WARNING that there is no progress bar."""
+DATA_LOGGERS = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data.exceptions": logging.CRITICAL,
+}
+"""They say at INFO that an execution starts, at WARNING that there is no progress bar, and at ERROR what is raised anyway."""
 TRIAL_LOGGER = "ray.train._internal.storage"
 """It says of each checkpoint of a trial at INFO that it was created, and they hold no more than where the run's own are."""
 TUNE_LOGGERS = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")

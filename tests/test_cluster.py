@@ -299,6 +299,7 @@ def test_the_controller_prints_no_traceback_where_that_actor_is_slow(levels: Non
     [
         ("ray.data._internal.execution.streaming_executor", logging.INFO, "Starting execution of Dataset"),
         ("ray.data._internal.progress", logging.WARNING, "Progress bars disabled"),
+        ("ray.data.exceptions", logging.ERROR, "Exception occurred in Ray Data or Ray Core internal code"),
         ("ray.train._internal.storage", logging.INFO, "Checkpoint successfully created"),
         ("ray.tune.analysis.experiment_analysis", logging.WARNING, "Failed to fetch metrics"),
         ("ray.tune.utils.util", logging.WARNING, "may be a performance bottleneck"),
