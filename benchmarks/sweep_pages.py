@@ -66,7 +66,9 @@ def photograph(browser: str, address: str, size: tuple[int, int], path: Path) ->
         shown = ImageChops.difference(picture, ground).getbbox()
         if shown is None:
             sys.exit(f"error: {address} shows nothing")
-        picture.crop((0, 0, picture.width, min(shown[3] + MARGIN, picture.height))).quantize(256).save(path, optimize=True)
+        picture.crop((0, 0, picture.width, min(shown[3] + MARGIN, picture.height))).quantize(256).save(
+            path, optimize=True
+        )
     print(path)
 
 

@@ -6,36 +6,51 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from threading import Lock
 from typing import TYPE_CHECKING, Optional
 
 import ray
 import ray._private.state
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from ray_sd.config.logs import LOG, tells_all
 from ray_sd.errors import RaySdError, first_line
 
 if TYPE_CHECKING:
     from ray.data import DataContext
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+    from ray.train.v2.api.callback import RayTrainCallback
 
 CHDIR, PRINT_PATCH, ADDRESS = "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_ADDRESS"
 UV_RUN, HIDES_GPUS = "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+STARTS, FEW_STARTS = "RAY_worker_maximum_startup_concurrency", 4
 LOOKS, WATCHER = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+WAITS = "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S"
 TUNE_WRITES = "TUNE_GLOBAL_CHECKPOINT_S"
 """Seconds between what Ray Tune writes down of a sweep."""
-DATA_LOGGERS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
-"""They say at INFO that an execution starts, and at WARNING that there is no progress bar."""
-CHECKPOINT_LOGGERS = ("ray.train.v2._internal.execution.storage", "ray.train._internal.storage")
-"""They say of each checkpoint at INFO that it was created, on every worker of every trial."""
-ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
-"""In the end it looks for files that sweeps do not write, and warns of each trial."""
+DATA_LOGGERS = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data.exceptions": logging.CRITICAL,
+}
+"""They say at INFO that an execution starts, at WARNING that there is no progress bar, and at ERROR what is raised anyway."""
+TRIAL_LOGGER = "ray.train._internal.storage"
+"""It says of each checkpoint of a trial at INFO that it was created, and they hold no more than where the run's own are."""
+TUNE_LOGGERS = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
+"""In the end the one looks for files that sweeps do not write, and warns of each trial; the other warns where a step of Tune's
+loop takes half a second, as one does that starts or ends a trial on a machine that is at work."""
+CLEANER, CLEANER_LOGGER = "PlacementGroupCleaner", "ray.train.v2._internal.callbacks.placement_group_callback"
+PRINTS = "ray_print_logs"
+"""What prints here the lines of other processes."""
 SERVE_LOGGER, SERVE_SAYS = "ray.serve", "RAY_SERVE_LOG_TO_STDERR"
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -64,8 +79,12 @@ def connect() -> None:
     os.environ.setdefault(UV_RUN, "0")
     # Ray would otherwise leave every GPU visible to processes that asked for none.
     os.environ.setdefault(HIDES_GPUS, "1")
+    # Ray would otherwise warn of four processes for each that it starts at once, which is as many as there are cores.
+    if (os.cpu_count() or 1) < FEW_STARTS and not tells_all():
+        os.environ.setdefault(STARTS, str(FEW_STARTS))
     quiet_tokens()
     _start()
+    quiet_cleaner()
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 
@@ -83,7 +102,7 @@ def connect_while_importing(module: str) -> None:
 
 def _start() -> None:
     try:
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.INFO if tells_all() else logging.WARNING)
     except ConnectionError as error:
         raise RaySdError(
             f"no Ray cluster answers at {os.environ.get(ADDRESS, 'the address of the last `ray start` here')}; set {ADDRESS} to "
@@ -99,7 +118,8 @@ def _start() -> None:
 
 def quiet_tokens() -> None:
     """Keep Ray from warning that it is secured, which it is by itself; that it is not is told as before."""
-    logging.getLogger(TOKEN_LOGGER).addFilter(_is_no_reassurance)
+    if not tells_all():
+        logging.getLogger(TOKEN_LOGGER).addFilter(_is_no_reassurance)
 
 
 def _is_no_reassurance(record: logging.LogRecord) -> bool:
@@ -128,7 +148,11 @@ def training_environment() -> Iterator[None]:
         ADDRESS: ray.get_runtime_context().gcs_address,
         # How often the controller looks at workers: one that reports waits until it has looked, and so does the end of a run.
         LOOKS: os.environ.get(LOOKS, "0.25"),
+        # After a minute it warns that a run waits for the pictures of its last checkpoints, which may take longer on CPUs.
+        WAITS: os.environ.get(WAITS, "600"),
     }
+    if tells_all():
+        needed[LOG] = os.environ[LOG]
     if is_one_machine():
         # A process more at each start, which waits for the loss of a node: here the run is lost with it.
         needed[WATCHER] = os.environ.get(WATCHER, "0")
@@ -149,6 +173,11 @@ def tuning_environment() -> Iterator[None]:
         "RAY_AIR_NEW_OUTPUT": "0",
         TUNE_WRITES: os.environ.get(TUNE_WRITES, "5"),
     }
+    if tells_all():
+        from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+        needed[LOG] = os.environ[LOG]
+        ENV_VARS_TO_PROPAGATE.add(LOG)
     with _environment(needed):
         yield
 
@@ -319,26 +348,84 @@ def rest_between_steps(context: "DataContext") -> None:
 def quiet_data(context: "DataContext") -> None:
     """Keep Ray Data from progress bars, and from telling what nobody can do anything about. context: of a data set."""
     for name, level in DATA_LOGGERS.items():
-        logging.getLogger(name).setLevel(level)
+        _quiet(name, level)
     context.enable_progress_bars = False
+    # It has no other name yet for how often an actor is started again.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     # It asks twice a minute for a setting that says how much memory an encoder takes.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
 
 
-def quiet_checkpoints() -> None:
-    """Keep Ray Train and Ray Tune from telling of each checkpoint, in this process."""
-    for name in CHECKPOINT_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+def training_log_level() -> str:
+    """From which level Ray Train's controller and workers are heard.
+
+    At INFO they tell of each checkpoint four times, and of each state that a run passes.
+    """
+    return "DEBUG" if tells_all() else "WARNING"
+
+
+def quiet_cleaner() -> None:
+    """Keep the actor that gives a run's share of the cluster back from being heard. To be called once Ray is joined.
+
+    It warns wherever Ray is slow to tell whether the run's controller lives, and it has no logger that is configured.
+    """
+    if tells_all():
+        return
+    for name, tell in list(global_worker_stdstream_dispatcher.handlers):
+        if name == PRINTS:
+            global_worker_stdstream_dispatcher.remove_handler(PRINTS)
+            global_worker_stdstream_dispatcher.add_handler(PRINTS, partial(_tell_of_others, tell))
+
+
+def _tell_of_others(tell: Callable[[dict], None], lines: dict) -> None:
+    if lines.get("actor_name") != CLEANER:
+        tell(lines)
+
+
+def quiet_controller() -> "RayTrainCallback":
+    """A callback of Ray Train that keeps its controller from a traceback where that actor is slow to end."""
+    # Here, since this takes seconds to import.
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Quiet(ControllerCallback):
+        def after_controller_start(self, train_run_context: object) -> None:
+            _quiet(CLEANER_LOGGER, logging.CRITICAL)
+
+    return Quiet()
+
+
+def quiet_worker() -> None:
+    """Keep Ray Train from telling of each report, in a training worker."""
+    # Here, since this takes seconds to import. Its logger is named by its file, so that the level of the others is not its own.
+    from ray.train.v2._internal.execution import context
+
+    _quiet(context.logger.name, logging.WARNING)
+
+
+def quiet_trial() -> None:
+    """Keep Ray Tune from telling of each checkpoint, in a trial's process."""
+    _quiet(TRIAL_LOGGER, logging.WARNING)
 
 
 def quiet_serve() -> None:
     """Keep Ray Serve from telling of every deployment and request; its files hold it. To be called before Ray is joined."""
+    if tells_all():
+        return
     os.environ.setdefault(SERVE_SAYS, "0")  # which processes read that Ray starts on this machine
-    logging.getLogger(SERVE_LOGGER).setLevel(logging.WARNING)
+    _quiet(SERVE_LOGGER, logging.WARNING)
 
 
 def quiet_tune() -> None:
     """Keep Ray Tune from warnings that nobody can do anything about."""
-    logging.getLogger(ANALYSIS_LOGGER).setLevel(logging.ERROR)
+    if tells_all():
+        return
+    for name in TUNE_LOGGERS:
+        _quiet(name, logging.ERROR)
     # A trial is a run with workers and data of its own, which cannot take over another's.
     warnings.filterwarnings("ignore", "Consider boosting PBT performance by enabling `reuse_actors`", UserWarning)
+
+
+def _quiet(name: str, level: int) -> None:
+    """Hear a logger of Ray's from this level on, unless everything is to be heard."""
+    if not tells_all():
+        logging.getLogger(name).setLevel(level)

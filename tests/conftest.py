@@ -65,7 +65,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "train/test_engine.py": 230,
         "tune/test_sweep.py": 160,
         "train/test_loop.py": 110,
-        "test_demo.py": 60,
+        "test_demo.py": 120,
         "data/test_prior.py": 55,
         "embedded/test_embedded_chain.py": 50,
         "train/test_fit_upscaler.py": 40,

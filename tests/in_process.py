@@ -44,6 +44,7 @@ def in_process() -> Iterator[None]:
         patch.setattr("ray_sd.data.passes.is_one_machine", lambda: False)  # as where actors encode
         for module in ("passes", "lanes"):
             patch.setattr(f"ray_sd.data.{module}.ordered_dataset", lambda blocks, **_: Tables(blocks))
+        patch.setattr("ray_sd.data.passes.actor_restarts", dict)
         patch.setattr(ray.data, "from_items", lambda rows, **_: Rows(rows))
         patch.setattr(ray, "put", lambda value: value)
         patch.setattr(ray, "get", lambda value: value)

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -18,44 +19,57 @@ import ray
 import ray._private.state
 import ray.data
 from ray import tune
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
+from ray._private.ray_logging import WorkerStandardStreamDispatcher
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
-from ray.data import DataContext
+from ray.data import DataContext, dataset
 from ray.data._internal.issue_detection.detectors import high_memory_detector
 from ray.serve._private import constants
+from ray.train import LoggingConfig
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
+from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.constants import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    COLLECTIVE_WARN_INTERVAL_S_ENV_VAR,
+    DEFAULT_COLLECTIVE_WARN_INTERVAL_S,
     DEFAULT_HEALTH_CHECK_INTERVAL_S,
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     ENABLE_PRINT_PATCH_ENV_VAR,
     HEALTH_CHECK_INTERVAL_S_ENV_VAR,
     get_env_vars_to_propagate,
 )
+from ray.train.v2._internal.execution.controller import placement_group_cleaner
+from ray.train.v2._internal.logging.logging import TrainLogLevelFilter
 from ray.tune.constants import TUNE_ENV_VARS
+from ray.tune.execution import class_cache
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from waiting import wait_for
 
 from ray_sd import cluster
 from ray_sd.cluster import (
     ADDRESS,
-    ANALYSIS_LOGGER,
     CHDIR,
-    CHECKPOINT_LOGGERS,
+    CLEANER,
+    CLEANER_LOGGER,
     DATA_LOGGERS,
     HIDES_GPUS,
     LOOKS,
     PRINT_PATCH,
+    PRINTS,
     SERVE_LOGGER,
     SERVE_SAYS,
     SNAPSHOT,
+    STARTS,
     STARTS_SLOWLY,
     TOKEN_LOGGER,
+    TRIAL_LOGGER,
+    TUNE_LOGGERS,
     TUNE_WRITES,
     UV_RUN,
+    WAITS,
     WATCHER,
     connect,
     connect_while_importing,
@@ -64,15 +78,20 @@ from ray_sd.cluster import (
     is_one_machine,
     names_cluster,
     possible_resources,
-    quiet_checkpoints,
+    quiet_cleaner,
+    quiet_controller,
     quiet_data,
     quiet_serve,
     quiet_tokens,
+    quiet_trial,
     quiet_tune,
+    quiet_worker,
     rest_between_steps,
     training_environment,
+    training_log_level,
     tuning_environment,
 )
+from ray_sd.config.logs import LOG
 from ray_sd.errors import RaySdError
 from ray_sd.serve.gate import HAPROXY
 
@@ -90,7 +109,10 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def levels() -> Iterator[None]:
     """Ray's loggers are then as they were."""
-    loggers = [logging.getLogger(name) for name in (*DATA_LOGGERS, *CHECKPOINT_LOGGERS, ANALYSIS_LOGGER, SERVE_LOGGER)]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("", "ray", CLEANER_LOGGER, *DATA_LOGGERS, TRIAL_LOGGER, *TUNE_LOGGERS, SERVE_LOGGER)
+    ]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
@@ -114,6 +136,7 @@ def test_what_ray_train_starts_is_told_what_it_needs_and_nobody_else(
             "RAY_ADDRESS": "192.0.2.1:6379",
         }
         assert float(told[HEALTH_CHECK_INTERVAL_S_ENV_VAR]) < DEFAULT_HEALTH_CHECK_INTERVAL_S
+        assert float(told[COLLECTIVE_WARN_INTERVAL_S_ENV_VAR]) > DEFAULT_COLLECTIVE_WARN_INTERVAL_S
         assert names_cluster() == (address is not None)
     assert names_cluster() == (address is not None)
     assert dict(os.environ) == before
@@ -127,7 +150,7 @@ def test_the_loss_of_a_node_is_watched_for_where_there_are_several(monkeypatch: 
         assert get_env_vars_to_propagate()[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
 
 
-@pytest.mark.parametrize("name", [PRINT_PATCH, LOOKS, WATCHER])
+@pytest.mark.parametrize("name", [PRINT_PATCH, LOOKS, WAITS, WATCHER])
 def test_a_user_may_have_it_as_ray_has_it(monkeypatch: pytest.MonkeyPatch, joined: None, name: str):
     monkeypatch.setattr("ray_sd.cluster.is_one_machine", lambda: True)
     monkeypatch.setenv(name, "1")
@@ -249,25 +272,104 @@ def test_advice_that_no_trial_can_follow_is_not_given(levels: None):
     assert [str(one.message) for one in told] == ["Consider something else"]
 
 
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_the_actor_that_gives_a_share_back_is_not_heard(monkeypatch: pytest.MonkeyPatch, all_of_it: bool):
+    assert placement_group_cleaner.PlacementGroupCleaner.__name__ == CLEANER
+    assert f'"{PRINTS}"' in inspect.getsource(worker.connect)
+    monkeypatch.setenv(LOG, "debug" if all_of_it else "")
+    told: list[dict] = []
+    dispatcher = WorkerStandardStreamDispatcher()
+    dispatcher.add_handler(PRINTS, told.append)
+    monkeypatch.setattr("ray_sd.cluster.global_worker_stdstream_dispatcher", dispatcher)
+    quiet_cleaner()
+    for actor in ({"actor_name": CLEANER}, {"actor_name": "TrainController"}, {}):
+        dispatcher.emit(actor)
+    assert told == ([{"actor_name": CLEANER}] if all_of_it else []) + [{"actor_name": "TrainController"}, {}]
+    dispatcher.remove_handler(PRINTS)
+    assert dispatcher.handlers == []
+
+
+def test_the_controller_prints_no_traceback_where_that_actor_is_slow(levels: None):
+    assert placement_group_callback.logger.name == CLEANER_LOGGER
+    quiet_controller().after_controller_start(None)
+    assert not placement_group_callback.logger.isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize("all_of_it", [False, True])
 @pytest.mark.parametrize(
     ("module", "level", "words"),
     [
         ("ray.data._internal.execution.streaming_executor", logging.INFO, "Starting execution of Dataset"),
         ("ray.data._internal.progress", logging.WARNING, "Progress bars disabled"),
-        ("ray.train.v2._internal.execution.storage", logging.INFO, "Checkpoint successfully created"),
+        ("ray.data.exceptions", logging.ERROR, "Exception occurred in Ray Data or Ray Core internal code"),
         ("ray.train._internal.storage", logging.INFO, "Checkpoint successfully created"),
         ("ray.tune.analysis.experiment_analysis", logging.WARNING, "Failed to fetch metrics"),
+        ("ray.tune.utils.util", logging.WARNING, "may be a performance bottleneck"),
+        ("ray.train.v2._internal.execution.context", logging.INFO, "Reporting training result"),
     ],
 )
-def test_what_ray_would_log_is_kept_quiet(levels: None, module: str, level: int, words: str):
+def test_what_ray_would_log_is_kept_quiet_unless_all_of_it_is_wanted(
+    levels: None, monkeypatch: pytest.MonkeyPatch, module: str, level: int, words: str, all_of_it: bool
+):
     found = import_module(module)
     assert words in inspect.getsource(found)
+    monkeypatch.setenv(LOG, "debug" if all_of_it else "")
     found.logger.setLevel(logging.NOTSET)
-    quiet_data(DataContext())
-    quiet_checkpoints()
-    quiet_tune()
-    assert not found.logger.isEnabledFor(level)
+    for name in ("", "ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    with warnings.catch_warnings():
+        quiet_data(DataContext())
+        quiet_trial()
+        quiet_tune()
+        quiet_worker()
+    assert found.logger.isEnabledFor(level) == all_of_it
     assert found.logger.isEnabledFor(logging.CRITICAL)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("storage", 'logger.info(f"Checkpoint successfully created'),
+        ("checkpoint.validation_manager", 'logger.info(\n                f"Launched async validation task'),
+        ("controller.controller", "logger.info("),
+        ("worker_group.worker_group", 'logger.info(\n            f"Started training worker group'),
+        ("failure_handling.default", 'logger.info(\n            f"[FailurePolicy]'),
+    ],
+)
+def test_what_ray_train_says_of_a_run_is_below_the_level_at_which_it_is_heard(
+    monkeypatch: pytest.MonkeyPatch, module: str, words: str
+):
+    found = import_module(f"ray.train.v2._internal.execution.{module}")
+    assert words in inspect.getsource(found)
+    heard = TrainLogLevelFilter(LoggingConfig(training_log_level()).log_level)
+    made = partial(logging.LogRecord, found.logger.name, pathname="", lineno=0, msg="", args=(), exc_info=None)
+    assert not heard.filter(made(level=logging.INFO))
+    assert heard.filter(made(level=logging.WARNING))
+    monkeypatch.setenv(LOG, "debug")
+    assert TrainLogLevelFilter(LoggingConfig(training_log_level()).log_level).filter(made(level=logging.DEBUG))
+
+
+def test_processes_elsewhere_in_a_cluster_are_told_to_say_all(monkeypatch: pytest.MonkeyPatch, joined: None):
+    """Those on this machine inherit it."""
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(class_cache.ENV_VARS_TO_PROPAGATE) - {LOG})
+    for wanted in (False, True):
+        monkeypatch.setenv(LOG, "debug" if wanted else "")
+        with training_environment():
+            assert (get_env_vars_to_propagate().get(LOG) == "debug") == wanted
+        with tuning_environment():
+            assert (LOG in class_cache.ENV_VARS_TO_PROPAGATE) == wanted
+
+
+def test_that_restarts_have_no_name_of_their_own_yet_is_not_told(levels: None):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quiet_data(DataContext())
+        dataset._warn_on_ray_remote_args({"max_restarts": 0})
+        dataset._warn_on_ray_remote_args_fn(dict)
+    deprecated = [str(one.message) for one in told if "deprecated and will be removed" in str(one.message)]
+    assert len(deprecated) == 1
+    assert deprecated[0].startswith("`ray_remote_args_fn`")
+    assert "max_restarts" not in inspect.signature(dataset.Dataset.map_batches).parameters
 
 
 def test_ray_data_does_not_ask_how_much_memory_a_stage_takes(levels: None):
@@ -333,6 +435,21 @@ def test_what_goes_wrong_while_ray_starts_and_a_module_is_imported_is_raised(mon
     monkeypatch.setattr(cluster, "connect", fail)
     with pytest.raises(RaySdError, match="no Ray cluster answers"):
         connect_while_importing("ray_sd.no_such")
+
+
+@pytest.mark.parametrize(("cores", "starts"), [(2, "4"), (8, None)])
+def test_ray_does_not_warn_of_what_few_cores_have_to_start(
+    monkeypatch: pytest.MonkeyPatch, cores: int, starts: str | None
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setenv(STARTS, "1")
+    monkeypatch.delenv(STARTS)
+    connect()
+    assert os.environ.get(STARTS) == starts
+    assert STARTS.encode() in (Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes()
 
 
 def test_ray_says_that_it_did_not_start_in_time_by_these_words():

@@ -121,7 +121,7 @@ def test_a_circle_is_found():
             id="workers that only read",
         ),
         pytest.param(
-            "ray_sd.train.worker, ray_sd.tune.reporter, ray_sd.tune.preparer",
+            "ray_sd.train.worker, ray_sd.train.restarts, ray_sd.tune.reporter, ray_sd.tune.preparer",
             {"torch", "diffusers", "transformers", "peft", "optuna"},
             id="the controller of a run and the preparer of trials",
         ),

@@ -4,6 +4,7 @@ What Ray Train itself has to do (several workers, which checkpoints are kept, go
 `ray_cluster`.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class OneWorker:
         assert scaling_config.num_workers == 1
         self._train = train_loop
         self._job = train_loop_config
-        self._callbacks = run_config.callbacks
+        self._callbacks = [one for one in run_config.callbacks if isinstance(one, ray.train.UserCallback)]
         self._folder = Path(run_config.storage_path) / run_config.name
         self._validation = validation_config
         self._metrics: dict[str, Any] | None = None
@@ -78,10 +79,14 @@ class OneWorker:
             patch.setattr(ray.train, "report", self._report)
             patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
             patch.chdir(elsewhere)  # workers, too, are not where the command runs
+            ours = logging.getLogger("ray_sd")
+            level = ours.level
             try:
                 lost = self._train(self._job)
             except Exception as error:
                 raise WorkerGroupError("the worker failed", {0: error}) from error
+            finally:
+                ours.setLevel(level)  # which a worker changes in its process
         return SimpleNamespace(metrics=self._metrics, checkpoint=self._latest, return_value=lost)
 
     def _report(

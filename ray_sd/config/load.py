@@ -15,6 +15,7 @@ from ray_sd.config.base import Origin, Schema
 from ray_sd.config.compose import compose_presets, preset_groups
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
+from ray_sd.config.logs import own_level
 from ray_sd.config.overrides import apply_overrides
 from ray_sd.config.serve import ServeConfig, ServedPreset
 from ray_sd.config.sweep import SweepConfig
@@ -97,6 +98,7 @@ def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | 
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        logging.getLogger("ray_sd").setLevel(own_level())
         main(sys.argv[1:] if arguments is None else arguments)
     except RaySdError as error:
         for line in _message(error).splitlines():

@@ -7,6 +7,7 @@ seeded schedule says which of them a step takes.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayActorError
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import CLASS, RowSpec
@@ -23,10 +25,12 @@ from ray_sd.data.index import RowIndex
 from ray_sd.data.order import BucketSchedule, epoch_order, row_seed
 from ray_sd.data.reader import RowReader
 from ray_sd.data.view import PreparedData
+from ray_sd.errors import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 
 READER_CPUS = 0.1
 """Little, so that readers run beside training workers that took nearly all of a small machine."""
@@ -131,13 +135,29 @@ def training_batches(
 ) -> "Iterator[dict[str, Tensor]]":
     """This rank's micro-batches of the steps from `start_step` to before `stop_step`, as CPU tensors.
 
-    One reader works ahead for the whole call. Its process ends with the iterator.
+    One reader works ahead for the whole call. Its process ends with the iterator; where it is lost before, another reads on.
     """
     lanes = lanes_of(data.train, config, rank)
-    blocks = _numbers(start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps)
-    if not blocks:
-        return
-    dataset = ordered_dataset(blocks, block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY, beside_training=True)
+    number, stop = start_step * lanes.accumulation_steps, stop_step * lanes.accumulation_steps
+    lost_at = None
+    while number < stop:
+        try:
+            for batch in _batches(data, config, rows, lanes, number, stop):
+                yield batch
+                number += 1
+        except RayActorError as error:
+            if number == lost_at:
+                raise
+            lost_at = number
+            logger.warning("the reader of worker %d was lost, and another reads on: %s", rank, first_line(error))
+
+
+def _batches(
+    data: PreparedData, config: ExperimentConfig, rows: RowSpec, lanes: Lanes, start: int, stop: int
+) -> "Iterator[dict[str, Tensor]]":
+    dataset = ordered_dataset(
+        _numbers(start, stop), block_bytes=BLOCK_BYTES, bytes_under_way=BYTES_UNDER_WAY, beside_training=True
+    )
     dataset = dataset.map_batches(
         LaneReader,
         batch_size=None,
@@ -145,6 +165,8 @@ def training_batches(
         fn_constructor_args=(data, config, rows, lanes),
         compute=ActorPoolStrategy(size=1),
         num_cpus=READER_CPUS,
+        # Ray would start it again, but says at every start that it may fail in that, and does so without end.
+        max_restarts=0,
     )
     for part in dataset.iter_batches(
         batch_size=lanes.micro_batches_at_once, batch_format="pyarrow", prefetch_batches=1

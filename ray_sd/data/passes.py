@@ -22,7 +22,7 @@ from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
-from ray_sd.data.blocks import ordered_dataset
+from ray_sd.data.blocks import actor_restarts, ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.crops import Variant
 from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
@@ -210,6 +210,7 @@ def _examine(dataset: ray.data.Dataset, config: ExperimentConfig, examination: E
         compute=ActorPoolStrategy(min_size=1, max_size=num_actors),
         num_cpus=DETECT_CPUS,
         num_gpus=_gpus(config),
+        **actor_restarts(),
     )
     return found.map_batches(cut_shown, num_cpus=CUT_CPUS, **task)
 
@@ -278,6 +279,7 @@ def _encode(
         compute=ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=ENCODE_CPUS,
         num_gpus=_gpus(config),
+        **actor_restarts(),
     )
     return _write(encoded, shards)
 

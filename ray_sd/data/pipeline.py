@@ -16,6 +16,7 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.blocks import tried_again
 from ray_sd.data.cache import KEY
 from ray_sd.data.crops import Variant
 from ray_sd.data.encode import text_key
@@ -70,7 +71,7 @@ def _prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None) -
     prepared = view.load()
     if prepared is None:
         connect()
-        images = encode_images(config, rows, listing, view.images, view.kinds)
+        images = tried_again(encode_images, config, rows, listing, view.images, view.kinds)
         prepared = _index(config, rows, view, listing, images)
         if not any(reason.startswith(UNREADABLE) for reason in prepared.summary.reasons):
             view.store(prepared)
@@ -118,7 +119,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     _check_placeholders(rows, unique)
     texts, texts_encoded, cut = 0, 0, 0
     if view.texts is not None:
-        entries, texts_encoded, cut = encode_texts(config, unique, view.texts)
+        entries, texts_encoded, cut = tried_again(encode_texts, config, unique, view.texts)
         texts = len(unique)
         places, metadata["text"] = place(entries, _text_keys(captions, unique), view.texts.name)
         columns |= {f"text_{name}": column for name, column in places.items()}

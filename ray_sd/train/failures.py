@@ -10,14 +10,12 @@ from ray_sd.train.storage import RunFolder
 
 
 def in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
-    """The failure that was meant for a person, else what failed in one line: not that others lost their connection to it."""
+    """The failure that was meant for a person, else what failed in one line."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    for cause in causes:
-        if isinstance(cause, RaySdError):
-            return cause
+    cause = cause_of(failures)
+    if isinstance(cause, RaySdError):
+        return cause
     goes_on = f"checkpoints are in {run.path}, and resume=true goes on from the last"
-    cause = min(causes, key=lambda cause: (not isinstance(cause, torch.OutOfMemoryError), _is_of_connection(cause)))
     if isinstance(cause, torch.OutOfMemoryError):
         return RaySdError(
             f"a GPU's memory was not enough: {first_line(cause)}; {goes_on}, with trainer.gradient_checkpointing=true, "
@@ -25,8 +23,20 @@ def in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
         )
     if isinstance(cause, OSError):
         return ArtifactError(f"{run.path} cannot be written: {storage_reason(cause)}; {goes_on}")
-    reason = str(cause).strip().splitlines()
-    return RaySdError(f"training stopped: {reason[-1] if reason else type(cause).__name__}; {goes_on}")
+    return RaySdError(f"training stopped: {reason_of(cause)}; {goes_on}")
+
+
+def cause_of(failures: list[Exception]) -> BaseException:
+    """Of workers' failures the one that was meant for a person, else what failed: not that others lost their connection to it."""
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    kinds = (RaySdError, torch.OutOfMemoryError)
+    return min(causes, key=lambda cause: (*(not isinstance(cause, kind) for kind in kinds), _is_of_connection(cause)))
+
+
+def reason_of(cause: BaseException) -> str:
+    """The last line of what it says."""
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
 
 
 def _is_of_connection(cause: BaseException) -> bool:

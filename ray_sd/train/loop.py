@@ -159,6 +159,7 @@ def _refusal(engine: Engine, folder: Path | None) -> ArtifactError | None:
 
 
 def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: int, rank: int, world_size: int) -> None:
+    name = f"checkpoint-{step:08d}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint.save(engine, folder, step=step, rank=rank, world_size=world_size, config=config)
@@ -166,10 +167,10 @@ def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: in
             ray.train.report(
                 monitor.latest | {"step": step},
                 checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-                checkpoint_dir_name=f"checkpoint-{step:08d}",
+                checkpoint_dir_name=name,
                 validation=draws(config),
             )
-    monitor.after_checkpoint()
+    monitor.after_checkpoint(step, name)
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -122,10 +122,25 @@ class Monitor:
         """The last value of every metric."""
         return dict(self._latest)
 
-    def after_checkpoint(self) -> None:
+    def after_checkpoint(self, step: int, name: str) -> None:
+        """Tell of a checkpoint, and pass on what was drawn meanwhile."""
+        if self._shows:
+            logger.info("step %d: stored %s", step, name)
+            self._pass_on()
+
+    def close(self) -> None:
+        if self._shows:
+            self._pass_on()
+            self._tell_memory()
+            if self._bar is not None:
+                self._bar.close()
+            for tracker in self._trackers:
+                tracker.close()
+            if self._run.local is None:
+                self._run.upload(self._logs, LOGS)
+
+    def _pass_on(self) -> None:
         """Pass on pictures that were drawn meanwhile and what was measured on them, and copy logs to remote storage."""
-        if not self._shows:
-            return
         for path in self._pictures():
             if path not in self._seen:
                 self._seen.add(path)
@@ -140,17 +155,6 @@ class Monitor:
                     tracker.log_later(metrics, step)
         if self._run.local is None:
             self._run.upload(self._logs, LOGS)
-
-    def close(self) -> None:
-        if self._shows:
-            self.after_checkpoint()
-            self._tell_memory()
-            if self._bar is not None:
-                self._bar.close()
-            for tracker in self._trackers:
-                tracker.close()
-            if self._run.local is None:
-                self._run.upload(self._logs, LOGS)
 
     def _log(self, step: int) -> None:
         mean = torch.stack([self._sum, torch.tensor(float(self._count), device=self._sum.device)])

@@ -126,4 +126,4 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{1024 * size / GIB:.0f} MiB"

@@ -14,7 +14,14 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest
-from ray_sd.cluster import connect, has_gpus, possible_resources, training_environment
+from ray_sd.cluster import (
+    connect,
+    has_gpus,
+    possible_resources,
+    quiet_controller,
+    training_environment,
+    training_log_level,
+)
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.data import (
@@ -37,6 +44,7 @@ from ray_sd.train.metrics import check_metrics
 from ray_sd.train.optimizers import check_package
 from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
+from ray_sd.train.restarts import Restarts
 from ray_sd.train.resume import find_beginning, note_data, write_config
 from ray_sd.train.samples import check_images, draws
 from ray_sd.train.storage import RunFolder
@@ -101,6 +109,7 @@ def fit(
     config = absolute_paths(given)
     beginning = find_beginning(given, run)
     run.check_writable()
+    logger.info("run: %s", _plan(given, run, beginning.checkpoint))
     estimated_bytes = check(config)
     rows = build_method(config.method).rows()
     listing = list_rows(config.dataset, rows) if data is None else None
@@ -122,7 +131,8 @@ def fit(
             storage_path=config.storage_path,
             failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
-            callbacks=list(callbacks),
+            callbacks=[quiet_controller(), Restarts(config.trainer.max_failures), *callbacks],
+            logging_config=ray.train.LoggingConfig(training_log_level()),
         ),
         validation_config=ray.train.ValidationConfig(
             draw,
@@ -139,6 +149,15 @@ def fit(
         raise result.return_value
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.
     return _export(job, run, result.metrics, result.checkpoint or ray.train.Checkpoint(beginning.checkpoint))
+
+
+def _plan(config: ExperimentConfig, run: RunFolder, checkpoint: str | None) -> str:
+    """What will run, and where it will be."""
+    trainer, model = config.trainer, config.model
+    on = "1 worker" if trainer.num_workers == 1 else f"{trainer.num_workers} workers"
+    start = "" if checkpoint is None else f", going on from {Path(checkpoint).name}"
+    what = f"{config.method.name} on {model.base or model.family}"
+    return f"{what}, {trainer.max_steps} steps of {trainer.batch_size} rows on {on}{start}; in {run.path}"
 
 
 def check(config: ExperimentConfig) -> float:

@@ -3,6 +3,7 @@
 Imports no torch, so that Ray's own processes, which unpickle it, start quickly.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 from ray.util.queue import Queue
 
-from ray_sd.cluster import quiet_checkpoints
+from ray_sd.cluster import quiet_worker
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.logs import own_level
 from ray_sd.data import training_batches
 from ray_sd.errors import RaySdError
 from ray_sd.train.job import TrainingJob
@@ -25,8 +27,9 @@ def train_loop(job: TrainingJob) -> RaySdError | None:
     """Runs on every worker. Returns why it ended before its last step, if it did."""
     from ray.train.torch import get_device
 
-    if not job.has_bar:
-        quiet_checkpoints()
+    # A sweep tells itself how its trials go; what they say would stand between its lines, and not say which says it.
+    logging.getLogger("ray_sd").setLevel(own_level(logging.NOTSET if job.has_bar else logging.WARNING))
+    quiet_worker()
     if get_device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one
     batches = None

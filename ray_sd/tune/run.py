@@ -199,7 +199,8 @@ def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:
 
 def _encode(preparer: ActorHandle, config: ExperimentConfig) -> None:
     """Encode what the experiment learns from, so that trials find it and have to encode only what their settings change."""
-    ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+    data = ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+    logger.info("data: %s", data.summary)
 
 
 def _trials_at_once(config: SweepConfig) -> int:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.util.queue import Queue
 
-from ray_sd.cluster import quiet_checkpoints
+from ray_sd.cluster import quiet_trial
 from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.data import PreparedData
 from ray_sd.errors import RaySdError
@@ -87,7 +87,7 @@ class TrialJob:
 
 def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     """Tune's trainable. Goes on with its own run where there is one, and from another trial's weights where Tune says so."""
-    quiet_checkpoints()
+    quiet_trial()
     checkpoint = tune.get_checkpoint()
     pointer = Pointer() if checkpoint is None else _read_pointer(checkpoint)
     name, resume = _beginning(job.folder, tune.get_context().get_trial_id(), pointer.path)

@@ -1,5 +1,6 @@
 """From command lines to configurations."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 
 from ray_sd.config import ExperimentConfig, GenerateConfig
 from ray_sd.config.load import load_config, run_job, to_dict, to_yaml, validate
+from ray_sd.config.logs import LOG
 from ray_sd.errors import ConfigError, DataError
 
 DEMO = ["experiment=demo"]
@@ -231,6 +233,28 @@ def test_job_prints_the_words_of_an_error_that_crossed_ray(capsys: pytest.Captur
 
     assert run_job(main, []) == 1
     assert capsys.readouterr().err == "error: photos: no pictures\n"
+
+
+@pytest.mark.parametrize(("asked", "level"), [(None, logging.NOTSET), ("", logging.NOTSET), ("debug", logging.DEBUG)])
+def test_a_job_tells_all_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, asked: str | None, level: int):
+    if asked is None:
+        monkeypatch.delenv(LOG, raising=False)
+    else:
+        monkeypatch.setenv(LOG, asked)
+    ours = logging.getLogger("ray_sd")
+    before = ours.level
+    assert run_job(lambda _: None, []) == 0
+    found = ours.level
+    ours.setLevel(before)
+    assert found == level
+
+
+def test_a_wrong_word_for_how_much_is_told_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(LOG, "verbose")
+    assert run_job(lambda _: pytest.fail("it ran"), []) == 2
+    assert capsys.readouterr().err.startswith("error: RAY_SD_LOG: 'verbose' is not known; RAY_SD_LOG=debug shows")
 
 
 def test_interrupted_job_returns_130():

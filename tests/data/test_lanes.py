@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ import ray
 import ray._private.state
 import torch
 from in_process import prepare
+from ray.exceptions import ActorDiedError
 from sample_pictures import LATENTS, PIXELS, captioned_pictures, experiment
 from waiting import wait_for
 
@@ -181,6 +185,44 @@ def test_a_stream_that_is_left_early_gives_its_reader_back(pictures: Path, ray_c
     [reader] = readers() - before
     batches.close()
     wait_for(lambda: reader not in readers())
+
+
+def test_another_reader_goes_on_where_one_was_lost(
+    pictures: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    class Lost(LaneReader):
+        def micro_batch(self, number: int) -> dict[str, np.ndarray]:
+            if number == 100 and not (tmp_path / "lost").exists():
+                (tmp_path / "lost").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().micro_batch(number)
+
+    data, config = prepared(pictures, PIXELS, {"batch_size": 4}, flip=True)
+    monkeypatch.setattr("ray_sd.data.lanes.LaneReader", Lost)
+    batches = list(training_batches(data, config, PIXELS, 0, 0, 130))
+    assert "the reader of worker 0 was lost, and another reads on: " in caplog.text
+    for name in ("pixels", "row_seed"):
+        assert torch.equal(joined(batches, name), joined(read(data, config, PIXELS, 0, 0, 130), name))
+
+
+def test_a_reader_that_is_lost_at_the_same_place_again_ends_the_stream(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    data, config = prepared(pictures, PIXELS, {"batch_size": 4})
+    begun: list[int] = []
+
+    def lost(*arguments: Any) -> Iterator[Batch]:
+        *_, start, _ = arguments
+        begun.append(start)
+        yield from ({} for _ in range(start, 3))
+        raise ActorDiedError
+
+    monkeypatch.setattr("ray_sd.data.lanes._batches", lost)
+    batches = training_batches(data, config, PIXELS, 0, 0, 10)
+    assert [next(batches) for _ in range(3)] == [{}] * 3
+    with pytest.raises(ActorDiedError):
+        next(batches)
+    assert begun == [0, 3]
 
 
 def test_epochs_draw_among_the_variants(pictures: Path):

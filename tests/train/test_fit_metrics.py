@@ -272,8 +272,8 @@ def test_measurements_reach_trackers_with_the_step_of_their_pictures(
     first = monitor(0)
     measured(4)
     first.log({"loss": 0.5}, 6)
-    first.after_checkpoint()
-    first.after_checkpoint()
+    first.after_checkpoint(2, "checkpoint-00000002")
+    first.after_checkpoint(2, "checkpoint-00000002")
     # A checkpoint's numbers are its own; those of one before it are not reported again.
     assert first.latest == {"loss": 0.5}
     measured(8)
@@ -283,7 +283,7 @@ def test_measurements_reach_trackers_with_the_step_of_their_pictures(
     # What was measured while nobody looked is passed on after a resume, and what is measured again only once.
     measured(5)
     resumed = monitor(6)
-    resumed.after_checkpoint()
+    resumed.after_checkpoint(4, "checkpoint-00000004")
     assert run.read("samples/step-00000008.json") is None
     measured(8)
     resumed.close()

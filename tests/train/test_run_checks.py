@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import logging
 import re
 import shutil
 from functools import reduce
@@ -16,6 +17,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.config.identity import is_identity
 from ray_sd.errors import ArtifactError, ConfigError, DataError
 from ray_sd.train.failures import in_words
+from ray_sd.train.restarts import Restarts
 from ray_sd.train.resume import Beginning, check_unchanged, find_beginning, note_data
 from ray_sd.train.run import fit
 from ray_sd.train.storage import RunFolder
@@ -175,6 +177,35 @@ class _Data:
 def test_the_failure_that_came_first_is_told_and_not_its_consequence(tmp_path, failures, words):
     told = in_words(WorkerGroupError("failed", failures), RunFolder(str(tmp_path), "run"))
     assert re.search(words, str(told))
+
+
+def test_a_worker_that_was_lost_is_told_unless_the_run_ends_with_it(caplog):
+    restarts = Restarts(max_failures=1)
+    lost = {0: RuntimeError("Connection closed by peer"), 1: RuntimeError("Traceback\nkilled by signal 9")}
+    for _ in range(2):
+        restarts.after_exception(None, lost)
+    assert caplog.messages == [
+        "a worker was lost: killed by signal 9; the run goes on from its last checkpoint (1 of trainer.max_failures=1)"
+    ]
+
+
+def test_what_will_run_is_told_once_before_it_does(configure, monkeypatch, caplog, tmp_path):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray_sd.train.run.connect", stop)
+    caplog.set_level(logging.INFO, "ray_sd")
+    checkpoint = write_checkpoint(tmp_path / "elsewhere", step=4)
+    for settings in (["name=new"], ["name=other", f"resume={checkpoint}", "trainer.max_steps=7"]):
+        with pytest.raises(KeyboardInterrupt):
+            fit(configure(*settings, "trainer.batch_size=4", "trainer.num_workers=2", "method=lora"))
+    told = [message for message in caplog.messages if message.startswith("run: ")]
+    assert re.fullmatch(rf"run: lora on \S+, \d+ steps of 4 rows on 2 workers; in {tmp_path}/runs/new", told[0])
+    assert re.fullmatch(
+        rf"run: lora on \S+, 7 steps of 4 rows on 2 workers, going on from {checkpoint.name}; in {tmp_path}/runs/other",
+        told[1],
+    )
+    assert len(told) == 2
 
 
 def test_what_cannot_be_trained_is_refused_before_ray_starts(configure, tmp_path, monkeypatch):
