@@ -49,7 +49,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
     },
     {
         "tune/test_population.py": 250,
-        "tune/test_stopping.py": 60,
+        "tune/test_stopping.py": 70,
         "tune/test_survival.py": 260,
         "tune/test_sweep_processes.py": 220,
         "train/test_fit_function.py": 110,
