@@ -2,24 +2,30 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from formula_trial import RATE, use_formula
 from ray import cloudpickle, tune
 from ray.tune.schedulers import TrialScheduler
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup
 from recorded import trials
 from waiting import wait_for
 
 from ray_sd.config import SweepConfig
+from ray_sd.errors import RaySdError
+from ray_sd.tune import run
 from ray_sd.tune.limit import LimitedSearch
 from ray_sd.tune.run import sweep
 from ray_sd.tune.search import SETTINGS, SettingsSearch, build_scheduler
 from ray_sd.tune.space import Space
+from ray_sd.tune.trial import TrialJob
 
 GOOD, BAD = (2e-3, 3e-3), (1e-4, 0.3)
 """By the formula a bad one's loss is many times a good one's at every step."""
@@ -90,6 +96,35 @@ def test_sweeps_of_one_process_have_each_their_own_time(configure):
     assert short.next_trial() is None
     assert not long.is_finished()
     assert short.is_finished()
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_held_is_given_back_while_its_trial_goes_on(
+    configure, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+):
+    use_formula(monkeypatch)
+    formula = run.run_trial
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def reserve(self) -> PlacementGroup:
+            group = placement_group([{"CPU": 1}])
+            ray.get(group.ready())
+            return group
+
+    def hold(settings: dict[str, Any], *, job: TrialJob) -> None:
+        controller = Controller.remote()
+        held = ray.get(controller.reserve.remote())
+        ray.kill(controller)
+        end = time.monotonic() + 60
+        while placement_group_table(held)["state"] != "REMOVED":
+            if time.monotonic() > end:
+                raise RaySdError("it is held on")
+            time.sleep(0.05)
+        formula(settings, job=job)
+
+    monkeypatch.setattr(run, "run_trial", hold)
+    assert sweep(configure("sweep.num_trials=1", "sweep.max_failures=0")).sweep.best() is not None
 
 
 @pytest.mark.slow
