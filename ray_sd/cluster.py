@@ -48,7 +48,14 @@ TRIAL_LOGGER = "ray.train._internal.storage"
 TUNE_LOGGERS = ("ray.tune.analysis.experiment_analysis", "ray.tune.utils.util")
 """In the end the one looks for files that sweeps do not write, and warns of each trial; the other warns where a step of Tune's
 loop takes half a second, as one does that starts or ends a trial on a machine that is at work."""
-CLEANER, CLEANER_LOGGER = "PlacementGroupCleaner", "ray.train.v2._internal.callbacks.placement_group_callback"
+CLEANER = "PlacementGroupCleaner"
+CONTROLLER_LOGGERS = (
+    "ray.train.v2._internal.callbacks.placement_group_callback",
+    "ray.train.v2._internal.callbacks.backend_setup",
+)
+"""They print tracebacks where that actor is slow to end, and where a worker is gone, which is told in words."""
+DRIVER_IS_GONE, OWNER_IS_GONE = "Failed to push error to driver", "its owner has died"
+"""What processes print, and what actors are said to have died of, whose trial was stopped."""
 PRINTS = "ray_print_logs"
 """What prints here the lines of other processes."""
 SERVE_LOGGER, SERVE_SAYS = "ray.serve", "RAY_SERVE_LOG_TO_STDERR"
@@ -84,7 +91,7 @@ def connect() -> None:
         os.environ.setdefault(STARTS, str(FEW_STARTS))
     quiet_tokens()
     _start()
-    quiet_cleaner()
+    quiet_others()
     resources = ray.cluster_resources()
     logger.info("Ray: %g CPUs, %g GPUs", resources.get("CPU", 0), resources.get("GPU", 0))
 
@@ -364,10 +371,11 @@ def training_log_level() -> str:
     return "DEBUG" if tells_all() else "WARNING"
 
 
-def quiet_cleaner() -> None:
-    """Keep the actor that gives a run's share of the cluster back from being heard. To be called once Ray is joined.
+def quiet_others() -> None:
+    """Keep lines of other processes that nobody can do anything about from this terminal. To be called once Ray is joined.
 
-    It warns wherever Ray is slow to tell whether the run's controller lives, and it has no logger that is configured.
+    The actor that gives a run's share of the cluster back warns wherever Ray is slow to tell whether the run's controller
+    lives, and has no logger that is configured; what a stopped trial's processes cannot tell it is printed by Ray's core.
     """
     if tells_all():
         return
@@ -378,18 +386,22 @@ def quiet_cleaner() -> None:
 
 
 def _tell_of_others(tell: Callable[[dict], None], lines: dict) -> None:
-    if lines.get("actor_name") != CLEANER:
-        tell(lines)
+    if lines.get("actor_name") == CLEANER:
+        return
+    told = [line for line in lines["lines"] if DRIVER_IS_GONE not in line]
+    if told:
+        tell(lines | {"lines": told})
 
 
 def quiet_controller() -> "RayTrainCallback":
-    """A callback of Ray Train that keeps its controller from a traceback where that actor is slow to end."""
+    """A callback of Ray Train that keeps its controller from tracebacks that nobody can do anything about."""
     # Here, since this takes seconds to import.
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
     class Quiet(ControllerCallback):
         def after_controller_start(self, train_run_context: object) -> None:
-            _quiet(CLEANER_LOGGER, logging.CRITICAL)
+            for name in CONTROLLER_LOGGERS:
+                _quiet(name, logging.CRITICAL)
 
     return Quiet()
 

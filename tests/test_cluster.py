@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Event
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -30,7 +30,7 @@ from ray.data._internal.issue_detection.detectors import high_memory_detector
 from ray.serve._private import constants
 from ray.train import LoggingConfig
 from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
-from ray.train.v2._internal.callbacks import placement_group_callback
+from ray.train.v2._internal.callbacks import backend_setup, placement_group_callback
 from ray.train.v2._internal.constants import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
     COLLECTIVE_WARN_INTERVAL_S_ENV_VAR,
@@ -53,10 +53,12 @@ from ray_sd.cluster import (
     ADDRESS,
     CHDIR,
     CLEANER,
-    CLEANER_LOGGER,
+    CONTROLLER_LOGGERS,
     DATA_LOGGERS,
+    DRIVER_IS_GONE,
     HIDES_GPUS,
     LOOKS,
+    OWNER_IS_GONE,
     PRINT_PATCH,
     PRINTS,
     SERVE_LOGGER,
@@ -78,9 +80,9 @@ from ray_sd.cluster import (
     is_one_machine,
     names_cluster,
     possible_resources,
-    quiet_cleaner,
     quiet_controller,
     quiet_data,
+    quiet_others,
     quiet_serve,
     quiet_tokens,
     quiet_trial,
@@ -111,7 +113,7 @@ def levels() -> Iterator[None]:
     """Ray's loggers are then as they were."""
     loggers = [
         logging.getLogger(name)
-        for name in ("", "ray", CLEANER_LOGGER, *DATA_LOGGERS, TRIAL_LOGGER, *TUNE_LOGGERS, SERVE_LOGGER)
+        for name in ("", "ray", *CONTROLLER_LOGGERS, *DATA_LOGGERS, TRIAL_LOGGER, *TUNE_LOGGERS, SERVE_LOGGER)
     ]
     before = [logger.level for logger in loggers]
     yield
@@ -273,7 +275,9 @@ def test_advice_that_no_trial_can_follow_is_not_given(levels: None):
 
 
 @pytest.mark.parametrize("all_of_it", [False, True])
-def test_the_actor_that_gives_a_share_back_is_not_heard(monkeypatch: pytest.MonkeyPatch, all_of_it: bool):
+def test_lines_of_others_that_nobody_can_do_anything_about_are_not_heard(
+    monkeypatch: pytest.MonkeyPatch, all_of_it: bool
+):
     assert placement_group_cleaner.PlacementGroupCleaner.__name__ == CLEANER
     assert f'"{PRINTS}"' in inspect.getsource(worker.connect)
     monkeypatch.setenv(LOG, "debug" if all_of_it else "")
@@ -281,18 +285,28 @@ def test_the_actor_that_gives_a_share_back_is_not_heard(monkeypatch: pytest.Monk
     dispatcher = WorkerStandardStreamDispatcher()
     dispatcher.add_handler(PRINTS, told.append)
     monkeypatch.setattr("ray_sd.cluster.global_worker_stdstream_dispatcher", dispatcher)
-    quiet_cleaner()
-    for actor in ({"actor_name": CLEANER}, {"actor_name": "TrainController"}, {}):
-        dispatcher.emit(actor)
-    assert told == ([{"actor_name": CLEANER}] if all_of_it else []) + [{"actor_name": "TrainController"}, {}]
+    quiet_others()
+    gone = f"E 17415 task_manager.cc:1545: {DRIVER_IS_GONE} for task 2725"
+    cleaner = {"actor_name": CLEANER, "lines": ["slow"]}
+    controller = {"actor_name": "TrainController", "lines": [gone, "of use"]}
+    for lines in (cleaner, controller, {"lines": [gone]}):
+        dispatcher.emit(lines)
+    assert told == ([cleaner, controller, {"lines": [gone]}] if all_of_it else [controller | {"lines": ["of use"]}])
     dispatcher.remove_handler(PRINTS)
     assert dispatcher.handlers == []
 
 
-def test_the_controller_prints_no_traceback_where_that_actor_is_slow(levels: None):
-    assert placement_group_callback.logger.name == CLEANER_LOGGER
+@pytest.mark.parametrize("module", [placement_group_callback, backend_setup])
+def test_the_controller_prints_no_tracebacks_of_what_is_told_in_words(levels: None, module: ModuleType):
+    assert module.logger.name in CONTROLLER_LOGGERS
     quiet_controller().after_controller_start(None)
-    assert not placement_group_callback.logger.isEnabledFor(logging.ERROR)
+    assert not module.logger.isEnabledFor(logging.ERROR)
+
+
+def test_ray_says_by_these_words_that_who_asked_is_gone():
+    package = Path(ray.__file__).parent
+    assert DRIVER_IS_GONE.encode() in (package / "_raylet.so").read_bytes()
+    assert OWNER_IS_GONE.encode() in (package / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
 
 
 @pytest.mark.parametrize("all_of_it", [False, True])

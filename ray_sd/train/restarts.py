@@ -8,6 +8,8 @@ from typing import Any
 
 import ray.train
 
+from ray_sd.cluster import OWNER_IS_GONE
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,11 +23,14 @@ class Restarts(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         from ray_sd.train.failures import cause_of, reason_of
 
+        reason = reason_of(cause_of(list(worker_exceptions.values())))
+        if OWNER_IS_GONE in reason:
+            return  # a trial that was stopped: its controller ends next
         self._failures += 1
         if self._failures <= self._max_failures:
             logger.warning(
                 "a worker was lost: %s; the run goes on from its last checkpoint (%d of trainer.max_failures=%d)",
-                reason_of(cause_of(list(worker_exceptions.values()))),
+                reason,
                 self._failures,
                 self._max_failures,
             )

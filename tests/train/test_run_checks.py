@@ -13,6 +13,7 @@ import yaml
 from checkpoints import write_checkpoint
 from ray.train import WorkerGroupError
 
+from ray_sd.cluster import OWNER_IS_GONE
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.identity import is_identity
 from ray_sd.errors import ArtifactError, ConfigError, DataError
@@ -182,8 +183,9 @@ def test_the_failure_that_came_first_is_told_and_not_its_consequence(tmp_path, f
 def test_a_worker_that_was_lost_is_told_unless_the_run_ends_with_it(caplog):
     restarts = Restarts(max_failures=1)
     lost = {0: RuntimeError("Connection closed by peer"), 1: RuntimeError("Traceback\nkilled by signal 9")}
-    for _ in range(2):
-        restarts.after_exception(None, lost)
+    stopped = {0: RuntimeError(f"The actor is dead because {OWNER_IS_GONE}. Owner Id: 5a")}
+    for exceptions in (stopped, lost, lost):
+        restarts.after_exception(None, exceptions)
     assert caplog.messages == [
         "a worker was lost: killed by signal 9; the run goes on from its last checkpoint (1 of trainer.max_failures=1)"
     ]
