@@ -38,13 +38,13 @@ def fit_without_ray(config: ExperimentConfig, **settings: Any) -> TrainingResult
         patch.setattr("ray_sd.train.run.possible_resources", lambda: MACHINE)
         patch.setattr(ray, "cluster_resources", lambda: MACHINE)
         patch.setattr(ray, "get_gpu_ids", list)
-        patch.setattr("ray_sd.train.run.TorchTrainer", OneWorker)
+        patch.setattr("ray_sd.train.run.Trainer", OneWorker)
         patch.setattr("ray_sd.train.run.prepare", prepare)
         return fit(config, **settings)
 
 
 class OneWorker:
-    """What Ray Train's TorchTrainer is to `fit`. Keeps every checkpoint, and draws before training goes on."""
+    """What Ray Train's trainer is to `fit`. Keeps every checkpoint, and draws before training goes on."""
 
     def __init__(
         self,

@@ -9,19 +9,21 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ray_sd.adapter import write_manifest
 from ray_sd.cluster import (
     connect,
+    give_back_of_dead,
     has_gpus,
     possible_resources,
     quiet_controller,
     training_environment,
     training_log_level,
 )
+from ray_sd.cluster.trainer import Trainer
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.data import (
@@ -34,7 +36,7 @@ from ray_sd.data import (
     prepare,
 )
 from ray_sd.draw.usage import usage
-from ray_sd.errors import ConfigError
+from ray_sd.errors import ConfigError, RaySdError, first_line
 from ray_sd.files import from_anywhere
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
@@ -122,7 +124,7 @@ def fit(
     write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
     job = TrainingJob(config, given, rows, data, beginning.checkpoint, estimated_bytes, has_bar=drawings is None)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop,
         train_loop_config=job,
         scaling_config=scaling,
@@ -145,6 +147,12 @@ def fit(
             result = trainer.fit()
     except TrainingFailedError as error:
         raise in_words(error, run) from error
+    except RayActorError as error:
+        give_back_of_dead()
+        raise RaySdError(
+            f"training stopped: Ray Train's controller was lost ({first_line(error)}); checkpoints are in {run.path}, and "
+            "resume=true goes on from the last"
+        ) from error
     if result.return_value is not None:
         raise result.return_value
     # Where a run that had finished goes on, there is no step left that would report a checkpoint.

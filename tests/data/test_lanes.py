@@ -163,7 +163,7 @@ def test_scheduling_rests_beside_training_in_any_cluster(
 ):
     monkeypatch.setattr(blocks, "is_one_machine", lambda: False)
     rests: list[float] = []
-    monkeypatch.setattr("ray_sd.cluster.time", SimpleNamespace(sleep=rests.append))
+    monkeypatch.setattr("ray_sd.cluster.pace.time", SimpleNamespace(sleep=rests.append))
     data, config = prepared(pictures, PIXELS, {"batch_size": 4})
     assert len(list(training_batches(data, config, PIXELS, 0, 0, 2))) == 2
     assert rests

@@ -5,6 +5,7 @@ import logging
 
 import httpx
 import pytest
+from ray.serve._private import constants
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -90,6 +91,7 @@ def test_without_keys_this_machine_may_ask(address: str):
 
 
 def test_without_keys_nobody_may_ask_where_serve_does_not_tell_who_does(monkeypatch: pytest.MonkeyPatch):
+    assert HAPROXY in vars(constants)
     monkeypatch.setenv(HAPROXY, "1")
     assert asyncio.run(ask(client(keys={}))).status_code == 403
 
