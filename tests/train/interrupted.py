@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray.cloudpickle
 import ray.train
@@ -32,6 +33,14 @@ def lose_a_worker(job: TrainingJob) -> RaySdError | None:
 def stand_still(job: TrainingJob) -> RaySdError | None:
     """Train until the second worker waits for ever."""
     return _interrupt(job, signal.pause)
+
+
+def lose_the_controller(job: TrainingJob) -> None:
+    """Kill the controller of this worker's run, which ends its workers."""
+    others = psutil.Process().parent().children()
+    [controller] = [one for one in others if one.cmdline()[0].startswith("ray::TrainController")]
+    controller.kill()
+    signal.pause()
 
 
 def _interrupt(job: TrainingJob, interrupt: Any) -> RaySdError | None:

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from interrupted import INTERRUPTED_AT, MARK, lose_a_worker
+import ray
+from interrupted import INTERRUPTED_AT, MARK, lose_a_worker, lose_the_controller
 from killing import kill_with_cluster
 from long_run import LONG, STEPS, TWO_WORKERS, assert_same_adapter
 from waiting import wait_for
 
+from ray_sd.errors import RaySdError
 from ray_sd.train.run import fit
 
 pytestmark = pytest.mark.slow
@@ -24,6 +26,14 @@ def test_a_run_that_lost_a_worker_equals_an_undisturbed_one(configure, undisturb
     assert (Path(disturbed.run) / MARK).exists()
     assert steps_of(Path(disturbed.run)) == list(range(1, STEPS + 1))
     assert_same_adapter(undisturbed.adapter, disturbed.adapter)
+
+
+def test_a_run_whose_controller_is_killed_says_so_and_keeps_nothing_of_the_cluster(configure, ray_cluster, monkeypatch):
+    cpus = ray.cluster_resources()["CPU"]
+    monkeypatch.setattr("ray_sd.train.run.train_loop", lose_the_controller)
+    with pytest.raises(RaySdError, match="training stopped: Ray Train's controller was lost"):
+        fit(configure("name=lost"))
+    wait_for(lambda: ray.available_resources().get("CPU") == cpus)
 
 
 def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undisturbed):
