@@ -127,7 +127,7 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=True,  # what frees the workers of a killed trial asks it
+        include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",
         object_store_memory=OBJECT_STORE_BYTES,

@@ -7,7 +7,6 @@ from ray_sd.cluster.pace import rest_between_steps
 from ray_sd.cluster.quiet import (
     OWNER_IS_GONE,
     SERVE_LOGGER,
-    quiet_controller,
     quiet_data,
     quiet_serve,
     quiet_tokens,
@@ -30,7 +29,6 @@ __all__ = [
     "is_one_machine",
     "names_cluster",
     "possible_resources",
-    "quiet_controller",
     "quiet_data",
     "quiet_serve",
     "quiet_tokens",

@@ -14,7 +14,6 @@ from ray_sd.config.logs import tells_all
 
 if TYPE_CHECKING:
     from ray.data import DataContext
-    from ray.train.v2.api.callback import RayTrainCallback
 
 DATA_LOGGERS = {
     "ray.data": logging.WARNING,
@@ -85,16 +84,9 @@ def _tell_of_others(tell: Callable[[dict], None], lines: dict) -> None:
         tell(lines | {"lines": told})
 
 
-def quiet_controller() -> "RayTrainCallback":
-    """A callback of Ray Train that keeps its controller from tracebacks that nobody can do anything about."""
-    # Here, since this takes seconds to import.
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-
-    class Quiet(ControllerCallback):
-        def after_controller_start(self, train_run_context: object) -> None:
-            _quiet(CONTROLLER_LOGGER, logging.CRITICAL)
-
-    return Quiet()
+def quiet_controller() -> None:
+    """Keep Ray Train's controller from tracebacks that nobody can do anything about, in its process."""
+    _quiet(CONTROLLER_LOGGER, logging.CRITICAL)
 
 
 def quiet_worker() -> None:

@@ -19,7 +19,6 @@ from ray_sd.cluster import (
     give_back_of_dead,
     has_gpus,
     possible_resources,
-    quiet_controller,
     training_environment,
     training_log_level,
 )
@@ -133,7 +132,7 @@ def fit(
             storage_path=config.storage_path,
             failure_config=ray.train.FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.trainer.checkpoint.keep),
-            callbacks=[quiet_controller(), Restarts(config.trainer.max_failures), *callbacks],
+            callbacks=[Restarts(config.trainer.max_failures), *callbacks],
             logging_config=ray.train.LoggingConfig(training_log_level()),
         ),
         validation_config=ray.train.ValidationConfig(

@@ -24,7 +24,6 @@ from ray.train.v2._internal.callbacks import backend_setup
 from ray.train.v2._internal.logging.logging import TrainLogLevelFilter
 
 from ray_sd.cluster import (
-    quiet_controller,
     quiet_data,
     quiet_serve,
     quiet_tokens,
@@ -43,6 +42,7 @@ from ray_sd.cluster.quiet import (
     SERVE_LOGGER,
     SERVE_SAYS,
     TOKEN_LOGGER,
+    quiet_controller,
     quiet_others,
 )
 from ray_sd.config.logs import LOG
@@ -129,7 +129,7 @@ def test_lines_of_others_that_nobody_can_do_anything_about_are_not_heard(
 
 def test_the_controller_prints_no_tracebacks_of_what_is_told_in_words(levels: None):
     assert backend_setup.logger.name == CONTROLLER_LOGGER
-    quiet_controller().after_controller_start(None)
+    quiet_controller()
     assert not backend_setup.logger.isEnabledFor(logging.ERROR)
 
 
