@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.cache import CacheListConfig, CachePruneConfig
 from ray_sd.config.load import load_config, load_settings, run_job
+from ray_sd.config.paths import absolute_paths
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,14 +29,17 @@ def main(argv: Sequence[str]) -> None:
         print(cache_table(folders))
     else:
         config = load_config(argv, ExperimentConfig)
-        from ray_sd.data import check_class_folder, check_crop, check_masks, prepare
+        from ray_sd.data import check_class_folder, check_crop, check_masks, list_source, prepare
+
+        # Before models are imported, which takes seconds: the path of the data is what is wrong most often.
+        listing = list_source(absolute_paths(config).dataset)
         from ray_sd.methods import build_method
 
         rows = build_method(config.method).rows()
         check_class_folder(rows)
         check_crop(config.dataset)
         check_masks(config.dataset)
-        prepare(config, rows)
+        prepare(config, rows, listing)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,12 @@ def prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None = N
     return replace(data, prior=prior.train, fingerprint=f"{data.fingerprint}-{prior.fingerprint}")
 
 
-def list_rows(dataset: DatasetConfig, rows: RowSpec) -> Listing:
-    """List the source of a data set. Needs no Ray; raises DataError where it has nothing to read, or not what rows need."""
-    listing = list_source(dataset)
+def list_rows(dataset: DatasetConfig, rows: RowSpec, listing: Listing | None = None) -> Listing:
+    """List the source of a data set. Needs no Ray; raises DataError where it has nothing to read, or not what rows need.
+
+    listing: of the source, where it was listed already.
+    """
+    listing = listing or list_source(dataset)
     if rows.needs_captions:
         check_caption_column(listing, dataset)
     return listing
@@ -65,8 +68,7 @@ def list_rows(dataset: DatasetConfig, rows: RowSpec) -> Listing:
 
 def _prepare(config: ExperimentConfig, rows: RowSpec, listing: Listing | None) -> PreparedData:
     root = writable_folder(config.cache_path, "cache_path")
-    if listing is None:
-        listing = list_rows(config.dataset, rows)
+    listing = list_rows(config.dataset, rows, listing)
     view = View(config, rows, root, listing)
     prepared = view.load()
     if prepared is None:

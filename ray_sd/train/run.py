@@ -27,6 +27,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.config.paths import absolute_paths
 from ray_sd.data import (
     READER_CPUS,
+    Listing,
     PreparedData,
     check_class_folder,
     check_crop,
@@ -88,6 +89,7 @@ def fit(
     config: ExperimentConfig,
     *,
     data: PreparedData | None = None,
+    listing: Listing | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     resume: bool | str | None = None,
     drawings: Queue | None = None,
@@ -95,6 +97,7 @@ def fit(
     """Encode the data, train, and export an adapter. Depends on no working folder but that in which `config` was loaded.
 
     data: what `ray_sd.data.prepare` made of the configuration and its method's rows, which is not read again then.
+    listing: of the data's source, where it was listed already.
     callbacks: of Ray Train, called in its controller's process.
     resume: in place of the configuration's; a path leads on from the working folder.
     drawings: is told what came of drawing at each checkpoint, by its `step`. There is no progress bar then.
@@ -113,7 +116,7 @@ def fit(
     logger.info("run: %s", _plan(given, run, beginning.checkpoint))
     estimated_bytes = check(config)
     rows = build_method(config.method).rows()
-    listing = list_rows(config.dataset, rows) if data is None else None
+    listing = list_rows(config.dataset, rows, listing) if data is None else None
     connect()
     check_quantization(config.trainer, has_gpus())
     scaling = _scaling(config)

@@ -13,6 +13,7 @@ import yaml
 from checkpoints import write_checkpoint
 from ray.train import WorkerGroupError
 
+from jobs import encode, train
 from ray_sd.cluster import OWNER_IS_GONE
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.identity import is_identity
@@ -33,6 +34,15 @@ def test_a_used_name_is_refused_and_a_missing_run_is_not_resumed(configure, tmp_
         fit(configure("name=absent", "resume=true"))
     with pytest.raises(ConfigError, match="no checkpoint folder"):
         fit(configure("name=other", f"resume={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("job", "dear"), [(train, "ray_sd.cluster.connect_while_importing"), (encode, "ray_sd.methods.build_method")]
+)
+def test_a_path_that_is_not_there_is_told_before_what_takes_seconds(monkeypatch, settings, tmp_path, job, dear):
+    monkeypatch.setattr(dear, lambda module: pytest.fail("too early"))
+    with pytest.raises(DataError, match="dataset.source.path: there is no .*/absent"):
+        job.main([*settings, "name=absent", f"dataset.source.path={tmp_path / 'absent'}"])
 
 
 def test_a_run_goes_on_as_it_was(configure, tmp_path):
