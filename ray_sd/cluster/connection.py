@@ -7,7 +7,9 @@ from importlib import import_module
 
 import ray
 
+from ray_sd.cluster.ahead import start_ahead
 from ray_sd.cluster.quiet import quiet_others, quiet_tokens
+from ray_sd.cluster.resources import is_one_machine
 from ray_sd.config.logs import tells_all
 from ray_sd.errors import RaySdError, first_line
 
@@ -44,11 +46,13 @@ def connect() -> None:
 def connect_while_importing(module: str) -> None:
     """`connect`, and import a module that takes seconds, too, and imports nothing of Ray: two threads must not import the same.
 
-    What is raised is told by `connect` first.
+    On one machine, what a run's processes would start comes meanwhile. What is raised is told by `connect` first.
     """
     with ThreadPoolExecutor(1) as beside:
         imported = beside.submit(import_module, module)
         connect()
+        if is_one_machine():
+            start_ahead()
         imported.result()
 
 

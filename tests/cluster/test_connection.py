@@ -51,11 +51,15 @@ def test_a_cluster_that_does_not_answer_and_one_that_does_not_start_are_told_in_
         connect()
 
 
-def test_a_module_is_imported_while_ray_starts(monkeypatch: pytest.MonkeyPatch):
-    begun = Event()
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_module_is_imported_while_ray_and_what_a_run_needs_start(monkeypatch: pytest.MonkeyPatch, alone: bool):
+    begun, started = Event(), []
+    monkeypatch.setattr(connection, "is_one_machine", lambda: alone)
+    monkeypatch.setattr(connection, "start_ahead", lambda: started.append(True))
     monkeypatch.setattr(connection, "import_module", lambda name: begun.set())
     monkeypatch.setattr(connection, "connect", lambda: begun.wait(60) or pytest.fail("it was not imported meanwhile"))
     connect_while_importing("ray_sd.methods")
+    assert bool(started) == alone
 
 
 def test_what_goes_wrong_while_ray_starts_and_a_module_is_imported_is_raised(monkeypatch: pytest.MonkeyPatch):
@@ -63,6 +67,7 @@ def test_what_goes_wrong_while_ray_starts_and_a_module_is_imported_is_raised(mon
         raise RaySdError("no Ray cluster answers")
 
     monkeypatch.setattr(connection, "connect", lambda: None)
+    monkeypatch.setattr(connection, "is_one_machine", lambda: False)
     with pytest.raises(ModuleNotFoundError):
         connect_while_importing("ray_sd.no_such")
     monkeypatch.setattr(connection, "connect", fail)
