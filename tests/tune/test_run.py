@@ -150,10 +150,10 @@ def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_wo
     configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
 ):
     monkeypatch.chdir(tmp_path)
-    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c"]
+    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c", "a ${price} cat", "1e3"]
     config = configure(f"trainer.validation.prompts={json.dumps(prompts)}", f"storage_path={odd}")
     folder = RunFolder(config.storage_path, config.name)
-    best = Trial("first", {"trainer.learning_rate": 0.5}, 0)
+    best = Trial("first", {"trainer.learning_rate": 0.5, "trainer.validation.negative_prompt": "a\nname: b"}, 0)
     folder.write(PRESET, _preset(best, config).encode())
     commands = dict(_commands(config.experiment, folder))
     python, job, *settings = shlex.split(commands["train"])
@@ -161,6 +161,7 @@ def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_wo
     again = load_config(settings)
     assert list(again.trainer.validation.prompts) == prompts
     assert again.trainer.learning_rate == 0.5
+    assert again.trainer.validation.negative_prompt == "a\nname: b"
     *words, prompt = shlex.split(commands["use it"])
     assert prompt == "prompt=…"
     for own in prompts:
