@@ -313,7 +313,7 @@ def test_what_cannot_be_tried_is_told_before_anything_is(settings: list[str], wo
 def test_grids_that_do_not_fit_are_refused():
     grids = ("sweep.space={trainer.learning_rate: {grid: [1e-4, 1e-3, 1e-2]}, method.rank: {grid: [2, 4, 8]}}",)
     with pytest.raises(
-        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 7 trials; set it to 9"
+        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 8 trials; set it to 9"
     ):
         Space(load(*grids)).check()
     Space(load(*grids, "sweep.num_trials=9")).check()
