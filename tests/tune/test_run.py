@@ -18,6 +18,8 @@ from ray_sd.tune.results import Trial
 from ray_sd.tune.run import (
     CONFIG,
     PRESET,
+    READER_CPUS,
+    TRIAL_CPUS,
     SweepResult,
     _commands,
     _preset,
@@ -90,6 +92,21 @@ def test_small_trials_share_a_gpu_and_pictures_have_one_where_there_are_several(
     monkeypatch.setattr("ray_sd.tune.run.has_gpus", lambda: True)
     pictures = ["trainer.validation.prompts=a owl"] if with_pictures else []
     assert _trials_at_once(configure("trainer.use_gpu=null", f"trainer.gpus_per_worker={share}", *pictures)) == at_once
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "with_pictures", "at_once"),
+    [(1, 1, False, 1), (1, 1, True, 1), (2, 1, False, 3), (2, 1, True, 2), (2, 2, True, 1), (8, 2, True, 6)],
+)
+def test_trials_side_by_side_fit_into_few_cpus(
+    configure, monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int, with_pictures: bool, at_once: int
+):
+    monkeypatch.setattr("ray_sd.tune.run.possible_resources", lambda: {"CPU": float(cpus)})
+    pictures = ["trainer.validation.prompts=a owl"] if with_pictures else []
+    config = configure(f"trainer.num_workers={workers}", *pictures)
+    assert _trials_at_once(config) == at_once
+    each = TRIAL_CPUS + workers * (config.trainer.cpus_per_worker + READER_CPUS)
+    assert at_once * each <= cpus
 
 
 def test_a_trial_that_no_gpu_is_there_for_is_refused(configure, monkeypatch: pytest.MonkeyPatch):

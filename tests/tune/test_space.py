@@ -52,6 +52,20 @@ def test_the_experiments_own_settings_come_first_and_draws_keep_to_their_ranges(
     assert len(set(rates)) == 8
 
 
+def test_each_distribution_draws_what_it_says():
+    space = (
+        "sweep.space={method.dropout: {uniform: [0.1, 0.2]}, trainer.learning_rate: {loguniform: [1e-5, 1e-1]}, "
+        "method.rank: {randint: [2, 4]}, trainer.schedule: {choice: [constant, cosine]}, trainer.batch_size: {grid: [4, 8]}}"
+    )
+    found = drawn(load(space, "sweep.num_trials=60", "sweep.include_base=false"), 60)
+    assert all(0.1 <= one["method.dropout"] <= 0.2 for one in found)
+    assert all(1e-5 <= one["trainer.learning_rate"] <= 1e-1 for one in found)
+    assert 15 < sum(one["trainer.learning_rate"] < 1e-3 for one in found) < 45  # of a uniform one, under a hundredth
+    for path, values in (("method.rank", {2, 3, 4}), ("trainer.schedule", {"constant", "cosine"})):
+        assert {one[path] for one in found} == values
+    assert {one["trainer.batch_size"] for one in found[:2]} == {4, 8}
+
+
 def test_own_settings_that_the_space_does_not_hold_are_tried_all_the_same():
     found = suggestions(load("trainer.learning_rate=0.5", "sweep.num_trials=3"), 5)
     assert found[0][SETTINGS] == {"trainer.learning_rate": 0.5}

@@ -79,13 +79,19 @@ def test_a_sweep_trains_and_keeps_the_adapter_whose_pictures_are_best(configure,
 
 @pytest.mark.slow
 def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(
-    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    configure,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     use_formula(monkeypatch)
     settings = ("sweep.space.trainer.learning_rate={grid: [1e30]}", "sweep.max_failures=0")
     before = dict(os.environ)
     result = sweep(configure(*settings))
     assert dict(os.environ) == before
+    shown = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
+    assert {"running", "failed (the weights are lost at step 2)", "finished"} <= {one.partition(":")[0] for one in shown}
     folder = tmp_path / "sweeps" / "learning_rate"
     record = json.loads((folder / "sweep.json").read_text())
     assert record["finished"]
