@@ -1,5 +1,6 @@
 """What a sweep may try."""
 
+import math
 import pickle
 import warnings
 from collections import Counter
@@ -151,6 +152,18 @@ def test_what_is_tried_first_of_a_single_range_is_spread_over_it():
     assert [one["method.rank"] for one in drawn(load(ranks, "sweep.num_trials=5"), 5)] == [16, 1, 3, 5, 7]
     odd = [one["trainer.learning_rate"] for one in drawn(load("trainer.learning_rate=0.012", "sweep.num_trials=8"), 8)]
     assert len([rate for rate in odd if 0.011 < rate < 0.013]) == 1  # the experiment's own, which lies in the middle
+
+
+@pytest.mark.parametrize("best", [2e-3 / 30, 2e-3, 6e-2])
+def test_the_eighth_learning_rate_lies_where_the_seven_before_were_best(best: float):
+    config, rates = load(), []
+    searching = search(config)
+    for number in range(8):
+        rates.append(searching.suggest(str(number))[SETTINGS]["trainer.learning_rate"])
+        loss = abs(math.log(rates[-1] / best))
+        searching.on_trial_complete(str(number), {"validation_loss": loss, "step": config.trainer.max_steps})
+    assert searching.suggest("more") == "FINISHED"
+    assert abs(math.log(rates[7] / best)) < math.log(30) / 3  # nearer than its neighbours of the seven
 
 
 def test_what_is_tried_is_drawn_by_chance_where_that_is_asked_for_or_more_than_one_range_is_there():
