@@ -48,7 +48,24 @@ def test_experiment_is_a_configuration(name: str):
 def test_a_sweep_can_be_tried_on_an_experiment_that_ships(name: str):
     experiment = {"tokens": "textual_inversion", "svd_temporal": "svd_temporal"}.get(name, "demo")
     config = load_config([f"sweep={name}", f"experiment={experiment}"], SweepConfig)
+    assert config.trainer.max_steps == load_config([f"experiment={experiment}"]).trainer.max_steps
     Space(config).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [
+        ("learning_rate", "demo_short"),
+        ("lora", "demo_short"),
+        ("schedule", "demo_short"),
+        ("tokens", "textual_inversion_short"),
+    ],
+)
+def test_a_sweep_has_an_experiment_where_none_is_named(name: str, experiment: str):
+    config = load_config([f"sweep={name}"], SweepConfig)
+    Space(config).check()
+    own = load_config([f"experiment={experiment}"])
+    assert (config.method, config.trainer.max_steps) == (own.method, own.trainer.max_steps)
 
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in ALL if pair[0] != "experiment"])

@@ -11,7 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from ray_sd.config.words import no_such
 from ray_sd.errors import ConfigError
@@ -61,12 +61,12 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
         with initialize_config_dir(first, version_base="1.3"):
             try:
                 container = _compose(root, overrides, [f"hydra.searchpath=[{search}]"])
-            except (TypeError, ValueError) as error:
-                if not empty:
+            except (TypeError, ValueError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+                if empty and isinstance(error, (TypeError, ValueError)):
+                    raise ConfigError(f"{empty}: null is no choice here; leave it out, or name a preset") from error
+                if type(error) in (TypeError, ValueError):
                     raise
-                raise ConfigError(f"{empty}: null is no choice here; leave it out, or name a preset") from error
-            except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-                raise ConfigError(f"the presets do not compose: {' '.join(str(error).split())}") from error
+                raise ConfigError(f"the presets do not compose: {_reason(error)}") from error
     return container
 
 
@@ -97,6 +97,15 @@ def _defaults(root: str) -> dict[str, Any]:
     """The entries in the defaults list of a root, each with the preset that is chosen unless told otherwise."""
     entries = yaml.safe_load((PRESETS / f"{root}.yaml").read_text())["defaults"]
     return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}
+
+
+def _reason(error: Exception) -> str:
+    if not str(error) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
+    words = " ".join(str(error).split())
+    if isinstance(error, (GrammarParseError, InterpolationResolutionError)):
+        return words + "; ${…} stands for another setting in a preset, and \\${…} for itself"
+    return words
 
 
 def _quoted(text: str) -> str:

@@ -41,6 +41,7 @@ A command is configured by presets, and by settings that win over them:
   `trainer.schedule=cosine` takes that kind with its defaults, and drops what a preset had set.
 - `--config-dir DIR` adds presets of your own, laid out as in `ray_sd/presets` (`DIR/model/mine.yaml`); of two with one name
   yours is taken. `--print-config` prints the whole configuration and stops, `--help` lists groups and presets.
+- In a preset, but not on the command line, `${path}` stands for another setting, and `\\${` for itself.
 - What cannot be right stops the command with exit code 2 and one line a problem, before anything is encoded, drawn or trained.
 """
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from ray_sd.config.base import Origin, Schema
 from ray_sd.config.compose import compose_presets, preset_groups
+from ray_sd.config.dump import dump
 from ray_sd.config.experiment import ExperimentConfig, GenerateConfig
 from ray_sd.config.export import EXPORTS
 from ray_sd.config.logs import own_level
@@ -88,7 +88,7 @@ def to_dict(config: Schema) -> dict[str, Any]:
 
 
 def to_yaml(config: Schema) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return dump(to_dict(config))
 
 
 def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> int:

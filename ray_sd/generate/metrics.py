@@ -50,10 +50,13 @@ class PictureMetrics:
     ) -> dict[str, float]:
         """Every metric by its `key`, of pictures and their prompts.
 
-        base: what the untrained base draws, by the number of the prompt, of those that `prompts_of_base` names.
+        base: what the untrained base draws, by the number of the prompt, of those that `prompts_of_base` names; None leaves out
+        the metrics that compare with it.
         """
         found = {}
         for metric in self._metrics:
+            if base is None and isinstance(metric, OF_BASE):
+                continue
             chosen = [number for number, prompt in enumerate(prompts) if metric.counts(prompt)]
             compared = Compared(
                 [pictures[number] for number in chosen],

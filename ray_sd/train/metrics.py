@@ -1,9 +1,9 @@
-"""Image metrics of a run's validation pictures, and the pictures of the untrained base that some compare with."""
+"""Image metrics of a run's validation pictures, and what is drawn without training, to compare with."""
 
 import io
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from pyarrow import fs
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
-from ray_sd.config.metrics import OF_REFERENCES, DinoSimilarity, SubjectSimilarity
+from ray_sd.config.metrics import OF_BASE, OF_REFERENCES, UNTRAINED, DinoSimilarity, SubjectSimilarity
 from ray_sd.data.sources.base import IMAGES
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.files import Location, locate
@@ -19,14 +19,17 @@ from ray_sd.generate import ImageRequest, generate
 from ray_sd.generate.metrics import PictureMetrics, check_model, prompts_of_base
 from ray_sd.media.decode import RejectedError, decode
 from ray_sd.media.pictures import read_parameters, save_png
-from ray_sd.models import load_model
+from ray_sd.models import DiffusionModel, load_model
 from ray_sd.train.monitor import PICTURES
 from ray_sd.train.storage import RunFolder
+from ray_sd.train.validation import load_untrained
 
 logger = logging.getLogger(__name__)
 
 BASE_PICTURES = f"{PICTURES}/base"
 """Where in a run's folder the untrained base's pictures are."""
+UNTRAINED_PICTURES = f"{PICTURES}/untrained"
+"""And those of the weights that training begins with, which know new words already."""
 
 
 def check_metrics(config: ExperimentConfig) -> None:
@@ -43,20 +46,26 @@ def measure_pictures(
     pictures: Sequence[Image.Image],
     device: torch.device | str,
 ) -> dict[str, float]:
-    """The metrics that a run asks for, by their keys, of what it drew; nothing where it asks for none.
+    """The metrics that a run asks for, by their keys, of what it drew, and before training; nothing where it asks for none.
 
-    Draws what the untrained base makes of the same requests where a metric needs it and the run's folder has none.
+    Draws what the untrained base and the untrained weights make of the same requests where a metric needs it and the run's
+    folder has none.
     """
     metrics = config.trainer.validation.metrics
     if not metrics:
         return {}
     prompts = [request.prompt for request in requests]
     wanted = {number: requests[number] for number in prompts_of_base(metrics, prompts)}
-    base = _base_pictures(config, wanted, device)
+    base = _kept_pictures(config, wanted, device, BASE_PICTURES, lambda: load_model(config.model))
+    own = [metric for metric in metrics if not isinstance(metric, OF_BASE)]
+    counted = {n: request for n, request in enumerate(requests) if any(metric.counts(request.prompt) for metric in own)}
+    before = _kept_pictures(config, counted, device, UNTRAINED_PICTURES, lambda: load_untrained(config))
     references = {
         metric.key: read_references(metric, config.dataset) for metric in metrics if isinstance(metric, OF_REFERENCES)
     }
-    return PictureMetrics(metrics, references, device).measure(pictures, prompts, base)
+    by = PictureMetrics(metrics, references, device)
+    untrained = by.measure([before.get(n, picture) for n, picture in enumerate(pictures)], prompts)
+    return by.measure(pictures, prompts, base) | {f"{UNTRAINED}{key}": value for key, value in untrained.items()}
 
 
 def read_references(metric: SubjectSimilarity | DinoSimilarity, dataset: DatasetConfig) -> list[Image.Image]:
@@ -94,28 +103,31 @@ def _decoded(file: Location, setting: str, dataset: DatasetConfig) -> Image.Imag
         raise ConfigError(f"{setting}: {file.path} cannot be read: {first_line(error)}") from error
 
 
-def _base_pictures(
-    config: ExperimentConfig, requests: Mapping[int, ImageRequest], device: torch.device | str
+def _kept_pictures(
+    config: ExperimentConfig,
+    requests: Mapping[int, ImageRequest],
+    device: torch.device | str,
+    folder: str,
+    load: Callable[[], DiffusionModel],
 ) -> dict[int, Image.Image]:
-    """What the untrained base draws of requests, by their numbers: as a run has kept it, else drawn and kept."""
+    """What a model draws of requests, by their numbers: as a run has kept it in a folder, else drawn and kept."""
     run = RunFolder(config.storage_path, config.name)
-    found = {number: _kept(run, number, request) for number, request in requests.items()}
+    found = {number: _kept(run, f"{folder}/{picture_name(number)}", request) for number, request in requests.items()}
     missing = [number for number, picture in found.items() if picture is None]
     if missing:
-        model = load_model(config.model).to(device)
-        drawn = generate(model, [requests[number] for number in missing])
+        drawn = generate(load().to(device), [requests[number] for number in missing])
         with tempfile.TemporaryDirectory() as scratch:
             for number, picture in zip(missing, drawn, strict=True):
                 file = Path(scratch) / picture_name(number)
                 save_png(picture, file, requests[number].settings())
-                run.upload(file, f"{BASE_PICTURES}/{file.name}")
+                run.upload(file, f"{folder}/{file.name}")
         found |= dict(zip(missing, drawn, strict=True))
-        logger.info("drew %d pictures with the untrained base: %s/%s", len(missing), run.path, BASE_PICTURES)
+        logger.info("drew %d pictures without training: %s/%s", len(missing), run.path, folder)
     return {number: picture for number, picture in found.items() if picture is not None}
 
 
-def _kept(run: RunFolder, number: int, request: ImageRequest) -> Image.Image | None:
-    content = run.read(f"{BASE_PICTURES}/{picture_name(number)}")
+def _kept(run: RunFolder, file: str, request: ImageRequest) -> Image.Image | None:
+    content = run.read(file)
     if content is None:
         return None
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ray_sd.config import ExperimentConfig
+from ray_sd.config.dump import dump
 from ray_sd.config.identity import is_identity
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
@@ -155,8 +156,7 @@ def _whole_index(checkpoint: str) -> dict:
 
 def write_config(config: ExperimentConfig, run: RunFolder) -> None:
     """Write down what a run is, for those that go on with it."""
-    settings = config.model_dump(mode="json")
-    content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, explicit_end=True).encode()
+    content = (dump(config.model_dump(mode="json")) + "...\n").encode()
     if run.read(CONFIG) != content:  # a disk that is full again would take what is there
         run.write(CONFIG, content)
 

@@ -28,13 +28,18 @@ def validation_loss(engine: "Engine", batches: Iterable[dict[str, Tensor]]) -> f
     return float(total[0] / total[1])
 
 
-def load_trained(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:
-    """The whole model with a checkpoint's weights, on the CPU, and the checkpoint's step."""
+def load_untrained(config: ExperimentConfig) -> DiffusionModel:
+    """The whole model as training begins, on the CPU."""
     torch.manual_seed(config.seed)
     model = load_model(config.model)
     build_method(config.method).prepare(model, config.trainer)
-    step = load_weights(model, folder)
-    return model.eval(), step
+    return model.eval()
+
+
+def load_trained(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:
+    """The same with a checkpoint's weights, and the checkpoint's step."""
+    model = load_untrained(config)
+    return model, load_weights(model, folder)
 
 
 def load_exported(config: ExperimentConfig, folder: Path) -> tuple[DiffusionModel, int]:

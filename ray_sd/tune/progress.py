@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.live import Live
@@ -22,20 +23,21 @@ STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "r
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Let `show` show sweeps meanwhile."""
-    global _watcher
-    _watcher = Watcher()
+    """Let `show` show this thread's sweep meanwhile."""
+    watcher = Watcher()
+    before = _watcher.set(watcher)
     try:
         yield
     finally:
-        _watcher.stop()
-        _watcher = None
+        _watcher.reset(before)
+        watcher.stop()
 
 
 def show(sweep: Sweep) -> None:
     """Show a sweep as it stands. A function of the module, since Tune keeps what it calls in a file."""
-    if _watcher is not None:
-        _watcher.show(sweep)
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.show(sweep)
 
 
 class Watcher:
@@ -68,7 +70,8 @@ class Watcher:
             _follow_stderr()
 
 
-_watcher: Watcher | None = None
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+"""Of the sweep under way in a thread: beside it others may go on in the same process."""
 
 
 def _follow_stderr() -> None:

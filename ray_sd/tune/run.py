@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from ray_sd.cluster import connect, give_back_of_dead, has_gpus, possible_resources, quiet_tune, tuning_environment
 from ray_sd.config import ExperimentConfig, SweepConfig
+from ray_sd.config.dump import dump, dump_preset
 from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
@@ -114,7 +115,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     if storage is not None and folder.local is None and draws(config):
         logger.info("study: without pictures, which it takes from local folders alone; they are in %s", REPORT)
     config = config.without_password()
-    folder.write(CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+    folder.write(CONFIG, to_yaml(config).encode())
 
     quiet_tune()
     connect()
@@ -298,12 +299,11 @@ def _keep_best(best: Trial, config: SweepConfig, folder: RunFolder) -> None:
 
 def _preset(best: Trial, config: SweepConfig) -> str:
     """The experiment with a trial's settings, for a run that is no trial of the sweep."""
-    swept = ", ".join(f"{path}={value}" for path, value in best.settings.items())
+    swept = dump(best.settings, width=float("inf"))
     alone = to_dict(Space(config).configure(best.settings, best.seed)) | {"name": "best", "resume": False}
     del alone["storage_path"]
-    return f"# @package _global_\n# The best of a sweep: {swept}.\n" + yaml.safe_dump(
-        alone, sort_keys=False, allow_unicode=True, width=100
-    )
+    about = "".join(f"# {line}\n" for line in ("@package _global_", "The best of a sweep:", *swept.splitlines()))
+    return about + dump_preset(alone)
 
 
 def _commands(experiment: ExperimentConfig, folder: RunFolder) -> list[tuple[str, str]]:

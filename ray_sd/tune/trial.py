@@ -65,6 +65,7 @@ class TrialJob:
         trainer = config.trainer.model_copy(
             update={
                 "threads_per_worker": config.trainer.threads_per_worker or self.threads,
+                "log_every": min(config.trainer.log_every, every),  # so that each report has a loss
                 "checkpoint": config.trainer.checkpoint.model_copy(update={"every_steps": every}),
                 "validation": config.trainer.validation.model_copy(update={"every_steps": every}),
             }
@@ -98,7 +99,7 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     deadline = began + 60 * (job.config.sweep.trial_time_limit or float("inf"))
     run = _begin(partial(_fit, config, data, reports))
     last: dict[str, Any] = {}
-    for report in _whole_reports(run, reports, config, deadline):
+    for report in _judged(_whole_reports(run, reports, config, deadline), job.config.metrics):
         last = report | {"run": RunFolder(job.folder, name).path}
         if last[STEP] < config.trainer.max_steps:
             _tell(last, began)
@@ -178,6 +179,11 @@ def _whole_reports(
         while found and (parts[first := min(found)] == 1 + drawn_too):
             yield found.pop(first)
     yield from (found[step] for step in sorted(found))
+
+
+def _judged(reports: Iterator[dict[str, Any]], metrics: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Those that have what counts. For one that lacks it, where pictures could not be drawn, Tune would end the whole sweep."""
+    return (report for report in reports if all(metric in report for metric in metrics))
 
 
 def _tell(report: dict[str, Any], began: float) -> None:

@@ -4,9 +4,11 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -50,6 +52,7 @@ def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig],
     result = train(config)
     run = Path(result.run)
     names = {"val/subject_similarity", "val/words", "val/base_drift"}
+    before = {"untrained_val/subject_similarity", "untrained_val/words"}
 
     # Whoever measures what is there finds the same.
     base = Image.open(run / "samples" / "base" / "01.png").convert("RGB")
@@ -58,21 +61,39 @@ def test_a_run_measures_its_pictures(configure: Callable[..., ExperimentConfig],
         config.trainer.validation.metrics,
         {"val/subject_similarity": read_references(config.trainer.validation.metrics[0], config.dataset)},
     )
+    # A LoRA begins as nothing.
+    settings = config.trainer.validation
+    drawn = generate(
+        load_model(config.model),
+        [
+            ImageRequest(
+                prompt, seed=seed, num_inference_steps=2, guidance_scale=settings.guidance_scale, height=64, width=64
+            )
+            for seed, prompt in enumerate(settings.prompts)
+        ],
+    )
+    untrained = {
+        f"untrained_{key}": value for key, value in measure.measure(drawn, config.trainer.validation.prompts).items()
+    }
+    assert untrained.keys() == before
     history = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
     for step in (1, 2):
         folder = run / "samples" / f"step-{step:08d}"
         pictures = [Image.open(folder / name).convert("RGB") for name in ("00.png", "01.png")]
-        expected = measure.measure(pictures, config.trainer.validation.prompts, {1: base})
+        expected = untrained | measure.measure(pictures, config.trainer.validation.prompts, {1: base})
         assert json.loads(folder.with_suffix(".json").read_text()) == pytest.approx({"step": step} | expected)
         [recorded] = [line for line in history if names & line.keys() and line["step"] == step]
         assert recorded == pytest.approx({"step": step} | expected)
-    assert expected.keys() == names
+    assert expected.keys() == names | before
     assert expected["val/base_drift"] > 0
+    assert all(expected[name] != expected[name.removeprefix("untrained_")] for name in before)
     assert read_parameters(folder / "01.png")["prompt"] == "a dog on a red background"
     assert read_parameters(folder / "01.png")["step"] == 2
 
-    assert {name: result.metrics[name] for name in names} == pytest.approx(expected)
-    assert {name: read_manifest(Path(result.adapter)).metrics[name] for name in names} == pytest.approx(expected)
+    assert {name: result.metrics[name] for name in names | before} == pytest.approx(expected)
+    assert {name: read_manifest(Path(result.adapter)).metrics[name] for name in names | before} == pytest.approx(
+        expected
+    )
 
 
 @pytest.fixture
@@ -183,15 +204,40 @@ def test_the_untrained_base_draws_once_a_run(
     Image.new("RGB", (64, 64)).save(kept / "01.png")  # without a word of how it was made
     measure(other)
     assert drawn[3:] == [["a dog"]]
-    assert "drew 2 pictures with the untrained base: " in caplog.text
+    assert "drew 2 pictures without training: " in caplog.text
 
 
 def test_the_base_draws_nothing_where_no_metric_asks(configure: Callable[..., ExperimentConfig], requests: list):
     config = configure("name=without", "trainer.validation.prompts=[a owl, a dog, a cat]", metrics(SUBJECT))
     pictures = [Image.new("RGB", (64, 64))] * 3
-    assert measure_pictures(config, requests, pictures, "cpu").keys() == {"val/subject_similarity"}
-    assert measure_pictures(configure("name=without"), requests, pictures, "cpu") == {}
-    assert not (Path(config.storage_path) / "without").exists()
+    found = measure_pictures(config, requests, pictures, "cpu")
+    assert found.keys() == {"val/subject_similarity", "untrained_val/subject_similarity"}
+    samples = Path(config.storage_path) / "without" / "samples"
+    assert [file.name for file in samples.rglob("*.png")] == ["00.png"]  # of the only prompt that counts
+    assert not (samples / "base").exists()
+    assert measure_pictures(configure("name=nothing"), requests, pictures, "cpu") == {}
+    assert not (Path(config.storage_path) / "nothing").exists()
+
+
+def test_a_new_word_is_measured_before_training_as_what_it_begins_as(configure: Callable[..., ExperimentConfig]):
+    subject = SUBJECT.replace("prompts: owl", "prompts: <owl>")
+    found = {}
+    for word in ("eagle", "penguin"):
+        config = configure(
+            *(
+                "experiment=textual_inversion",
+                f"name={word}",
+                f"method.initializer_token={word}",
+                "method.num_vectors=1",
+            ),
+            *("trainer.validation.prompts=a <owl> on a blue background", metrics(subject)),
+        )
+        asked = ImageRequest("a <owl> on a blue background", num_inference_steps=2, height=64, width=64)
+        found[word] = measure_pictures(config, [asked], [Image.new("RGB", (64, 64))], "cpu")
+        same = generate(load_model(config.model), [replace(asked, prompt=f"a {word} on a blue background")])[0]
+        kept = Image.open(Path(config.storage_path) / word / "samples" / "untrained" / "00.png").convert("RGB")
+        assert np.abs(np.asarray(kept, int) - np.asarray(same, int)).max() <= 1
+    assert found["eagle"]["untrained_val/subject_similarity"] != found["penguin"]["untrained_val/subject_similarity"]
 
 
 def test_a_run_that_is_shown_elsewhere_has_no_bar(

@@ -35,7 +35,7 @@ def test_print_config_shows_ranges_and_the_first_trials(capsys: pytest.CaptureFi
     assert [line for line in printed.splitlines() if line.startswith("#")] == [
         "# what is tried:",
         "#   trainer.learning_rate: loguniform 6.66667e-05, 0.06",
-        "# the first of 7 trials:",
+        "# the first of 8 trials:",
         "#   1: trainer.learning_rate=0.002 (the experiment)",
         *(f"#   {number}: trainer.learning_rate={rate:g}" for number, rate in enumerate(drawn[1:], start=2)),
     ]
@@ -75,7 +75,7 @@ def test_print_config_makes_the_checks_of_a_start(setting: str, words: str):
 def test_the_command_has_a_plan(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["sweep=learning_rate", "--print-config"])
-    assert "# the first of 7 trials:" in capsys.readouterr().out
+    assert "# the first of 8 trials:" in capsys.readouterr().out
 
 
 def test_what_is_measured_on_pictures_counts_with_or_without_its_prefix(configure):

@@ -3,12 +3,13 @@
 import logging
 import sys
 from io import StringIO
+from threading import Thread
 
 from drawn_sweep import ANSWER, drawn_sweep
 from rich.console import Console
 from rich.text import Text
 
-from ray_sd.tune.progress import MOST_ROWS, Watcher, line, table
+from ray_sd.tune.progress import MOST_ROWS, Watcher, line, show, table, watching
 
 
 def shown(sweep) -> str:
@@ -102,3 +103,20 @@ def test_log_lines_stay_above_the_table(monkeypatch, capsys):
     assert handler.stream is sys.stderr
     assert "told meanwhile" in console.file.getvalue()
     assert "told meanwhile" not in capsys.readouterr().err
+
+
+def test_sweeps_of_one_process_are_shown_each_by_itself(capsys):
+    def another() -> None:
+        show(drawn_sweep(1))  # which nobody watches
+        with watching():
+            show(drawn_sweep(1))
+
+    with watching():
+        show(drawn_sweep(2))
+        beside = Thread(target=another)
+        beside.start()
+        beside.join()
+        show(drawn_sweep(3))
+    show(drawn_sweep(4))
+    told = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["trial 1", "trial 2", "trial 1", "trial 3"]

@@ -18,6 +18,8 @@ from ray_sd.tune.results import Trial
 from ray_sd.tune.run import (
     CONFIG,
     PRESET,
+    READER_CPUS,
+    TRIAL_CPUS,
     SweepResult,
     _commands,
     _preset,
@@ -92,6 +94,21 @@ def test_small_trials_share_a_gpu_and_pictures_have_one_where_there_are_several(
     assert _trials_at_once(configure("trainer.use_gpu=null", f"trainer.gpus_per_worker={share}", *pictures)) == at_once
 
 
+@pytest.mark.parametrize(
+    ("cpus", "workers", "with_pictures", "at_once"),
+    [(1, 1, False, 1), (1, 1, True, 1), (2, 1, False, 3), (2, 1, True, 2), (2, 2, True, 1), (8, 2, True, 6)],
+)
+def test_trials_side_by_side_fit_into_few_cpus(
+    configure, monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int, with_pictures: bool, at_once: int
+):
+    monkeypatch.setattr("ray_sd.tune.run.possible_resources", lambda: {"CPU": float(cpus)})
+    pictures = ["trainer.validation.prompts=a owl"] if with_pictures else []
+    config = configure(f"trainer.num_workers={workers}", *pictures)
+    assert _trials_at_once(config) == at_once
+    each = TRIAL_CPUS + workers * (config.trainer.cpus_per_worker + READER_CPUS)
+    assert at_once * each <= cpus
+
+
 def test_a_trial_that_no_gpu_is_there_for_is_refused(configure, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray_sd.tune.run.possible_resources", lambda: {"CPU": 64.0, "GPU": 1.0})
     with pytest.raises(ConfigError, match=r"a trial of 2 workers does not fit into the cluster's 64 CPUs and 1 GPUs"):
@@ -150,10 +167,10 @@ def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_wo
     configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
 ):
     monkeypatch.chdir(tmp_path)
-    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c"]
+    prompts = ['a <cat>, it\'s "big"', "[a]: {b} # c", "a ${price} cat", "1e3"]
     config = configure(f"trainer.validation.prompts={json.dumps(prompts)}", f"storage_path={odd}")
     folder = RunFolder(config.storage_path, config.name)
-    best = Trial("first", {"trainer.learning_rate": 0.5}, 0)
+    best = Trial("first", {"trainer.learning_rate": 0.5, "trainer.validation.negative_prompt": "a\nname: b"}, 0)
     folder.write(PRESET, _preset(best, config).encode())
     commands = dict(_commands(config.experiment, folder))
     python, job, *settings = shlex.split(commands["train"])
@@ -161,6 +178,7 @@ def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_wo
     again = load_config(settings)
     assert list(again.trainer.validation.prompts) == prompts
     assert again.trainer.learning_rate == 0.5
+    assert again.trainer.validation.negative_prompt == "a\nname: b"
     *words, prompt = shlex.split(commands["use it"])
     assert prompt == "prompt=…"
     for own in prompts:

@@ -1,5 +1,6 @@
 """What a sweep may try."""
 
+import math
 import pickle
 import warnings
 from collections import Counter
@@ -50,6 +51,20 @@ def test_the_experiments_own_settings_come_first_and_draws_keep_to_their_ranges(
     rates = [one[SETTINGS]["trainer.learning_rate"] for one in found]
     assert all(0.002 / 30 <= rate <= 0.002 * 30 for rate in rates)
     assert len(set(rates)) == 8
+
+
+def test_each_distribution_draws_what_it_says():
+    space = (
+        "sweep.space={method.dropout: {uniform: [0.1, 0.2]}, trainer.learning_rate: {loguniform: [1e-5, 1e-1]}, "
+        "method.rank: {randint: [2, 4]}, trainer.schedule: {choice: [constant, cosine]}, trainer.batch_size: {grid: [4, 8]}}"
+    )
+    found = drawn(load(space, "sweep.num_trials=60", "sweep.include_base=false"), 60)
+    assert all(0.1 <= one["method.dropout"] <= 0.2 for one in found)
+    assert all(1e-5 <= one["trainer.learning_rate"] <= 1e-1 for one in found)
+    assert 15 < sum(one["trainer.learning_rate"] < 1e-3 for one in found) < 45  # of a uniform one, under a hundredth
+    for path, values in (("method.rank", {2, 3, 4}), ("trainer.schedule", {"constant", "cosine"})):
+        assert {one[path] for one in found} == values
+    assert {one["trainer.batch_size"] for one in found[:2]} == {4, 8}
 
 
 def test_own_settings_that_the_space_does_not_hold_are_tried_all_the_same():
@@ -137,6 +152,18 @@ def test_what_is_tried_first_of_a_single_range_is_spread_over_it():
     assert [one["method.rank"] for one in drawn(load(ranks, "sweep.num_trials=5"), 5)] == [16, 1, 3, 5, 7]
     odd = [one["trainer.learning_rate"] for one in drawn(load("trainer.learning_rate=0.012", "sweep.num_trials=8"), 8)]
     assert len([rate for rate in odd if 0.011 < rate < 0.013]) == 1  # the experiment's own, which lies in the middle
+
+
+@pytest.mark.parametrize("best", [2e-3 / 30, 2e-3, 6e-2])
+def test_the_eighth_learning_rate_lies_where_the_seven_before_were_best(best: float):
+    config, rates = load(), []
+    searching = search(config)
+    for number in range(8):
+        rates.append(searching.suggest(str(number))[SETTINGS]["trainer.learning_rate"])
+        loss = abs(math.log(rates[-1] / best))
+        searching.on_trial_complete(str(number), {"validation_loss": loss, "step": config.trainer.max_steps})
+    assert searching.suggest("more") == "FINISHED"
+    assert abs(math.log(rates[7] / best)) < math.log(30) / 3  # nearer than its neighbours of the seven
 
 
 def test_what_is_tried_is_drawn_by_chance_where_that_is_asked_for_or_more_than_one_range_is_there():
@@ -313,7 +340,7 @@ def test_what_cannot_be_tried_is_told_before_anything_is(settings: list[str], wo
 def test_grids_that_do_not_fit_are_refused():
     grids = ("sweep.space={trainer.learning_rate: {grid: [1e-4, 1e-3, 1e-2]}, method.rank: {grid: [2, 4, 8]}}",)
     with pytest.raises(
-        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 7 trials; set it to 9"
+        ConfigError, match="sweep.num_trials: grids of 9 combinations do not fit into 8 trials; set it to 9"
     ):
         Space(load(*grids)).check()
     Space(load(*grids, "sweep.num_trials=9")).check()

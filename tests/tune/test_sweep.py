@@ -73,19 +73,27 @@ def test_a_sweep_trains_and_keeps_the_adapter_whose_pictures_are_best(configure,
     # What trials and their workers print goes to the terminal; there the sweep shows how far they are.
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     lines = [line for path in logs.glob("worker-*") for line in path.read_text(errors="replace").splitlines()]
-    assert any("step 4: " in line for line in lines)
+    assert any("RayTrainWorker" in line for line in lines)
     assert not [line for line in lines if "Checkpoint successfully created" in line and str(folder) in line]
 
 
 @pytest.mark.slow
 def test_a_sweep_leaves_a_record_a_table_a_report_and_the_best_adapter(
-    configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+    configure,
+    tmp_path: Path,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     use_formula(monkeypatch)
     settings = ("sweep.space.trainer.learning_rate={grid: [1e30]}", "sweep.max_failures=0")
     before = dict(os.environ)
     result = sweep(configure(*settings))
     assert dict(os.environ) == before
+    shown = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
+    assert {"running", "failed (the weights are lost at step 2)", "finished"} <= {
+        one.partition(":")[0] for one in shown
+    }
     folder = tmp_path / "sweeps" / "learning_rate"
     record = json.loads((folder / "sweep.json").read_text())
     assert record["finished"]

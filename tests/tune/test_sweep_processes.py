@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own: one whose driver is killed, and one on a single CPU."""
+"""Sweeps in processes of their own: one whose driver is killed, and two on very few CPUs."""
 
 import subprocess
 import sys
@@ -38,26 +38,26 @@ def test_a_killed_driver_goes_on_and_does_again_neither_a_trial_nor_a_step(sweep
     assert all(history(folder, trial)[: len(lines)] == lines for trial, lines in done.items())
 
 
-ON_ONE_CPU = """
+ON_FEW_CPUS = """
 import sys
 import ray
 from ray_sd.config import SweepConfig
 from ray_sd.config.load import load_config
 from ray_sd.tune.run import sweep
 
-ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
-print(sweep(load_config(sys.argv[1:], SweepConfig)).summary())
+ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, logging_level="ERROR")
+print(sweep(load_config(sys.argv[2:], SweepConfig)).summary())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_single_cpu_is_enough_for_trials_that_draw_pictures(sweep_settings, tmp_path: Path):
+@pytest.mark.parametrize(("cpus", "count"), [(1, 1), (2, 3)])
+def test_few_cpus_are_enough_for_trials_that_draw_pictures(sweep_settings, tmp_path: Path, cpus: int, count: int):
     drawn = ["trainer.validation.prompts=a owl on a red background", "trainer.validation.num_inference_steps=1"]
-    few = ["trainer.max_steps=2", "sweep.num_trials=1"]
-    command = [sys.executable, "-c", ON_ONE_CPU, *sweep_settings, *drawn, *few]
+    few = ["trainer.max_steps=2", f"sweep.num_trials={count}"]
+    command = [sys.executable, "-c", ON_FEW_CPUS, str(cpus), *sweep_settings, *drawn, *few]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "tried 1 finished" in done.stdout
-    [trial] = trials(tmp_path / "sweeps" / "learning_rate")
-    assert len(trial["pictures"]) == 1
+    assert f"tried {count} finished" in done.stdout
+    assert [len(trial["pictures"]) for trial in trials(tmp_path / "sweeps" / "learning_rate")] == [1] * count

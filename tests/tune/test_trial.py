@@ -12,7 +12,7 @@ from ray_sd.errors import RaySdError
 from ray_sd.train.resume import CONFIG
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.search import SEED, SETTINGS
-from ray_sd.tune.trial import TrialJob, _beginning, _whole_reports
+from ray_sd.tune.trial import TrialJob, _beginning, _judged, _whole_reports
 
 DRAWN = {SETTINGS: {"trainer.learning_rate": 0.5}, SEED: 0}
 
@@ -22,6 +22,13 @@ def test_trackers_are_told_the_sweep_and_what_it_tries(configure):
     assert trial.trainer.learning_rate == 0.5
     assert trial.tracker.group == "learning_rate"
     assert trial.tracker.compare == ("trainer.learning_rate",)
+
+
+def test_a_trial_has_what_holds_for_all_and_logs_a_loss_before_each_report(configure):
+    config = configure("method.rank=3", "trainer.log_every=50", "sweep.metric=loss")
+    trial = TrialJob(config, "trials", preparer=None, threads=1).configure(DRAWN, "first-0", resume=False)
+    assert trial.method.rank == 3
+    assert (trial.trainer.max_steps, trial.trainer.checkpoint.every_steps, trial.trainer.log_every) == (4, 2, 2)
 
 
 def test_a_group_of_ones_own_stays(configure):
@@ -74,6 +81,17 @@ def test_reports_are_whole_once_what_was_drawn_has_come(configure):
     parts = ({"step": 2, "loss": 1.0}, {"step": 4, "loss": 0.5}, {"step": 2, "clip_score": 0.2})
     found = list(_whole_reports(ended(), reports_of(*parts), drawing, float("inf")))
     assert found == [{"step": 2, "loss": 1.0, "clip_score": 0.2}, {"step": 4, "loss": 0.5}]
+
+
+def test_reports_without_what_counts_are_not_judged(configure):
+    drawing = configure("trainer.validation.prompts=an owl").experiment
+    parts = (
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "loss": 0.5},
+        {"step": 4, "val/drift": 0.2},
+    )  # the first drew nothing
+    reports = _whole_reports(ended(), reports_of(*parts), drawing, float("inf"))
+    assert list(_judged(reports, ("loss", "val/drift"))) == [{"step": 4, "loss": 0.5, "val/drift": 0.2}]
 
 
 def test_a_trial_that_takes_longer_than_it_may_is_ended(configure):
