@@ -67,9 +67,9 @@ def test_metadata_that_cannot_be_used_is_reported_by_its_line(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
     assert {path.rpartition("/")[2]: reason for path, reason in listing.rejected} == {
-        "metadata.jsonl:1": "is no JSON object with a file_name",
+        "metadata.jsonl:1": "is no JSON object",
         "a.png": "the caption is a int, not text",
-        "metadata.jsonl:4": "is no JSON object with a file_name",
+        "metadata.jsonl:4": "is no JSON object",
         "gone.png": "metadata.jsonl names this picture, but it is not there",
         r"\xed\xa0\x80.png": "metadata.jsonl names this picture, but it is not there",
     }
