@@ -162,6 +162,23 @@ def test_parquet_rows_that_cannot_be_used_are_rejected_alone(tmp_path: Path):
     assert [row.reason for row in rows.values()] == [None, "the caption is not UTF-8", "has no picture"]
 
 
+def test_a_row_takes_the_first_of_its_columns_that_has_a_caption(tmp_path: Path):
+    texts = {"caption": [None, "", "c"], "text": ["a", None, "no"], "captions": [["no"], ["b", "b2"], []]}
+    pq.write_table(
+        pa.table({"image": [noise_png(i) for i in range(3)], "id": list("abc"), **texts}), tmp_path / "x.parquet"
+    )
+    source = {"name": "parquet", "path": str(tmp_path), "id_column": "id"}
+    assert captions(read(source)) == {"a": ["a"], "b": ["b", "b2"], "c": ["c"]}
+    assert captions(read(source, caption={"column": "text"})) == {"a": ["a"], "b": [], "c": ["no"]}
+
+
+def test_captions_of_another_type_lose_their_row_alone(tmp_path: Path):
+    table = pa.table({"image": [noise_png(0), noise_png(1)], "captions": [[{"text": "a"}], []]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    first, second = read({"name": "parquet", "path": str(tmp_path)}).values()
+    assert (first.reason, second.reason) == ("the caption is a dict, not text", None)
+
+
 def test_a_path_that_leads_nowhere_loses_no_other_row(tmp_path: Path):
     structs = [{"bytes": None, "path": "nosuch://x"}, {"bytes": noise_png(0), "path": None}]
     pq.write_table(pa.table({"image": structs}), tmp_path / "x.parquet")
