@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ray_sd import __version__
 from ray_sd.config import ExperimentConfig, ModelConfig
 from ray_sd.errors import ArtifactError
-from ray_sd.headers import check_ending
+from ray_sd.headers import check_ending, unreadable, what_is_there
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -148,12 +148,13 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Raises ArtifactError where it cannot be read."""
     check_ending(str(path))
     if not path.is_file():
-        raise ArtifactError(f"{path.parent} has no {path.name}")
+        there = what_is_there(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else ""
+        raise ArtifactError(f"{path.parent} has no {path.name} {there}")
     try:
         with safe_open(path, "pt") as content:
             yield content
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {unreadable(path, error)}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -193,7 +194,7 @@ class Location:
 
 def stray(path: str) -> str | None:
     """Why a file is passed over by a part of its path, below the folder that was asked for; None where it is not."""
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
     if any(part.startswith(".") for part in parts):
         return HIDDEN
     return OF_A_SYSTEM if any(part.lower() in SYSTEMS_OWN for part in parts) else None

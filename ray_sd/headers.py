@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray_sd.errors import ArtifactError, first_line
 from ray_sd.files import Location
@@ -12,16 +14,28 @@ SAFETENSORS = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 """Of files that run code when they are read."""
 EMB_PARAMS = "emb_params"
-"""Name of the only tensor of an embedding whose token is the file's name."""
+"""Name of the only tensor of an embedding whose token is the file's name, as tools write it."""
+OLD_PARAMS = "string_to_param"
+"""How that name begins where the embedding was pickled before."""
 PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Tensors of an embedding for two text encoders."""
 TOKEN = "token"
 """Key of the metadata under which a file of a pair says its token."""
+NO_WORD = re.compile(rf"({EMB_PARAMS}|{OLD_PARAMS}|string_to_token|text_encoders_\d)")
+"""How tensors begin that are called otherwise than by a word, of which there may be several in a file."""
 BUNDLED = re.compile(r"bundle_emb\.([^.]+)\.(.+)")
 """Names of an embedding's tensors in the file of the LoRA that it belongs to: the word, and the tensor's own name."""
-LENGTH_BYTES = 8
+LENGTH_BYTES, BEGINNING = 8, 32
 LONGEST = 100_000_000
 """Bytes of a header, as the format has it."""
+OTHER_FILES = {
+    b"version https://git-lfs": "it is Git LFS' pointer to the file, which git lfs pull fetches",
+    b"PK\3\4": "it is pickled, under another name; pickled weights are not read",
+    b"\x80\2": "it is pickled, under another name; pickled weights are not read",
+    b"GGUF": "it is GGUF, under another name",
+    b"<": "it is a web page; download the file itself",
+}
+"""What files are that have the ending alone, by how they begin."""
 READS_TEXT = re.compile(r"attn2.*to_[kv].*(lora_A|down)\.weight$")
 """Names, in any tool's spelling, of the half of a LoRA that multiplies what text encoders say."""
 
@@ -35,12 +49,13 @@ class Header:
     @property
     def is_embedding(self) -> bool:
         """Whether the names are those of an embedding's layouts; a LoRA has at least two tensors."""
-        return len(self.shapes) == 1 or set(self.shapes) == set(PAIR)
+        is_one = len(self.shapes) == 1 and not BUNDLED.fullmatch(next(iter(self.shapes)))
+        return is_one or set(self.shapes) == set(PAIR)
 
     @property
     def several_words(self) -> tuple[str, ...]:
-        """Of a file of several embeddings: nothing else has tensors without a dot in their names."""
-        if len(self.shapes) < 2 or self.is_embedding:
+        """Of a file of several embeddings: few others have tensors without a dot in their names."""
+        if len(self.shapes) < 2 or self.is_embedding or any(map(NO_WORD.match, self.shapes)):
             return ()
         vectors = all("." not in name and len(shape) in (1, 2) for name, shape in self.shapes.items())
         return tuple(sorted(self.shapes)) if vectors else ()
@@ -56,7 +71,7 @@ class Header:
         if set(self.shapes) == set(PAIR):
             return self.metadata.get(TOKEN, stem)
         [name] = self.shapes
-        return stem if name == EMB_PARAMS else name
+        return stem if name in (EMB_PARAMS, *PAIR) or name.startswith(OLD_PARAMS) else name
 
     @property
     def text_width(self) -> int | None:
@@ -74,10 +89,12 @@ class Header:
 def read_header(file: Location) -> Header:
     """Raises ArtifactError where it cannot be read, or where the file is not as long as it says."""
     check_ending(file.path)
+    beginning = b""
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             size = stream.size()
-            length = int.from_bytes(stream.read_at(LENGTH_BYTES, 0), "little")
+            beginning = stream.read_at(min(size, BEGINNING), 0)
+            length = int.from_bytes(beginning[:LENGTH_BYTES], "little")
             if not 0 < length <= min(LONGEST, size - LENGTH_BYTES):
                 raise ValueError("its header is cut off")
             content = json.loads(stream.read_at(length, LENGTH_BYTES))
@@ -87,8 +104,24 @@ def read_header(file: Location) -> Header:
         if LENGTH_BYTES + length + end != size:
             raise ValueError(f"it has {size} bytes, its header tells of {LENGTH_BYTES + length + end}")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ArtifactError(f"{file.path} cannot be read as .safetensors: {first_line(error)}") from error
+        reason = _other_file(beginning) or first_line(error)
+        raise ArtifactError(f"{file.path} cannot be read as .safetensors: {reason}") from error
     return Header(shapes, metadata)
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a local `.safetensors` file cannot be read: what it is in truth, or else what its reader says."""
+    with suppress(OSError), path.open("rb") as file:
+        return _other_file(file.read(BEGINNING)) or first_line(error)
+    return first_line(error)
+
+
+def _other_file(beginning: bytes) -> str | None:
+    if not beginning:
+        return "it is empty"
+    if int.from_bytes(beginning[:LENGTH_BYTES], "little") <= LONGEST:
+        return None
+    return next((what for start, what in OTHER_FILES.items() if beginning.startswith(start)), None)
 
 
 def is_safetensors(path: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ray_sd.errors import first_line
-from ray_sd.media.png import without_texts
+from ray_sd.media.png import parted
 
 # Formats that hold other files (ICO, ICNS) would hide sizes from the header, and EPS would start a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "JXL")
@@ -26,6 +26,8 @@ BEGINNINGS = {
 }
 """How files of these begin."""
 BUILT_IN = tuple(name for name in FORMATS if name not in BY_PLUGIN)
+PROFILE = "icc_profile"
+"""Under which Pillow keeps it."""
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,7 +104,10 @@ def open_picture(stream: BinaryIO, formats: Sequence[str] = BUILT_IN) -> Iterato
     """A picture of one of the formats, of which the header is read. Raises OSError, and Image.DecompressionBombError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # callers have bounds of their own
-        with Image.open(without_texts(stream), formats=tuple(formats)) as picture:
+        content, profile = parted(stream)
+        with Image.open(content, formats=tuple(formats)) as picture:
+            if profile is not None:
+                picture.info[PROFILE] = profile
             yield picture
 
 
@@ -179,9 +184,9 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 def _in_srgb(picture: Image.Image) -> tuple[Image.Image, str | None]:
     """A picture of 8 bits by its colour profile as viewers show it; as it is where that says sRGB or cannot be used."""
-    content = picture.info.get("icc_profile")
-    if not content:
+    if PROFILE not in picture.info:
         return picture, None
+    content = picture.info[PROFILE] or b""  # None of a JPEG that lacks a part of it
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         if "sRGB" in ImageCms.getProfileDescription(profile):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from ray_sd.headers import EMB_PARAMS, OLD_PARAMS
+
 TAKEN = "LoRA and DoRA are read"
 OTHER_KINDS: dict[str, tuple[str, str]] = {
     r"\.hada_": ("a LoHa", TAKEN),
@@ -14,7 +16,13 @@ OTHER_KINDS: dict[str, tuple[str, str]] = {
     r"\.[wb]_norm$": ("norms, trained whole", f"{TAKEN}; train it again without them (train_norm)"),
     r"\.diff(_b)?$": ("full differences of weights", f"{TAKEN}; fuse it into its base with the tool that made it"),
     r"\.lora_(B|up)\.bias$": ("biases of layers", f"{TAKEN}; train it again without them (lora_bias)"),
+    rf"^({EMB_PARAMS}|{OLD_PARAMS})": ("an embedding beside other tensors", f"leave {EMB_PARAMS} alone in the file"),
+    r"^text_encoders_\d$": (
+        "embeddings of which it does not tell the words",
+        "save each as clip_l and clip_g in its file",
+    ),
     r"motion_modules[._]": ("motion modules (AnimateDiff)", TAKEN),
+    r"^base_model\.model\.": ("a LoRA of PEFT", "give its folder, in which adapter_config.json tells its strength"),
     r"^(ip_adapter|image_proj)\.": ("an IP-Adapter", TAKEN),
     r"^(control_model\.|controlnet_|lora_controlnet)": ("a ControlNet", TAKEN),
     r"^(model\.diffusion_model|cond_stage_model|conditioner\.embedders)\.": (
@@ -32,7 +40,7 @@ ANY_BASE = {
     r"joint_blocks[._]|^lora_te3_|^text_encoder_3\.|\.attn\.add_[qkv]_proj": "Stable Diffusion 3",
     r"^((diffusion_model|transformer|lora_unet|lora_transformer)[._])?blocks[._]\d": "Wan or another video transformer",
     r"^lora_prior_": "Stable Cascade",
-    r"^(transformer|lora_transformer|diffusion_model)[._](?!input_|middle_|output_)": "a diffusion transformer",
+    r"^(transformer|lora_transformer|diffusion_model)[._](?!input_|middle_|output_|down_|mid_|up_)": "a diffusion transformer",
 }
 NOT_1 = {
     r"^lora_te2_|^text_encoder_2\.|[._]transformer_blocks[._][1-9]|label_emb[._]|add_embedding[._]": "Stable Diffusion XL",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_sd.errors import ArtifactError
-from ray_sd.headers import is_safetensors
+from ray_sd.headers import is_safetensors, what_is_there
 from ray_sd.methods.dreambooth import EMBEDDINGS
 from ray_sd.methods.embeddings import LEARNED, Embedding, holds_embedding, read_bundled, read_embedding, read_embeddings
 from ray_sd.methods.lora import LORA_FILE, attach_updates
@@ -85,6 +85,7 @@ def _embeddings(folder: Path) -> dict[str, Embedding]:
 def _no_adapter(folder: Path) -> str:
     if not folder.exists():
         return f"no file or folder {folder}"
-    files = sorted(file.name for file in folder.iterdir() if is_safetensors(file.name))
-    hint = f"; give one of its files: {', '.join(files[:4])}" if files else ""
+    names = [file.name for file in folder.iterdir()]
+    files = sorted(filter(is_safetensors, names))
+    hint = f"; give one of its files: {', '.join(files[:4])}" if files else f" {what_is_there(names)}"
     return f"{folder} is no adapter: it has no manifest.json, no {LORA_FILE}, no {LEARNED}.safetensors and no {PEFT_CONFIG}{hint}"

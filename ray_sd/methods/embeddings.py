@@ -120,6 +120,8 @@ def _embedding(file: Path, tensors: dict[str, Tensor]) -> Embedding:
     for name, tensor in tensors.items():
         if tensor.ndim not in (1, 2):
             raise ArtifactError(f"{file} is no embedding: {name} has {tensor.ndim} dimensions")
+        if not tensor.numel():
+            raise ArtifactError(f"{file} is no embedding: {name} has no values")
     vectors = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
     parts = PAIR if set(vectors) == set(PAIR) else dict.fromkeys(vectors, "text_encoder")
     return {part: vectors[name] for name, part in parts.items()}

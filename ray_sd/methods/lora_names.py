@@ -17,6 +17,10 @@ OLD_TEXT_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out
 """diffusers before 0.22 named what its attention processors had learnt, not the layers."""
 
 
+IN_COMFYUI = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
+"""The one text encoder of Stable Diffusion 1 and of 2, and the other one of XL."""
+
+
 class LoraNames:
     """The layers of a model's loaded U-Net and text encoders, and their names elsewhere."""
 
@@ -58,9 +62,10 @@ class LoraNames:
         yield self.kohya(layer)
         yield f"{component}.{name}"
         if component == "unet":
-            yield f"lora_unet_{_flat(name)}"
+            yield from (f"lora_unet_{_flat(name)}", f"lycoris_{_flat(name)}")
             if name in self._original:
-                yield f"lora_unet_{_flat(self._original[name])}"
+                # The one is kohya's, the other ComfyUI's.
+                yield from (f"lora_unet_{_flat(self._original[name])}", f"diffusion_model.{self._original[name]}")
             yield name  # a file with nothing but a U-Net's
             for old, short in OLD_ATTENTION.items():
                 if name.endswith(f".{old}"):
@@ -68,6 +73,7 @@ class LoraNames:
                     yield from (f"unet.{processor}", processor)
         else:
             yield f"{component}.{name.removeprefix(TEXT_PREFIX)}"
+            yield from (f"text_encoders.{encoder}.transformer.{name}" for encoder in IN_COMFYUI[component])
             if component == "text_encoder":
                 yield from (f"lora_te_{_flat(name)}", f"lora_te1_{_flat(name)}")
             if block.endswith(".self_attn"):

@@ -59,13 +59,15 @@ def read_lora(path: Path, names: LoraNames) -> Updates:
         saved = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except ValueError as error:
         raise ArtifactError(f"{path}: its {LORA_ADAPTER_METADATA_KEY} cannot be read as JSON: {error}") from error
+    if not isinstance(saved, dict):
+        raise ArtifactError(f"{path}: its {LORA_ADAPTER_METADATA_KEY} holds no settings, but a {type(saved).__name__}")
     settings: dict[str, dict[str, Any]] = {}
     for key, value in saved.items():
         component, _, setting = key.rpartition(".")
         # `unet.save_lora_adapter` names no component
         settings.setdefault(component or "unet", {})[setting] = value
-    tensors = {name: tensor for name, tensor in tensors.items() if not BUNDLED.fullmatch(name)}
-    return _updates(path, tensors, settings, names)
+    own = {name: tensor for name, tensor in tensors.items() if not BUNDLED.fullmatch(name)}
+    return _updates(path, own, settings, names) if own or not tensors else {}
 
 
 def peft_folders(path: Path, components: tuple[str, ...]) -> dict[str, Path]:
@@ -128,11 +130,11 @@ def _by_layer(path: Path, tensors: Mapping[str, Tensor], names: LoraNames) -> di
         else:
             layers.setdefault(layer, {})[ENDINGS[ending]] = (key, tensor)
     if unknown or not layers:
-        raise ArtifactError(f"{path}{_refusal(unknown, len(tensors), names)}")
+        raise ArtifactError(f"{path}{_refusal(unknown, len(tensors), bool(layers), names)}")
     return layers
 
 
-def _refusal(unknown: list[str], total: int, names: LoraNames) -> str:
+def _refusal(unknown: list[str], total: int, some_fit: bool, names: LoraNames) -> str:
     """What those tensors of a file are that the base has no layer for."""
     layers = sorted(key for key in unknown if key.endswith(tuple(ENDINGS)))
     strange = sorted(set(unknown) - set(layers))
@@ -144,6 +146,8 @@ def _refusal(unknown: list[str], total: int, names: LoraNames) -> str:
         return _no_lora(strange, total, names)
     if not layers:
         return " holds no tensors of a LoRA"
+    if base is None and not some_fit:
+        return f": none of its layers is called as tools call the base's, such as {layers[0]}; which tool wrote it?"
     made_for, key = (f"another base, {base[0]}", base[1]) if base else ("another base", layers[0])
     return f": the base has no layer for {len(unknown)} of {total} tensors, such as {key}; it was made for {made_for}"
 
@@ -164,6 +168,9 @@ def _update(path: Path, parts: Parts, layer: nn.Module, settings: Mapping[str, A
     for half in ("down", "up"):
         if half not in parts:
             raise ArtifactError(f"{path}: {any_key} has no {half} matrix beside it; the file is incomplete")
+        half_key, tensor = parts[half]
+        if tensor.ndim < 2 or not tensor.numel():
+            raise ArtifactError(f"{path}: {half_key} is {tuple(tensor.shape)}, which is no half of an update")
     key, down = parts["down"]
     up_key, up = parts["up"]
     weight = layer.weight
@@ -203,10 +210,15 @@ def _check_size(path: Path, key: str, found: int, expected: int) -> None:
 def _alpha(path: Path, parts: Parts, settings: Mapping[str, Any] | None, name: str, rank: int) -> float:
     """A file that says nothing of it, or 0 in kohya's, means the rank: its updates are added as they are."""
     if "alpha" in parts:
-        return float(parts["alpha"][1]) or float(rank)
+        key, tensor = parts["alpha"]
+        if tensor.numel() != 1:
+            raise ArtifactError(f"{path}: {key} is {tuple(tensor.shape)}, and a LoRA's alpha is one number")
+        return float(tensor) or float(rank)
     if settings is None:
         return float(rank)
     pattern = settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ArtifactError(f"{path}: its alpha_pattern holds no settings, but a {type(pattern).__name__}")
     alpha = pattern.get(get_pattern_key(pattern, name), settings.get("lora_alpha", rank))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ArtifactError(f"{path}: the lora_alpha of {name} is {alpha}, no finite number; {READ}")

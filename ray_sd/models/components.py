@@ -24,8 +24,9 @@ from ray_sd.adapter import open_safetensors
 from ray_sd.config import ModelConfig
 from ray_sd.config.model import ComponentSource
 from ray_sd.errors import ArtifactError, first_line
+from ray_sd.files import local
 from ray_sd.finite import check_finite
-from ray_sd.headers import check_ending, what_is_there
+from ray_sd.headers import check_ending, read_header, what_is_there
 from ray_sd.models import single_file
 from ray_sd.models.single_file import CONFIG_FILES
 
@@ -308,6 +309,8 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
 def _load_folder(component: str, cls: type[nn.Module], folder: Folder) -> nn.Module:
     _check_class(component, cls, folder.path)
     files = weight_files(component, folder)
+    for file in files:
+        read_header(local(file))
     variant = folder.variant if folder.variant and f".{folder.variant}" in files[0].name else None
     try:
         with no_progress_bar():

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ray_sd.adapter import open_safetensors
 from ray_sd.config import ModelConfig
-from ray_sd.errors import ArtifactError
 from ray_sd.models import single_file
 from ray_sd.models.components import (
     TOKENIZERS,
@@ -97,13 +97,11 @@ def tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...] = ("",)) -
 def _cached_tensors_digest(files: tuple[Path, ...], prefixes: tuple[str, ...], stats: tuple) -> str:
     """Digest of the named tensors, in the order of their names."""
     digest = hashlib.blake2b(digest_size=16)
-    try:
-        handles = {file: safe_open(file, "pt") for file in files}
+    with ExitStack() as opened:
+        handles = {file: opened.enter_context(open_safetensors(file)) for file in files}
         owners = {name: file for file in files for name in list(handles[file].keys()) if name.startswith(prefixes)}
         for name in sorted(owners):
             tensor = handles[owners[name]].get_tensor(name)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"the weights in {files[0].parent} cannot be read as .safetensors: {error}") from error
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 
 from ray_sd.errors import ArtifactError
 from ray_sd.finite import check_finite
+from ray_sd.headers import unreadable
 
 LAYOUTS = Path(__file__).parent / "layouts"
 ORIGINS = {
@@ -87,7 +88,7 @@ def _read(path: Path, component: str) -> dict[str, Tensor]:
                 if name.startswith(PREFIXES[component])
             }
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read as .safetensors: {error}") from error
+        raise ArtifactError(f"{path} cannot be read as .safetensors: {unreadable(path, error)}") from error
     if not weights:
         raise ArtifactError(
             f"{path} holds no {component} (no tensor named {PREFIXES[component][0]}…); give one by model.{component}=PATH"

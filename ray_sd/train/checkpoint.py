@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ray_sd.adapter import open_safetensors
 from ray_sd.config import ExperimentConfig
 from ray_sd.errors import ArtifactError
 from ray_sd.files import Location, local
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 FORMAT = 2
+DELETE = "it is damaged; delete it, and resume=true goes on from the one before"
+"""What to do about a checkpoint whose values cannot be used."""
 
 
 def save(engine: "Engine", folder: Path, *, step: int, rank: int, world_size: int, config: ExperimentConfig) -> None:
@@ -68,8 +71,8 @@ def storage_errors(step: int, where: str) -> Iterator[None]:
         ) from error
 
 
-def check(engine: "Engine", folder: Path) -> None:
-    """Raises ArtifactError where `restore` would not succeed. Not collective, and reads no tensor."""
+def check(engine: "Engine", folder: Path, *, rank: int, world_size: int) -> None:
+    """Raises ArtifactError where `restore` would not succeed. Not collective; ranks share reading the tensors."""
     try:
         index = check_whole(local(folder))
     except ArtifactError as error:
@@ -84,6 +87,10 @@ def check(engine: "Engine", folder: Path) -> None:
         missing = [key for key in engine.state_keys(name) if _tensor_name(name, key) not in shapes]
         if missing:
             raise ArtifactError(f"checkpoint {folder} is damaged: it has no {_tensor_name(name, missing[0])}")
+    for file in sorted(set(index["files"].values()))[rank::world_size]:
+        with open_safetensors(folder / file) as content:
+            for name in sorted(content.keys()):
+                check_finite({name: content.get_tensor(name)}, f"checkpoint {folder}", DELETE)
 
 
 def restore(engine: "Engine", folder: Path) -> int:
@@ -104,6 +111,7 @@ def load_weights(model: nn.Module, folder: Path) -> int:
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     with torch.no_grad():
         for name, values in _tensors(folder, index, dict.fromkeys(shapes, (key,)), shapes):
+            check_finite({_tensor_name(name, key): values[key]}, f"checkpoint {folder}")
             parameters[name].copy_(values[key])
     return index["step"]
 
@@ -233,7 +241,6 @@ def _tensors(
             source = files[index["files"][name]]
             values = {key: source.get_tensor(_tensor_name(name, key)) for key in keys[name]}
             _check_shape(name, tuple(values[keys[name][0]].shape), shape, folder)
-            check_finite({_tensor_name(name, key): value for key, value in values.items()}, f"checkpoint {folder}")
             yield name, values
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"checkpoint {folder} is damaged: {storage_reason(error)}") from error

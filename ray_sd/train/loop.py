@@ -150,7 +150,7 @@ def _refusal(engine: Engine, folder: Path | None) -> ArtifactError | None:
     found = None
     if folder is not None:
         try:
-            checkpoint.check(engine, folder)
+            checkpoint.check(engine, folder, rank=dist.get_rank(), world_size=dist.get_world_size())
         except ArtifactError as error:
             found = error
     all_found: list[ArtifactError | None] = [None] * dist.get_world_size()

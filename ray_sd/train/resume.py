@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
     ArtifactError where a checkpoint of another run is damaged.
     """
     if config.resume is True:
-        stored = stored_config(run)
+        with _in_words(run):
+            stored = stored_config(run)
         if stored is None:
             reason = f"; {run.path} has no {CONFIG} and no checkpoint that is whole" if run.used() else ""
             raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}{reason}")
@@ -154,6 +157,14 @@ def _whole_index(checkpoint: str) -> dict:
         raise kind(f"resume: {error}{hints[0] if hints else ''}") from error
 
 
+@contextmanager
+def _in_words(run: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"resume: {run.path} cannot be read or written: {storage_reason(error)}") from error
+
+
 def write_config(config: ExperimentConfig, run: RunFolder) -> None:
     """Write down what a run is, for those that go on with it."""
     content = (dump(config.model_dump(mode="json")) + "...\n").encode()
@@ -163,6 +174,11 @@ def write_config(config: ExperimentConfig, run: RunFolder) -> None:
 
 def note_data(data: PreparedData, run: RunFolder) -> None:
     """Write down which rows a run learns from, and tell where a resumed one had others, or where that is not known."""
+    with _in_words(run):
+        _note_data(data, run)
+
+
+def _note_data(data: PreparedData, run: RunFolder) -> None:
     now = {"fingerprint": data.fingerprint, "rows": data.train.num_rows}
     content = run.read(DATA)
     before = None if content is None else _parse_data(content)

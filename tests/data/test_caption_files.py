@@ -55,10 +55,11 @@ def test_of_several_captions_beside_a_picture_the_first_counts(tmp_path: Path):
     write(tmp_path, "a.png", "b.png")
     for name in ("a.txt", "a.png.txt", "a.caption", "a.cap", "a.json", "b.cap", "b.json", "c.caption"):
         (tmp_path / name).write_text(name)
+    (tmp_path / "b.txt").touch()
     listing = list_source(DatasetConfig.model_validate({"source": {"name": "image_folder", "path": str(tmp_path)}}))
     assert {row.id: row.captions for row in rows(listing)} == {"a.png": ["a.txt"], "b.png": ["b.cap"]}
     assert Counter(reason for _, reason in listing.passed_over) == Counter(
-        {"captions that another file goes before": 5, "captions of no picture": 1}
+        {"captions that another file goes before": 6, "captions of no picture": 1}
     )
 
 
@@ -85,6 +86,74 @@ def test_a_column_that_was_set_is_read_alone(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "no", "title": "yes"}')
     assert metadata_rows(tmp_path, column="title") == {"1.png": ["yes"]}
     assert metadata_rows(tmp_path, column="other") == {"1.png": []}
+
+
+def listed(root: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """Captions by picture, and what is rejected, by the file's name."""
+    listing = list_source(DatasetConfig.model_validate({"source": {"name": "image_folder", "path": str(root)}}))
+    found = rows(listing)
+    rejected = [*listing.rejected, *((row.path, row.reason) for row in found if row.reason)]
+    captions = {row.id: row.captions for row in found if not row.reason}
+    return captions, [(path.rpartition("/")[2], reason) for path, reason in rejected]
+
+
+def test_texts_that_windows_calls_unicode_are_read(tmp_path: Path):
+    write(tmp_path, "1.png", "2.png", "3.png", "4.png", "5.png")
+    contents = {"1.txt": "Kätzchen", "2.json": '{"text": "Käfer"}', "metadata.csv": "file_name,text\r\n3.png,Bär\r\n"}
+    contents["metadata.jsonl"] = '{"file_name": "4.png", "text": "Löwe"}\r\n'
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode("utf-16"))
+    (tmp_path / "5.txt").write_bytes("a dog".encode("utf-16-le"))
+    captions, rejected = listed(tmp_path)
+    assert captions == {"1.png": ["Kätzchen"], "2.png": ["Käfer"], "3.png": ["Bär"], "4.png": ["Löwe"]}
+    reason = "the caption is not UTF-8: it has null characters, as UTF-16 without its mark has"
+    assert rejected == [("5.png", reason)]
+
+
+def test_a_table_is_read_as_people_type_it(tmp_path: Path):
+    write(tmp_path, "1.png", "2.png", "3.png", "4.png", "5.png")
+    lines = ["", "File_Name, Text,", '1.png, "one, two",', "2.png,one, two, three", '3.png,a 5" disk', "4.png,four"]
+    (tmp_path / "metadata.csv").write_text("\n".join([*lines, '5.png,"five', ""]))
+    captions, rejected = listed(tmp_path)
+    assert captions == {"1.png": ["one, two"], "2.png": [], "3.png": ['a 5" disk'], "4.png": ["four"], "5.png": []}
+    assert rejected == [
+        ("metadata.csv:4", "has more fields than the first line: a text with ',' needs quotes around it"),
+        ("metadata.csv:7", "is no CSV: unexpected end of data"),
+    ]
+
+
+@pytest.mark.parametrize("first", ["image,text", "1.png,one"])
+def test_a_table_that_names_no_files_is_refused(tmp_path: Path, first: str):
+    write(tmp_path, "1.png")
+    (tmp_path / "metadata.csv").write_text(f"{first}\n1.png,one\n")
+    with pytest.raises(DataError, match=f"metadata.csv has no column file_name; its columns are: {first[:5]}, "):
+        listed(tmp_path)
+
+
+def test_objects_without_a_file_are_told_with_their_keys(tmp_path: Path):
+    write(tmp_path, "1.png")
+    (tmp_path / "metadata.jsonl").write_text('{"image": "1.png", "prompt": "one"}\n"1.png"\n{"file_name": 1}')
+    assert listed(tmp_path)[1] == [
+        ("metadata.jsonl:1", "has no file_name: its keys are image, prompt"),
+        ("metadata.jsonl:2", "is no JSON object"),
+        ("metadata.jsonl:3", "has no file_name: its keys are file_name"),
+    ]
+
+
+def test_metadata_may_be_one_list(tmp_path: Path):
+    write(tmp_path, "1.png", "2.png")
+    content = [{"file_name": "1.png", "text": "one"}, {"file_name": "2.png", "text": "two"}]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(content, indent=1))
+    assert listed(tmp_path) == ({"1.png": ["one"], "2.png": ["two"]}, [])
+
+
+def test_all_that_is_said_of_a_picture_counts(tmp_path: Path):
+    write(tmp_path, "sub/1.png", "2.png")
+    lines = [("2.png", "a"), ("2.png", "b"), ("2.png", "a"), ("sub/1.png", "outer"), ("2.png", "")]
+    written = (json.dumps({"file_name": name, "text": text}) for name, text in lines)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(written))
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\n1.png,inner\n")
+    assert listed(tmp_path)[0] == {"2.png": ["a", "b"], "sub/1.png": ["outer", "inner"]}
 
 
 def test_a_csv_that_is_not_utf8_loses_the_rows_that_are_not(tmp_path: Path):

@@ -22,7 +22,7 @@ import torch
 from in_process import prepare
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sample_pictures import encoded, noise_png
+from sample_pictures import encoded, noise_png, wide_gamut
 from sample_videos import clip_experiment, counted, numbered, read_number, shifting, video
 
 from ray_sd.config import DatasetConfig, ExperimentConfig
@@ -422,6 +422,19 @@ def test_frames_of_a_folder_are_in_the_natural_order_of_their_names(tmp_path: Pa
         )
     ).units
     assert set(unit["path"].to_pylist()) == {str(tmp_path / "cat"), str(tmp_path / "cat" / "deep")}
+
+
+def test_frames_whose_colour_profile_cannot_be_used_are_counted_with_their_row(tmp_path: Path, configure: Callable):
+    for name, profile in (("good", wide_gamut()), ("broken", b"no profile")):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for number in range(20):
+            options = {"icc_profile": profile} if number == 5 else {}
+            frame = encoded(Image.fromarray(numbered(number)), **options)
+            (tmp_path / "frames" / name / f"{number}.png").write_bytes(frame)
+    settings = ("dataset.source.fps=10", "dataset.video.cut_threshold=null")
+    config = configure(tmp_path / "frames", *settings, source="frame_folder", method="temporal_decoder")
+    summary = prepare(config, PIXELS).summary
+    assert (summary.rows, summary.profile_errors) == (2, 1)
 
 
 def test_folders_without_frames_or_videos_are_refused(tmp_path: Path):

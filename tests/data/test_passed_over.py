@@ -195,6 +195,37 @@ def test_strays_in_a_tar_are_no_rows(tmp_path: Path):
     }
 
 
+def test_strays_in_a_tar_that_windows_packed_are_no_rows(tmp_path: Path):
+    write_tar(tmp_path / "x.tar", {r"cats\1.png": noise_png(0), r"__MACOSX\1.png": noise_png(1)})
+    good, other = tar_rows(tmp_path)
+    assert (list(good), other) == ([r"cats\1"], {r"__MACOSX\1.png": f"passed over: {OF_A_SYSTEM}"})
+
+
+def test_captions_in_a_tar_that_no_picture_takes_are_told(tmp_path: Path):
+    names = {
+        "1.image.png": noise_png(0),
+        "1.caption.txt": b"a",
+        "2.png": noise_png(1),
+        "2.json": b"{}",
+        "2.old.txt": b"b",
+    }
+    write_tar(tmp_path / "x.tar", names)
+    good, other = tar_rows(tmp_path)
+    assert {name: captions for name, (_, captions) in good.items()} == {"1.image": [], "2": []}
+    assert other == dict.fromkeys(("1.caption.txt", "2.old.txt"), "passed over: captions of no picture")
+
+
+def test_a_name_that_a_tar_has_twice_is_two_rows(tmp_path: Path):
+    for name, start in (("x", 0), ("y", 2)):
+        write_tar(tmp_path / f"{name}.tar", {"1.png": noise_png(start), "1.txt": f"{start}".encode()})
+    ends = (tmp_path / "x.tar").read_bytes().rstrip(b"\0")
+    ends += bytes(-len(ends) % 512)
+    (tmp_path / "x.tar").write_bytes(ends + (tmp_path / "y.tar").read_bytes())
+    (tmp_path / "y.tar").unlink()
+    listing = list_source(DatasetConfig.model_validate({"source": {"name": "webdataset", "path": str(tmp_path)}}))
+    assert [(row.image, row.captions) for row in rows(listing)] == [(noise_png(0), ["0"]), (noise_png(2), ["2"])]
+
+
 def test_names_with_dots_in_a_tar_are_rows_of_their_own(tmp_path: Path):
     pictures = [noise_png(i) for i in range(8)]
     members = {

@@ -67,9 +67,9 @@ def test_metadata_that_cannot_be_used_is_reported_by_its_line(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     listing = list_source(DatasetConfig(source={"name": "image_folder", "path": str(tmp_path)}))
     assert {path.rpartition("/")[2]: reason for path, reason in listing.rejected} == {
-        "metadata.jsonl:1": "is no JSON object with a file_name",
+        "metadata.jsonl:1": "is no JSON object",
         "a.png": "the caption is a int, not text",
-        "metadata.jsonl:4": "is no JSON object with a file_name",
+        "metadata.jsonl:4": "is no JSON object",
         "gone.png": "metadata.jsonl names this picture, but it is not there",
         r"\xed\xa0\x80.png": "metadata.jsonl names this picture, but it is not there",
     }
@@ -160,6 +160,23 @@ def test_parquet_rows_that_cannot_be_used_are_rejected_alone(tmp_path: Path):
     pq.write_table(table, tmp_path / "x.parquet")
     rows = read({"name": "parquet", "path": str(tmp_path / "x.parquet")})
     assert [row.reason for row in rows.values()] == [None, "the caption is not UTF-8", "has no picture"]
+
+
+def test_a_row_takes_the_first_of_its_columns_that_has_a_caption(tmp_path: Path):
+    texts = {"caption": [None, "", "c"], "text": ["a", None, "no"], "captions": [["no"], ["b", "b2"], []]}
+    pq.write_table(
+        pa.table({"image": [noise_png(i) for i in range(3)], "id": list("abc"), **texts}), tmp_path / "x.parquet"
+    )
+    source = {"name": "parquet", "path": str(tmp_path), "id_column": "id"}
+    assert captions(read(source)) == {"a": ["a"], "b": ["b", "b2"], "c": ["c"]}
+    assert captions(read(source, caption={"column": "text"})) == {"a": ["a"], "b": [], "c": ["no"]}
+
+
+def test_captions_of_another_type_lose_their_row_alone(tmp_path: Path):
+    table = pa.table({"image": [noise_png(0), noise_png(1)], "captions": [[{"text": "a"}], []]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    first, second = read({"name": "parquet", "path": str(tmp_path)}).values()
+    assert (first.reason, second.reason) == ("the caption is a dict, not text", None)
 
 
 def test_a_path_that_leads_nowhere_loses_no_other_row(tmp_path: Path):

@@ -188,6 +188,25 @@ def test_a_profile_that_cannot_be_used_is_told_and_the_numbers_are_taken(profile
     assert decode_layers(encoded(red), background="#ffffff", max_pixels=10).profile_error is None
 
 
+def test_a_profile_of_megabytes_counts():
+    profile = wide_gamut()
+    profile = (len(profile) + 2**21).to_bytes(4) + profile[4:] + bytes(2**21)
+    red = encoded(Image.new("RGB", (2, 2), (219, 0, 0)), icc_profile=profile)
+    assert pixels(red)[0, 0].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+def test_a_damaged_chunk_of_a_profile_is_told():
+    red = Image.new("RGB", (2, 2), (219, 0, 0))
+    png = with_chunk(encoded(red), b"iCCP", b"name\0\0not compressed", b"IDAT")
+    jpeg = encoded(red, "jpeg", quality=100, icc_profile=wide_gamut()).replace(
+        b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0\1\2"
+    )
+    for data in (png, jpeg):
+        layers = decode_layers(data, background="#ffffff", max_pixels=10)
+        assert layers.picture.getpixel((0, 0))[0] == pytest.approx(219, abs=2)
+        assert "its colour profile cannot be used: " in layers.profile_error
+
+
 @pytest.mark.parametrize(("kind", "plugin"), [("heif", "pillow_heif"), ("jxl", "pillow_jxl")])
 def test_pictures_of_phones_are_read_where_their_readers_are_installed(
     kind: str, plugin: str, monkeypatch: pytest.MonkeyPatch

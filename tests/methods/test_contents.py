@@ -108,6 +108,9 @@ def test_what_is_no_adapter_is_refused_in_words(model: DiffusionModel, tmp_path:
     save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "mine.safetensors")
     with pytest.raises(ArtifactError, match="is no adapter: .*; give one of its files: mine.safetensors"):
         load_adapter(model, tmp_path)
+    save_file({"emb_params": torch.ones(0, 32)}, tmp_path / "none.safetensors")
+    with pytest.raises(ArtifactError, match="none.safetensors is no embedding: emb_params has no values"):
+        load_adapter(model, tmp_path / "none.safetensors")
     with pytest.raises(ArtifactError, match="embeddings have no strength; use adapter_scale=1"):
         load_adapter(model, tmp_path / "mine.safetensors", scale=0.5)
 
@@ -147,6 +150,24 @@ def bundle(lora: Path, embeddings: dict[str, dict[str, torch.Tensor]]) -> None:
         f"bundle_emb.{word}.{name}": tensor for word, parts in embeddings.items() for name, tensor in parts.items()
     }
     save_file(load_file(lora) | words, lora)
+
+
+def test_a_file_of_bundled_embeddings_alone_holds_their_words(model: DiffusionModel, tmp_path: Path):
+    file = tmp_path / "x.safetensors"
+    for words in (["cat"], ["cat", "mat"]):
+        save_file({f"bundle_emb.{word}.emb_params": torch.ones(1, 32) for word in words}, file)
+        assert list(read_contents(file, model).embeddings) == words
+        assert read_header(local(file)).words("x") == tuple(words)
+
+
+def test_a_folder_without_its_weights_is_told_with_what_is_there(model: DiffusionModel, tmp_path: Path):
+    (tmp_path / "pytorch_lora_weights.bin").touch()
+    there = r"\(found: .*pytorch_lora_weights.bin\); pickled weights are not read$"
+    with pytest.raises(ArtifactError, match=f"is no adapter: .* {there}"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ArtifactError, match=f"has no adapter_model.safetensors {there}"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["string_to_param.*", "emb_params", "<cat>"])

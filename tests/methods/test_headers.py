@@ -63,6 +63,8 @@ def test_a_lora_that_reads_no_texts_does_not_tell():
     [
         ({"<cat>": (2, 32)}, {}, "<cat>", SD),
         ({"emb_params": (32,)}, {}, "cat", SD),
+        ({"string_to_param.*": (1, 32)}, {}, "cat", SD),
+        ({"clip_l": (1, 32)}, {}, "cat", SD),
         ({"clip_l": (2, 32), "clip_g": (2, 48)}, {}, "cat", XL),
         ({"clip_l": (2, 32), "clip_g": (2, 48)}, {"token": "<cat>"}, "<cat>", XL),
     ],
@@ -80,8 +82,16 @@ def test_an_embedding_tells_its_word_and_its_base(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: b"", "its header is cut off"),
+        (lambda content: b"", "it is empty"),
+        (
+            lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "it is Git LFS' pointer .*git lfs pull",
+        ),
+        (lambda content: b"PK\3\4" + content, "it is pickled, under another name; pickled weights are not read"),
+        (lambda content: b"\x80\2\x8a\n" + content, "it is pickled, under another name"),
+        (lambda content: b"<!DOCTYPE html>" + content, "it is a web page; download the file itself"),
         (lambda content: content[:50], "its header is cut off"),
+        (lambda content: b"<" + content[1:50], "its header is cut off"),
         (lambda content: content[:-1], r"it has \d+ bytes, its header tells of \d+"),
         (lambda content: content + b"0", r"it has \d+ bytes, its header tells of \d+"),
         (lambda content: content[:8] + b"[" + content[9:], "Expecting|Extra data"),

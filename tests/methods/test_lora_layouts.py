@@ -25,6 +25,7 @@ from ray_sd.methods.lora_reader import read_lora
 from ray_sd.methods.lora_writers import write_diffusers, write_kohya, write_peft
 from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.models import DiffusionModel, load_model
+from ray_sd.models.original_layout import unet_names
 
 FAMILIES = {"sd15": "stable_diffusion", "sd21": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -368,6 +369,36 @@ def _half(layers: dict[str, LowRank]) -> dict[str, LowRank]:
     return {name: layers[name] for name in sorted(layers)[::2]}
 
 
+@pytest.mark.parametrize("saved", ["[1]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": ["x"]}'])
+def test_settings_in_a_file_that_are_none_are_refused(tiny: Path, tmp_path: Path, saved: str):
+    model = load_model(tiny_config(tiny))
+    write_diffusers(random_updates(model), tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": saved})
+    with pytest.raises(ArtifactError, match="x.safetensors: .*(holds no settings|is x, no finite number)"):
+        read_lora(tmp_path / "x.safetensors", LoraNames(model))
+
+
+def test_a_lora_of_comfyui_is_read(base: Callable[[], DiffusionModel], tmp_path: Path):
+    """It names layers as its own model does: `comfy/lora.py`."""
+    model = base()
+    updates, names = random_updates(model, convolutions=True), LoraNames(model)
+    encoders = {
+        "text_encoder": "text_encoders.clip_l.transformer",
+        "text_encoder_2": "text_encoders.clip_g.transformer",
+    }
+    originals = unet_names(model.unet)
+    tensors = {
+        f"{encoders.get(component, 'diffusion_model')}.{name if component in encoders else originals[name]}.{half}.weight": part
+        for component, layers in updates.items()
+        for name, update in layers.items()
+        for half, part in (("lora_down", update.down), ("lora_up", update.up))
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    found = read_lora(tmp_path / "x.safetensors", names)
+    assert {part: layers.keys() for part, layers in found.items()} == {p: u.keys() for p, u in updates.items()}
+
+
 def attn_key(part: str) -> str:
     return f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{part}"
 
@@ -420,7 +451,28 @@ HALVES = {attn_key("lora_down.weight"): (2, 32), attn_key("lora_up.weight"): (32
         ({base_key("transformer.transformer_blocks.1.attn1.to_q"): (2,)}, "another base, a diffusion transformer"),
         ({"a.b": (2,), "c.d": (2,)}, ": none of its tensors is named as a LoRA's, such as a.b; LoRA and DoRA are read"),
         ({**HALVES, "a.b": (2,)}, ": 1 of 3 tensors are not named as a LoRA's, such as a.b"),
+        (
+            {"a.lora_A.weight": (2, 2)},
+            ": none of its layers is called as tools call the base's, such as a.lora_A.weight",
+        ),
+        (
+            {base_key("diffusion_model.down_blocks.0.x"): (2,)},
+            "none of its layers is called .*; which tool wrote it",
+        ),
+        (
+            {base_key("base_model.model.mid_block.x"): (2,)},
+            "holds a LoRA of PEFT .*; give its folder, .*adapter_config",
+        ),
+        ({"emb_params": (1, 32), "step": ()}, "an embedding beside other tensors .1 of 2 .*; leave emb_params alone"),
+        (
+            {"text_encoders_0": (1, 32), "text_encoders_1": (1, 32)},
+            "holds embeddings of which it does not tell the words",
+        ),
         ({}, "holds no tensors of a LoRA"),
+        ({**HALVES, attn_key("alpha"): (2,)}, "alpha is .2,., and a LoRA's alpha is one number"),
+        ({**HALVES, attn_key("lora_down.weight"): (32,)}, "lora_down.weight is .32,., which is no half of an update"),
+        (dict.fromkeys(HALVES, (0,)), "lora_down.weight is .0,., which is no half"),
+        ({attn_key("lora_down.weight"): (0, 32), attn_key("lora_up.weight"): (32, 0)}, "is .0, 32., which is no half"),
         ({attn_key("lora_down.weight"): (2, 32)}, "attn1_to_q.lora_down.weight has no up matrix beside it"),
         ({attn_key("alpha"): ()}, "attn1_to_q.alpha has no down matrix beside it"),
         ({attn_key("hada_w1_a"): (2, 2)}, "holds a LoHa .*hada_w1_a.; LoRA and DoRA are read"),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from checkpoints import STATE, cut_off, write_checkpoint
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from traces import assert_same_bits, lines_of
 from without_ray import fit_without_ray
 
@@ -54,6 +54,21 @@ def test_a_checkpoint_that_workers_find_damaged_is_told_and_not_tried_again(conf
     cut_off(torn / STATE)
     with pytest.raises(ArtifactError, match=f"{torn} is damaged: .*resume=true goes on from the newest checkpoint"):
         fit_without_ray(configure("name=torn"))
+
+
+def test_a_checkpoint_with_values_that_are_none_is_told_and_not_tried_again(configure, monkeypatch):
+    """Be they of the weights or of what the optimizer keeps."""
+    result = fit_without_ray(configure("name=spoilt", "trainer.max_steps=1"))
+    [state] = Path(result.checkpoint).glob("*.safetensors")
+    tensors = load_file(state)
+    name = max(tensors)
+    assert ":" in name
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, state)
+    monkeypatch.setattr("ray_sd.train.run.in_words", lambda *_: pytest.fail("a worker failed"))
+    words = f"{result.checkpoint}: {name} has values that are not finite .*; it is damaged; delete it, and resume=true"
+    with pytest.raises(ArtifactError, match=words):
+        fit_without_ray(configure("name=spoilt", "trainer.max_steps=2", "resume=true"))
 
 
 def test_lost_weights_are_not_saved(configure):

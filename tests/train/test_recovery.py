@@ -271,6 +271,16 @@ def test_damaged_data_notes_are_told_and_written_again(tmp_path, caplog, content
     assert told(caplog) == ""
 
 
+def test_a_folder_in_the_place_of_a_file_ends_in_words(config, run):
+    (run / DATA).mkdir()
+    with pytest.raises(ArtifactError, match=f"resume: {run} cannot be read or written: .*{DATA}"):
+        note_data(Data(), RunFolder(config.storage_path, "run"))
+    (run / CONFIG).unlink()
+    (run / CONFIG).mkdir()
+    with pytest.raises(ArtifactError, match=f"resume: {run} cannot be read or written: .*{CONFIG}"):
+        begin(config, run)
+
+
 def test_missing_data_notes_are_told_where_there_are_checkpoints(config, run, caplog):
     note_data(Data(), RunFolder(config.storage_path, "run"))
     assert f"run/{DATA} is gone" in told(caplog)

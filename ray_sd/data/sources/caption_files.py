@@ -1,5 +1,6 @@
 """Captions in files of their own, as trainers and downloaders write them: their endings, and the keys of JSON objects."""
 
+import codecs
 import json
 import posixpath
 import unicodedata
@@ -25,15 +26,22 @@ def caption_texts(value: Any) -> list[str]:
 
 
 def _caption_text(value: Any) -> str:
+    if not isinstance(value, bytes | str):
+        raise RejectedError(f"the caption is a {type(value).__name__}, not text")
     try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8-sig").strip()
-        if isinstance(value, str):
-            value.encode()  # JSON can smuggle in half of a surrogate pair.
-            return value.strip()
+        text = decoded(value) if isinstance(value, bytes) else value
+        text.encode()  # JSON can smuggle in half of a surrogate pair.
     except UnicodeError as error:
         raise RejectedError("the caption is not UTF-8") from error
-    raise RejectedError(f"the caption is a {type(value).__name__}, not text")
+    if "\0" in text:
+        raise RejectedError("the caption is not UTF-8: it has null characters, as UTF-16 without its mark has")
+    return text.strip()
+
+
+def decoded(content: bytes, errors: str = "strict") -> str:
+    """A file's text: UTF-8, or what its first bytes say, as of files that Windows calls Unicode. Raises UnicodeError."""
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig", errors)
 
 
 def caption_keys(names: Iterable[str], column: str | None) -> list[str]:
@@ -61,7 +69,7 @@ def json_captions(content: bytes, column: str | None) -> tuple[list[str], Sequen
     """`keyed_captions` of a `.json` file."""
     try:
         loaded = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RejectedError("its .json holds no JSON object") from error
     if not isinstance(loaded, dict):
         raise RejectedError("its .json holds no JSON object")
@@ -101,18 +109,19 @@ def _alike(path: str) -> str:
 
 
 def match_captions(
-    stems: Mapping[str, Sequence[str]], files: Sequence[str], noun: str
+    stems: Mapping[str, Sequence[str]], files: Mapping[str, int], noun: str
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The caption file of each picture or video, and those that go with none or after another.
 
     stems: for each what its caption files are called without their ending, in the order in which they are looked for.
+    files: sizes by path; an empty one comes after all others.
     """
     there = Paths(files)
     chosen: dict[str, str] = {}
     second: set[str] = set()
     for path, names in stems.items():
         found = [there.find(f"{name}{ending}") for ending in CAPTION_FILES for name in names]
-        present = [file for file in found if file is not None]
+        present = sorted((file for file in found if file is not None), key=lambda file: files[file] == 0)
         if present:
             chosen[path] = present[0]
             second.update(present[1:])

@@ -39,7 +39,7 @@ def list_frame_folder(source: FrameFolderSource, dataset: DatasetConfig) -> List
             folders[info.path.rpartition("/")[0]].append(info)
     if not folders:
         raise nothing_there(f"folders with pictures in {source.path}; they end in {', '.join(IMAGES)}", found)
-    beside = [info.path for info in found.files if info.base_name.lower().endswith(CAPTION_FILES)]
+    beside = {info.path: info.size for info in found.files if info.base_name.lower().endswith(CAPTION_FILES)}
     texts, unread = match_captions({path: (path,) for path in folders}, beside, "video")
     rejected, rows = [], []
     for path, frames in folders.items():

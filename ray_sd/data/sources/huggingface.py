@@ -22,7 +22,7 @@ def list_huggingface(source: HuggingFaceSource, config: DatasetConfig) -> Listin
     if not len(dataset):
         raise DataError(f"{SETTING}: split '{source.split}' of {source.path} holds no rows")
     columns = dataset.column_names
-    dataset = dataset.select_columns([name for name in columns if name in wanted])
+    dataset = dataset.select_columns(wanted.read(columns))
     starts = range(0, len(dataset), ROWS_PER_UNIT)
     path = f"{source.path}:{source.split}#"
     units = [

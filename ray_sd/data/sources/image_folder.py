@@ -44,7 +44,7 @@ def list_folder(
     tables = [Location(root.filesystem, file) for file in files]
     metadata = read_metadata(tables, [info.path for info in contents], dataset.caption.column, noun)
     stems = {info.path: (info.path.rpartition(".")[0], info.path) for info in contents}
-    beside = [info.path for info in found.files if info.base_name.lower().endswith(CAPTION_FILES)]
+    beside = {info.path: info.size for info in found.files if info.base_name.lower().endswith(CAPTION_FILES)}
     texts, unread = match_captions(stems, beside, noun)
 
     rejected = list(metadata.rejected)

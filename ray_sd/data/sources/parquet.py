@@ -53,7 +53,7 @@ class ParquetReader:
             # A buffered reader without prefetching takes a column page by page, however large the row group.
             file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
             wanted = self.columns.within(file.schema_arrow.names)
-            columns = [name for name in file.schema_arrow.names if name in wanted]
+            columns = wanted.read(file.schema_arrow.names)
             rows = 1 if self.columns.is_video else ROWS_PER_READ
             for batch in file.iter_batches(rows, row_groups=[part["row_group"]], columns=columns):
                 yield from table_rows(batch, f"{path}#", row, wanted, folder)

@@ -27,17 +27,23 @@ class Columns(NamedTuple):
     content: str
     id: str | None
     caption: str | None
-    """None takes the first that `CAPTION_KEYS` knows."""
+    """None takes those that `CAPTION_KEYS` knows."""
     max_bytes: int | None = None
     """Of a video, where the content is videos."""
+    captions: tuple[str, ...] = ()
+    """Of a table: its columns of captions, the first of which that has one in a row is read."""
     others: tuple[str, ...] = ()
-    """Of a table without captions: its other columns."""
+    """Of a table without them: its other columns."""
 
     def within(self, names: Sequence[str]) -> "Columns":
-        """These in a table with columns of such names; without captions where it has none."""
-        caption = next(iter(caption_keys(names, self.caption)), None)
-        others = () if caption is not None else tuple(name for name in names if name not in (self.content, self.id))
-        return self._replace(caption=caption, others=others)
+        """These in a table with columns of such names."""
+        captions = tuple(caption_keys(names, self.caption))
+        others = () if captions else tuple(name for name in names if name not in (self.content, self.id))
+        return self._replace(captions=captions, others=others)
+
+    def read(self, names: Sequence[str]) -> list[str]:
+        """Which of a table's columns have to be read."""
+        return [name for name in names if name in (self.content, self.id, *self.captions)]
 
     @property
     def is_video(self) -> bool:
@@ -82,12 +88,12 @@ def table_rows(
     contents = batch.column(columns.content)
     # As bytes, since text that is not UTF-8 would fail the whole batch.
     ids = _as_bytes(batch.column(columns.id)) if columns.id is not None else None
-    texts = _as_bytes(batch.column(columns.caption)) if columns.caption is not None else None
+    texts = [_as_bytes(batch.column(name)) for name in columns.captions]
     for i in range(batch.num_rows):
         name = _name(ids[i].as_py()) if ids is not None else None
         where = f"{path}{start + i}"
         try:
-            captions = caption_texts(texts[i].as_py()) if texts is not None else []
+            captions = next(filter(None, (caption_texts(column[i].as_py()) for column in texts)), [])
             content = _content(contents[i].as_py(), columns, folder)
             yield SourceRow(name, where, content, captions, unread_keys=columns.others)
         except RejectedError as error:
@@ -99,7 +105,8 @@ def _as_bytes(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         return column.cast(pa.large_binary())
     if pa.types.is_dictionary(column.type):
         return _as_bytes(column.cast(column.type.value_type))
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if is_list and (pa.types.is_string(column.type.value_type) or pa.types.is_large_string(column.type.value_type)):
         return column.cast(pa.large_list(pa.large_binary()))
     return column
 

@@ -108,6 +108,10 @@ class TarReader:
             yield self._row(f"{shard}/{key}{stem}", f"{path}:{key}{stem}", members, suffix)
         for suffix in others:
             yield passed_over(f"{path}:{key}{suffix}", f"{noun}s beside that of their key")
+        read = {name for suffix in rows for name in _caption_names(suffix)}
+        for name in members if rows else ():
+            if name.lower().endswith(CAPTION_FILES) and name.lower() not in read:
+                yield passed_over(f"{path}:{key}{name}", f"captions of no {noun}")
         if not rows:
             reason = f"has no {noun}, only {', '.join(members)}"
             yield SourceRow(f"{shard}/{key}", f"{path}:{key}", b"", [], reason)
@@ -126,21 +130,22 @@ class TarReader:
         """The captions of a picture, from its own files before those of its key, and keys that were not read."""
         by_name = {name.lower(): member.content for name, member in members.items()}
         unread: Sequence[str] = ()
-        for stems in ((_stem(suffix), suffix), ("",)):
-            for ending in CAPTION_FILES:
-                for stem in stems:
-                    content = by_name.get(f"{stem}{ending}".lower())
-                    if content is None:
-                        continue
-                    captions, keys = (
-                        json_captions(content, self.caption_column)
-                        if ending == ".json"
-                        else (caption_texts(content), ())
-                    )
-                    if captions:
-                        return captions, ()
-                    unread = unread or keys
+        for name in _caption_names(suffix):
+            content = by_name.get(name)
+            if content is None:
+                continue
+            is_json = name.endswith(".json")
+            captions, keys = json_captions(content, self.caption_column) if is_json else (caption_texts(content), ())
+            if captions:
+                return captions, ()
+            unread = unread or keys
         return [], unread
+
+
+def _caption_names(suffix: str) -> Iterator[str]:
+    """What a picture's captions are called after the key, in lower case: first its own, then those of its key."""
+    for stems in ((_stem(suffix), suffix), ("",)):
+        yield from (f"{stem}{ending}".lower() for ending in CAPTION_FILES for stem in stems)
 
 
 def _contents(members: Members, kinds: tuple[str, ...]) -> list[str]:
@@ -214,7 +219,8 @@ def _samples(
                 continue
             key = str(path.parent / stem)
             is_large = held >= GROUP_BYTES or len(members) >= GROUP_MEMBERS
-            if members and (key != current or (is_large and _begins_another(f".{suffix}", members, kinds))):
+            is_again = f".{suffix}" in members
+            if members and (key != current or is_again or (is_large and _begins_another(f".{suffix}", members, kinds))):
                 yield current, members
                 members, held = {}, 0
             current = key

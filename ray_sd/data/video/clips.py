@@ -81,7 +81,7 @@ def _examined(unit: pa.Table, examination: Examination) -> Iterator[dict[str, An
             if missing:
                 yield from (name | record for record in cut_clips(footage, image, missing, config))
             # Last, since a video may turn out to be broken after its first clip.
-            yield {**name, **captions, "image": image}
+            yield {**name, **captions, "image": image, "profile_error": footage.profile_error}
         except RejectedError as error:
             yield {**name, "reason": str(error)}
 

@@ -33,6 +33,9 @@ class Frame(Protocol):
 class Footage(Protocol):
     """A video in memory, encoded."""
 
+    profile_error: str | None
+    """Why the numbers of a frame that was decoded were taken as sRGB though it has a colour profile, if they were."""
+
     @property
     def stated_seconds(self) -> float | None:
         """How long it says to last from its first frame on, if it does; asked when its frames were seen."""

@@ -28,6 +28,8 @@ HD_LINES = 720
 class EncodedVideo:
     """The first video track of a file's bytes. Raises RejectedError where it has none that can be used."""
 
+    profile_error: str | None = None
+
     def __init__(self, data: bytes, config: DatasetConfig) -> None:
         if not data:
             raise RejectedError("is empty")
