@@ -178,9 +178,15 @@ def test_a_table_s_paths_are_below_its_own_folder(tmp_path: Path):
     structs = [{"bytes": None, "path": path} for path in (r"sub\1.png", "./sub/2.png", "sub/gone.png")]
     pq.write_table(pa.table({"image": structs}), tmp_path / "x.parquet")
     config = {"source": {"name": "parquet", "path": str(tmp_path)}}
-    first, second, gone = rows(list_source(DatasetConfig.model_validate(config)))
+    listing = list_source(DatasetConfig.model_validate(config))
+    first, second, gone = rows(listing)
     assert (first.image, second.image) == (noise_png(0), noise_png(1))
     assert gone.reason.startswith("cannot be read: ")
+    assert listing.passed_over == []
+    inside = [{"bytes": noise_png(2), "path": "sub/1.png"}]
+    pq.write_table(pa.table({"image": inside}), tmp_path / "x.parquet")
+    again = list_source(DatasetConfig.model_validate(config))
+    assert Counter(reason for _, reason in again.passed_over) == Counter({".png": 2})
 
 
 @pytest.mark.parametrize("beside", ["metadata.jsonl", "metadata.csv"])

@@ -1,3 +1,4 @@
+import io
 import re
 import struct
 import zlib
@@ -5,7 +6,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from sample_pictures import bomb_png, encoded, noise_png, wide_gamut, with_chunk
 
 from ray_sd.config import DatasetConfig
@@ -26,6 +27,19 @@ def test_a_picture_is_turned_upright_by_its_exif_orientation():
     upright = pixels(encoded(picture, exif=exif))
     assert upright.shape == (4, 2, 3)
     assert upright[0, 1].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tiff"])
+def test_every_orientation_is_what_pillow_makes_of_it(kind: str):
+    colours = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 10
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    for number in range(1, 10):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        data = encoded(Image.fromarray(colours), kind, exif=exif, **options)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert np.array_equal(pixels(data), np.asarray(expected))
+        assert pixels(data).shape == ((3, 2, 3) if number in (5, 6, 7, 8) else (2, 3, 3))
 
 
 def test_transparency_shows_the_background():
@@ -157,7 +171,7 @@ def test_damaged_tags_beside_a_readable_orientation_do_not_matter():
     assert pixels(encoded(Image.new("RGB", (8, 16)), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff")).shape == (16, 8, 3)
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "avif"])
 def test_colours_are_those_that_a_viewer_shows(kind: str):
     # (219, 0, 0) of this profile is as red as sRGB can be.
     inks = {(219, 0, 0): (255, 0, 0), (255, 255, 255): (255, 255, 255), (128, 128, 128): (128, 128, 128)}
