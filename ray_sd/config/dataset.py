@@ -279,6 +279,9 @@ class DatasetConfig(Schema):
     """Rows are clips, taken from videos like this; `{}` takes the defaults, null reads pictures."""
     buckets: BucketConfig | None = None
     """Train pictures in sizes near their own shapes instead of one; `{}` takes the defaults."""
+    crop_bars: bool = False
+    """Cut black bars (letterbox, pillarbox) off pictures and videos first of all. The run says how many have them,
+    whether they are cut off or not."""
     crop: Crop = CenterCrop()
     """What is cut out and scaled to `resolution`: the `center`, `random` windows, or the `subject`."""
     flip: bool = False

@@ -11,7 +11,7 @@ from ray_sd.config.dataset import Crop, DatasetConfig, FrameFolderSource, Random
 from ray_sd.config.video import RandomStart
 from ray_sd.data.windows import CROPS, Box, Focus, around
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings would find another subject, or place another window around it."""
 CLIP_FORMAT = 1
 """Raise it when the same settings would take other frames of a video."""

@@ -13,8 +13,18 @@ import ray
 from PIL import Image
 
 from ray_sd.config.dataset import SubjectCrop
+from ray_sd.data.bars import Bars
 from ray_sd.data.encode import limit_threads
-from ray_sd.data.examine import PICTURE, Examination, decoded_rows, mask_of, missing_variants, tables, transform
+from ray_sd.data.examine import (
+    PICTURE,
+    Examination,
+    cut_bars,
+    decoded_rows,
+    mask_of,
+    missing_variants,
+    tables,
+    transform,
+)
 from ray_sd.data.finders import Finder, Subject, build_finder
 from ray_sd.media.decode import Layers, decode_layers
 
@@ -98,7 +108,8 @@ def _cut(table: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
     known = ray.get(examination.known_keys)
     for row in table.to_pylist():
         record = {
-            name: row[name] for name in ("id", "path", "reason", "captions", "templated", "profile_error", "image")
+            name: row[name]
+            for name in ("id", "path", "reason", "captions", "templated", "profile_error", "image", "bars")
         }
         if row["data"] is None:
             yield record
@@ -107,8 +118,9 @@ def _cut(table: pa.Table, examination: Examination) -> Iterator[dict[str, Any]]:
         subject = None
         if row["subject"] is not None:
             subject = Subject(tuple(row["subject"]), row["subject_label"], row["subject_score"])
-        missing = missing_variants(row["image"], examination.kinds, known)
-        yield from transform(record, layers, mask_of(row["mask"], layers, config), missing, config, subject)
+        layers, mask = cut_bars(layers, mask_of(row["mask"], layers, config), Bars(*row["bars"]), config)
+        missing = missing_variants(row["image"], examination.kinds, known.all)
+        yield from transform(record, layers, mask, missing, config, subject)
 
 
 def _picture(pixels: pa.Scalar, shape: list[int]) -> Image.Image:

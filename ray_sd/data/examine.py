@@ -12,6 +12,8 @@ from PIL import Image
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.dataset import SubjectCrop
+from ray_sd.data.bars import FORMAT as BARS_FORMAT
+from ray_sd.data.bars import Bars, measure
 from ray_sd.data.buckets import bucket_name, bucket_of
 from ray_sd.data.cache import KEY, row_key
 from ray_sd.data.captions import written_captions
@@ -29,6 +31,8 @@ KEYS_TOLD = 8
 
 SHAPES = pa.list_(pa.list_(pa.int32()))
 """Shapes of a record's arrays, in the order of their columns."""
+BARS = pa.list_(pa.int32())
+"""Left, top, right and bottom, as in `Bars`."""
 PICTURE = pa.schema(
     [
         ("id", pa.string()),
@@ -40,12 +44,14 @@ PICTURE = pa.schema(
         ("templated", pa.string()),
         # Why its colour profile did not count; null where it did, there is none, or the cache had the picture.
         ("profile_error", pa.string()),
-        ("image", pa.string()),
+        ("image", pa.string()),  # its name in the cache: `image_hash`, or what `without_bars` makes of it
         # Of one variant that is to be encoded; null where none is.
         ("key", KEY),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("box", pa.list_(pa.float32())),
+        # Bars of the decoded picture, cut off or not; null where the cache is older than the search for them.
+        ("bars", BARS),
         # What the window was placed around; null where it was not, or nothing was found.
         ("subject", pa.list_(pa.float32())),
         ("subject_label", pa.string()),
@@ -77,9 +83,32 @@ def image_hash(row: SourceRow) -> str:
     return hashlib.blake2b(row.image + (row.mask or b""), digest_size=16).hexdigest()
 
 
+def without_bars(image: str) -> str:
+    """The name of what is left of a picture or video once its bars are cut off. image: `image_hash` of it."""
+    return f"{image}-bars{BARS_FORMAT}"
+
+
+def cached_names(image: str, config: DatasetConfig) -> tuple[str, ...]:
+    """The names that what was made of a picture or video may have. image: `image_hash` of it."""
+    return (without_bars(image), image) if config.crop_bars else (image,)
+
+
+def content_hash(name: str) -> str:
+    """The `image_hash` of a name: windows and clips lie where they would lie without cutting bars."""
+    return name.partition("-")[0]
+
+
 def image_key(image: str, variant: Variant) -> bytes:
-    """Key of a picture's variant within a cache folder. image: hash of the encoded bytes."""
+    """Key of a picture's variant within a cache folder. image: its name."""
     return row_key(image, str(variant))
+
+
+class KnownKeys(NamedTuple):
+    """Keys that the cache has, sorted numpy arrays."""
+
+    all: np.ndarray
+    barless: np.ndarray
+    """Those of pictures or videos that were found to have no bars, and are the same whether bars are cut off or not."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +121,7 @@ class Examination:
     kinds: list[Variant]
     needs_captions: bool
     known_keys: ray.ObjectRef
-    """Sorted numpy array of the keys that the cache has."""
+    """KnownKeys"""
 
 
 def examine(unit: pa.Table, *, examination: Examination) -> Iterator[pa.Table]:
@@ -141,24 +170,58 @@ def decoded_rows(unit: pa.Table, examination: Examination) -> Iterator[DecodedRo
         yield _decoded(row, examination, known)
 
 
-def _decoded(row: SourceRow, examination: Examination, known: np.ndarray) -> DecodedRow:
+def _decoded(row: SourceRow, examination: Examination, known: KnownKeys) -> DecodedRow:
     config = examination.config
     image = image_hash(row)
     name = {"id": image if row.id is None else row.id, "path": row.path}
     try:
         if row.reason is not None:
             raise RejectedError(row.reason)
-        record = {**name, **row_captions(row, config, examination.needs_captions), "image": image}
-        missing = missing_variants(image, examination.kinds, known)
-        if not missing:
+        record = {**name, **row_captions(row, config, examination.needs_captions)}
+        cached = cached_name(image, examination, known)
+        if cached is not None:
             # The cache may know the picture from a run that allowed more.
             check_size(row.image, max_pixels=config.max_pixels)
-            return DecodedRow(record, row)
+            return DecodedRow({**record, "image": cached}, row)
         layers = decode_layers(row.image, background=config.background, max_pixels=config.max_pixels)
-        record["profile_error"] = layers.profile_error
-        return DecodedRow(record, row, layers, mask_of(row.mask, layers, config), missing)
+        mask = mask_of(row.mask, layers, config)
+        # What is transparent is no bar, whatever the background.
+        bars = measure(layers.picture) if layers.alpha is None else Bars()
+        record |= {"image": name_of(image, bars, config), "bars": list(bars), "profile_error": layers.profile_error}
+        missing = missing_variants(record["image"], examination.kinds, known.all)
+        if not missing:
+            # It was encoded before anyone looked for bars, and has none.
+            return DecodedRow(record, row)
+        return DecodedRow(record, row, *cut_bars(layers, mask, bars, config), missing)
     except RejectedError as error:
         return DecodedRow({**name, "reason": str(error)}, row)
+
+
+def cached_name(image: str, examination: Examination, known: KnownKeys) -> str | None:
+    """The name by which the cache has all of a picture or video; None where it has to be read.
+
+    image: `image_hash` of it.
+    """
+    for name in cached_names(image, examination.config):
+        # What was encoded with its bars, if it has any, is nothing for a run that cuts them off.
+        keys = known.barless if examination.config.crop_bars and name == image else known.all
+        if not missing_variants(name, examination.kinds, keys):
+            return name
+    return None
+
+
+def name_of(image: str, bars: Bars, config: DatasetConfig) -> str:
+    """The name of a picture or video with such bars. image: `image_hash` of it."""
+    return without_bars(image) if config.crop_bars and any(bars) else image
+
+
+def cut_bars(
+    layers: Layers, mask: Image.Image | None, bars: Bars, config: DatasetConfig
+) -> tuple[Layers, Image.Image | None]:
+    """A picture and its mask without the bars, where these are to be cut off."""
+    if not config.crop_bars:
+        return layers, mask
+    return layers._replace(picture=bars.cut(layers.picture)), None if mask is None else bars.cut(mask)
 
 
 def mask_of(data: bytes | None, layers: Layers, config: DatasetConfig) -> Image.Image | None:
@@ -178,7 +241,7 @@ def mask_of(data: bytes | None, layers: Layers, config: DatasetConfig) -> Image.
 
 
 def missing_variants(image: str, kinds: Sequence[Variant], known: np.ndarray) -> list[Missing]:
-    """The variants of a picture that the cache does not have. image: hash of the encoded bytes."""
+    """The variants of a picture that are not among the keys. image: its name."""
     keys = [(variant, image_key(image, variant)) for variant in kinds]
     return [(variant, key) for variant, key in keys if not _contains(known, key)]
 
@@ -194,12 +257,12 @@ def transform(
     """The records of the variants that are to be encoded, the first of which is the row's own record, too."""
     picture, image = layers.picture, record["image"]
     height, width = bucket_of(config, picture.width, picture.height)
-    focus, found = None, {}
+    focus, found = None, {"bars": record["bars"]}
     if isinstance(config.crop, SubjectCrop) and subject is not None:
         focus = Focus(subject.box, config.crop.padding, config.crop.max_enlargement)
-        found = {"subject": list(subject.box), "subject_label": subject.label, "subject_score": subject.score}
+        found |= {"subject": list(subject.box), "subject_label": subject.label, "subject_score": subject.score}
     for variant, key in missing:
-        pixels, box = cut(picture, variant, height=height, width=width, seed=image, focus=focus)
+        pixels, box = cut(picture, variant, height=height, width=width, seed=content_hash(image), focus=focus)
         part = None if mask is None else cut_mask(mask, variant, box, height=height, width=width).tobytes()
         yield {
             **record,

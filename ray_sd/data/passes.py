@@ -22,11 +22,12 @@ from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.bars import Bars
 from ray_sd.data.blocks import actor_restarts, ordered_dataset
 from ray_sd.data.cache import KEY, SHARD_BYTES, CacheFolder
 from ray_sd.data.crops import Variant
 from ray_sd.data.encode import LOW_RES, TEXT, ImageEncoder, TextEncoder, text_key, write_shard
-from ray_sd.data.examine import PICTURE, Examination, examine
+from ray_sd.data.examine import PICTURE, Examination, KnownKeys, examine
 from ray_sd.data.reader import load_tokenizers
 from ray_sd.data.sources import PASSED_OVER, Listing, is_passed_over
 
@@ -72,7 +73,7 @@ class ImagePass:
     passed_over: list[tuple[str, str]]
     """The same of what is no row."""
     entries: pa.Table
-    """All entries of the cache folder: `key`, `bucket`, `shard`, `row`, of a subject crop what became of it, and of clips
+    """All entries of the cache folder: `key`, `bucket`, `bars`, `shard`, `row`, of a subject crop what became of it, and of clips
     `motion`."""
     new_keys: pa.Array
     """Keys that were encoded now."""
@@ -85,9 +86,9 @@ def encode_images(
     settings = config.dataset.encode
     subject = SUBJECT_ENTRY if isinstance(config.dataset.crop, SubjectCrop) else ()
     of_clips = () if config.dataset.video is None else (_MOTION,)
-    entries = folder.entries(*(PICTURE.field(name) for name in ("bucket", *subject)), *of_clips)
-    # Shared memory, so that a million keys are there once a machine. Sorted, to be searched.
-    known = ray.put(np.sort(np.array(entries["key"].to_pylist(), dtype="S16")))
+    entries = folder.entries(*(PICTURE.field(name) for name in ("bucket", "bars", *subject)), *of_clips)
+    # Shared memory, so that a million keys are there once a machine.
+    known = ray.put(_known_keys(entries))
     examination = Examination(listing.read, config.dataset, kinds, rows.needs_captions, known)
     dataset = _examine(_dataset(listing.units, config), config, examination)
     pixels = _row_pixels(config.dataset)
@@ -130,6 +131,13 @@ def encode_images(
         pa.concat_tables([entries, fresh]),
         fresh["key"].combine_chunks(),
     )
+
+
+def _known_keys(entries: pa.Table) -> KnownKeys:
+    measured = entries.filter(pc.is_valid(entries["bars"]))
+    bars = pc.list_flatten(measured["bars"]).to_numpy().reshape(-1, len(Bars._fields))
+    keys = (entries["key"], measured["key"].filter(pa.array(~bars.any(axis=1))))
+    return KnownKeys(*(np.sort(np.array(part.to_pylist(), dtype="S16")) for part in keys))
 
 
 def encode_texts(config: ExperimentConfig, captions: pa.Array, folder: CacheFolder) -> tuple[pa.Table, int, int]:

@@ -16,6 +16,7 @@ from ray_sd.config import DatasetConfig, ExperimentConfig
 from ray_sd.config.dataset import SubjectCrop
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.bars import write_bars
 from ray_sd.data.blocks import tried_again
 from ray_sd.data.cache import KEY
 from ray_sd.data.crops import Variant
@@ -106,6 +107,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
     if len(table) <= dataset.holdout:
         raise DataError(f"dataset.holdout: {dataset.holdout} leaves none of the {len(table)} rows to train on")
 
+    bars = write_bars(view.folder.location, table["id"], _of_first(table, view.kinds, images.entries, "bars"), dataset)
     columns = {name: table[name] for name in ("id", "captions", "bucket")}
     metadata: dict[str, Any] = {}
     keys, motion = _image_keys(table, view.kinds), None
@@ -153,6 +155,7 @@ def _index(config: ExperimentConfig, rows: RowSpec, view: View, listing: Listing
         still_clips=(len(table) * len(view.kinds) - len(keys.values))
         // (1 + dataset.flip),  # mirrored ones are no others
         motion=motion,
+        bars=bars,
         passed_over=dict(passed_over),
         passed_over_file=view.passed_over.path,
         profile_errors=len(table["profile_error"].drop_null()),
@@ -261,10 +264,15 @@ def _in_order(table: pa.Table) -> pa.Table:
 
 def _by_bucket(table: pa.Table, kinds: list[Variant], entries: pa.Table) -> pa.Table:
     """The rows of each bucket together, with a column `bucket`; all variants of a picture are in one."""
-    firsts = pc.list_element(_image_keys(table, kinds), 0)
-    buckets = entries["bucket"].take(pc.index_in(firsts, value_set=entries["key"])).combine_chunks()
+    buckets = _of_first(table, kinds, entries, "bucket")
     order = np.argsort(buckets.to_numpy(zero_copy_only=False), kind="stable")
     return table.append_column("bucket", buckets).take(order)
+
+
+def _of_first(table: pa.Table, kinds: list[Variant], entries: pa.Table, column: str) -> pa.Array:
+    """What the cache keeps of each row's first variant."""
+    firsts = pc.list_element(_image_keys(table, kinds), 0)
+    return entries[column].take(pc.index_in(firsts, value_set=entries["key"])).combine_chunks()
 
 
 def _write_indices(

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ray_sd.config import DatasetConfig
+from ray_sd.data.bars import Bars
 from ray_sd.data.buckets import bucket_of
 from ray_sd.data.crops import Variant
-from ray_sd.data.examine import image_hash, image_key, source_rows
+from ray_sd.data.examine import cached_names, image_hash, image_key, source_rows
 from ray_sd.data.sources import Listing, SourceRow
 from ray_sd.files import Location
 from ray_sd.media.decode import RejectedError, decode
@@ -65,15 +66,17 @@ def _shown(
 ) -> Iterator[tuple[Image.Image, str]]:
     """Pictures and labels of the contact sheet."""
     for row in _sample(listing):
-        image = image_hash(row)
-        place = pc.index(entries["key"], image_key(image, variant)).as_py()
-        if place < 0:
+        keys = [image_key(name, variant) for name in cached_names(image_hash(row), dataset)]
+        places = [place for key in keys if (place := pc.index(entries["key"], key).as_py()) >= 0]
+        if not places:
             continue
-        entry = entries.slice(place, 1).to_pylist()[0]
+        entry = entries.slice(places[0], 1).to_pylist()[0]
         try:
             picture = decode(row.image, background=dataset.background, max_pixels=dataset.max_pixels)
         except RejectedError:  # though its twin in the cache could be read, under a larger dataset.max_pixels
             continue
+        if dataset.crop_bars and entry["bars"] is not None:
+            picture = Bars(*entry["bars"]).cut(picture)
         label = entry["subject_label"] or NOT_FOUND
         score = "" if entry["subject_score"] is None else f" {entry['subject_score']:.2f}"
         height, width = bucket_of(dataset, picture.width, picture.height)

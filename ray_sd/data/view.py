@@ -8,6 +8,7 @@ from typing import Any
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.buckets import bucket_sizes
 from ray_sd.config.rows import RowSpec
+from ray_sd.data.bars import FORMAT as BARS_FORMAT
 from ray_sd.data.cache import CacheFolder, digest_of
 from ray_sd.data.crops import variants
 from ray_sd.data.index import RowIndex
@@ -52,6 +53,8 @@ class EncodeSummary:
     """Clips of other videos that it leaves out."""
     motion: str | None = None
     """How much clips move, in words."""
+    bars: str | None = None
+    """How many rows have black bars, in words; None where that says nothing."""
     passed_over: dict[str, int] = field(default_factory=dict)
     """How many files, or members of tar files, are no rows and nothing of one, by why not."""
     passed_over_file: str = ""
@@ -88,6 +91,8 @@ class EncodeSummary:
             otherwise = f", the other {self.not_found} are cut from the middle" if self.not_found else ""
             see = f" (see {self.contact_sheet})" if self.contact_sheet is not None else ""
             parts.append(f"subject found in {self.rows - self.not_found} of {self.rows}{otherwise}{see}")
+        if self.bars is not None:
+            parts.append(self.bars)
         if self.motion is not None:
             parts.append(self.motion)
         if self.still:
@@ -139,6 +144,7 @@ class View:
             "placeholders": [token for token, _ in rows.placeholders],
             "variants": [str(variant) for variant in self.kinds],
         }
+        view |= {"bars": BARS_FORMAT} if config.dataset.crop_bars else {}
         self.root = root
         self.images = CacheFolder(root, f"{rows.images}/{digest_of(image)}")
         self.texts = CacheFolder(root, f"text/{digest_of(text)}") if rows.text == "embeddings" else None

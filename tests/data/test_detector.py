@@ -32,6 +32,13 @@ def test_other_labels_do_not_count(detector: str):
     assert find({"detector": detector, "labels": ["dog", "cat"]}, cat)[0].label == "cat"
 
 
+def test_a_strip_along_an_edge_is_no_detection(detector: str, monkeypatch: pytest.MonkeyPatch):
+    strip = rectangle((0, 200, 400, 300), RED)
+    assert find({"detector": detector}, strip) == [None]
+    monkeypatch.setattr("ray_sd.data.finders.detector.is_strip", lambda *_: False)
+    assert find({"detector": detector}, strip)[0].label == "cat"
+
+
 def test_detections_count_from_the_threshold_on(detector: str):
     nothing = rectangle((0, 0, 1, 1), GREY)
     cat = rectangle((40, 30, 180, 180), RED)

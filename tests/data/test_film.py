@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_videos import video
 
 import ray_sd
 from ray_sd.config import DatasetConfig
 from ray_sd.config.load import load_config
+from ray_sd.data.bars import Bars
 from ray_sd.data.crops import Variant
 from ray_sd.data.video.clips import take_frames
 from ray_sd.data.video.motion import motion
@@ -73,3 +75,12 @@ def test_a_part_of_the_file_is_rejected(share: float, config: DatasetConfig):
     content = FILM.read_bytes()
     with pytest.raises(RejectedError, match="cannot be decoded"):
         survey(EncodedVideo(content[: int(share * len(content))], config), config)
+
+
+@pytest.mark.parametrize("bit_rate", [40_000, 1_000_000])
+def test_its_bars_are_found_however_it_is_compressed(config: DatasetConfig, film: EncodedVideo, bit_rate: int):
+    """The rabbit stands in the dark of a wood; the film alone has no bars."""
+    assert survey(film, config).bars == Bars()
+    frames = [np.pad(np.asarray(frame.picture()), ((30, 30), (0, 0), (0, 0))) for frame in film.frames()][::3]
+    bars = survey(EncodedVideo(video(frames, bit_rate=bit_rate), config), config).bars
+    assert np.abs(np.subtract(bars, Bars(top=30, bottom=30))).max() <= 2

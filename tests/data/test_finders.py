@@ -3,10 +3,11 @@ import io
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from sample_pictures import noise_png
 from subject_pictures import GREY, find, overlap, photograph, rectangle
 
+from ray_sd.data.finders.base import is_strip
 from ray_sd.data.windows import Box
 
 
@@ -128,3 +129,46 @@ def test_only_the_faces_that_were_asked_for_count():
 )
 def test_no_face_is_seen_in_pictures_without_one(name: str):
     assert find({"finder": "cascade"}, photograph(name)) == [None]
+
+
+def on_a_blanket(side: str = "bottom", part: Box = (60, 20, 380, 260)) -> Image.Image:
+    """A part of a cat's photograph, which fills the picture but for a strip of a blanket along a border."""
+    cat = photograph("chelsea.png").crop(part).resize((256, 192))
+    blanket = ImageOps.colorize(photograph("brick.png").resize((256, 256)).convert("L"), (10, 20, 60), (70, 100, 200))
+    cat.paste(blanket, {"bottom": (0, 141), "top": (0, 51 - 256), "right": (188, 0)}[side])
+    return cat
+
+
+@pytest.mark.parametrize("part", [(60, 20, 380, 260), (20, 0, 400, 285)])
+def test_a_strip_along_an_edge_is_not_what_a_picture_is_of(part: Box):
+    assert find({}, on_a_blanket(part=part)) == [None]
+
+
+@pytest.mark.parametrize("side", ["top", "right"])
+def test_what_holds_the_middle_is_found_where_another_border_has_the_strip(side: str):
+    (subject,) = find({}, on_a_blanket(side))
+    assert holds(subject.box, (128, 96))
+    assert not holds(subject.box, (128, 20) if side == "top" else (230, 96))
+
+
+def test_a_strip_is_left_out_beside_what_holds_the_middle():
+    picture = rectangle((120, 60, 280, 200), (200, 30, 30))
+    ImageDraw.Draw(picture).rectangle((0, 260, 400, 300), fill=(30, 30, 160))
+    (subject,) = find({}, picture)
+    assert overlap(subject.box, (120, 60, 280, 200)) > 0.9
+
+
+def test_what_a_strip_is():
+    def strip(*box: float, size: tuple[int, int] = (300, 200)) -> bool:
+        return is_strip(box, *size)
+
+    assert strip(0, 150, 300, 200)
+    assert strip(20, 2, 280, 40)
+    assert strip(0, 0, 60, 200)
+    assert strip(250, 30, 298, 200)
+    assert not strip(0, 100, 300, 200)  # half of the picture
+    assert not strip(0, 130, 300, 180)  # not at the edge
+    assert not strip(60, 150, 200, 200)  # an animal that the lower border cuts off
+    assert not strip(0, 140, 60, 200)  # a corner
+    assert not strip(0, 20, 90, 190)  # someone in the left third
+    assert not strip(600, 10, 900, 300, size=(900, 300))  # a face at the end of a panorama

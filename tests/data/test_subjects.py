@@ -20,7 +20,7 @@ from ray_sd.config.rows import RowSpec
 from ray_sd.data import finders, subjects
 from ray_sd.data import prepare as prepare_by_ray
 from ray_sd.data.crops import variants
-from ray_sd.data.examine import Examination, examine
+from ray_sd.data.examine import Examination, KnownKeys, examine
 from ray_sd.data.finders import Subject
 from ray_sd.data.reader import RowReader
 from ray_sd.data.sources import list_source
@@ -123,7 +123,7 @@ def test_cached_pictures_are_not_searched_again(scenes: Path, configure: Callabl
 
     def run(known: list[bytes]) -> list[dict]:
         with in_process():
-            keys = ray.put(np.sort(np.array(known, dtype="S16")))
+            keys = ray.put(KnownKeys(np.sort(np.array(known, dtype="S16")), np.array([], dtype="S16")))
             examination = Examination(listing.read, config, kinds, False, keys)
             return pa.concat_tables(examine(listing.units[0], examination=examination)).to_pylist()
 

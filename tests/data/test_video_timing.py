@@ -40,7 +40,8 @@ def records(data: bytes | list[bytes], config: DatasetConfig, seed: str = "a") -
     """What the pipeline makes of a video."""
     row = SourceRow("x", "x", data, []) if isinstance(data, bytes) else SourceRow("x", "x", b"", [], frames=data)
     missing = [(variant, image_key(seed, variant)) for variant in variants(config)]
-    return list(cut_clips(open_footage(row, config), seed, missing, config))
+    footage = open_footage(row, config)
+    return list(cut_clips(footage, survey(footage, config), seed, missing, config))
 
 
 def test_frames_are_taken_at_the_wanted_rate_whatever_the_video_s_is():

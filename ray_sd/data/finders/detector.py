@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_sd.config.dataset import DetectorConfig, SubjectCrop
 from ray_sd.config.words import suggestion
-from ray_sd.data.finders.base import Subject
+from ray_sd.data.finders.base import Subject, is_strip
 from ray_sd.data.windows import Box
 from ray_sd.errors import ArtifactError, ConfigError, first_line
 from ray_sd.files import expand
@@ -77,7 +77,9 @@ class DetectorFinder:
             for score, label, box in detections
             if label in self._names
         ]
-        visible = [subject for subject in subjects if _area(subject.box) >= 1]
+        visible = [
+            subject for subject in subjects if _area(subject.box) >= 1 and not is_strip(subject.box, width, height)
+        ]
         return max(visible, key=lambda subject: subject.score or 0.0, default=None)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ray_sd.config.dataset import SubjectCrop
-from ray_sd.data.finders.base import Subject
+from ray_sd.data.finders.base import Subject, is_strip
 from ray_sd.data.windows import Box
 from ray_sd.media.decode import Layers
 
@@ -75,13 +75,26 @@ def _grab_cut(pixels: np.ndarray) -> np.ndarray:
 
 
 def _largest_parts(foreground: np.ndarray) -> Box | None:
-    """The box of the large connected parts; None where all or nothing stands out."""
+    """The box of the large connected parts but for strips; None where all or nothing stands out, or mainly a strip."""
     clean = cv2.morphologyEx(foreground.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     _, _, parts, _ = cv2.connectedComponentsWithStats(clean)
     parts = parts[1:]  # the first is the background
     large = parts[parts[:, cv2.CC_STAT_AREA] >= LARGE_PART * parts[:, cv2.CC_STAT_AREA].max(initial=0)]
+    height, width = foreground.shape
+    strips = np.array([is_strip(_part_box(part[None]), width, height) for part in large], dtype=bool)
     least, most = AREA
-    if not len(large) or not least <= large[:, cv2.CC_STAT_AREA].sum() / foreground.size <= most:
+    # What is left of the subject where the strip is the largest part, such as the nose of a cat, is not all of it.
+    if not len(large) or strips[large[:, cv2.CC_STAT_AREA].argmax()]:
         return None
-    left, top, width, height = large[:, :4].T
+    large = large[~strips]
+    if not least <= large[:, cv2.CC_STAT_AREA].sum() / foreground.size <= most:
+        return None
+    box = _part_box(large)
+    # Something on a blanket may leave it in pieces.
+    return None if is_strip(box, width, height) else box
+
+
+def _part_box(parts: np.ndarray) -> Box:
+    """The box of connected parts, as OpenCV counts them."""
+    left, top, width, height = parts[:, :4].T
     return int(left.min()), int(top.min()), int((left + width).max()), int((top + height).max())

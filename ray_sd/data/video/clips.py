@@ -9,15 +9,20 @@ import ray
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.dataset import FrameFolderSource
+from ray_sd.data.bars import Bars
 from ray_sd.data.buckets import bucket_name
 from ray_sd.data.cache import KEY
 from ray_sd.data.crops import Variant, cut
 from ray_sd.data.examine import (
+    BARS,
     SHAPES,
     Examination,
     Missing,
+    cached_name,
+    content_hash,
     image_hash,
     missing_variants,
+    name_of,
     row_captions,
     source_rows,
     tables,
@@ -47,6 +52,7 @@ CLIP = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("box", pa.list_(pa.float32())),
+        ("bars", BARS),
         ("start", pa.float32()),
         ("motion", pa.float32()),
         ("flip", pa.bool_()),
@@ -77,11 +83,14 @@ def _examined(unit: pa.Table, examination: Examination) -> Iterator[dict[str, An
             captions = row_captions(row, config, examination.needs_captions)
             # Also where the cache knows the video, from a run that allowed more.
             footage = open_footage(row, config)
-            missing = missing_variants(image, examination.kinds, known)
-            if missing:
-                yield from (name | record for record in cut_clips(footage, image, missing, config))
+            cached = cached_name(image, examination, known)
+            if cached is None:
+                found = survey(footage, config)
+                cached = name_of(image, found.bars, config)
+                missing = missing_variants(cached, examination.kinds, known.all)
+                yield from (name | record for record in cut_clips(footage, found, cached, missing, config))
             # Last, since a video may turn out to be broken after its first clip.
-            yield {**name, **captions, "image": image, "profile_error": footage.profile_error}
+            yield {**name, **captions, "image": cached, "profile_error": footage.profile_error}
         except RejectedError as error:
             yield {**name, "reason": str(error)}
 
@@ -97,17 +106,17 @@ def open_footage(row: SourceRow, config: DatasetConfig) -> Footage:
 
 
 def cut_clips(
-    footage: Footage, image: str, missing: Sequence[Missing], config: DatasetConfig
+    footage: Footage, found: Survey, image: str, missing: Sequence[Missing], config: DatasetConfig
 ) -> Iterator[dict[str, Any]]:
-    """Records of the clips that are to be encoded, without those of the row. image: hash of the encoded bytes."""
+    """Records of the clips that are to be encoded, without those of the row. image: the video's name."""
     video = config.video
     if video is None:
         raise ValueError("the data set has pictures")
-    found = survey(footage, config)
+    seed = content_hash(image)
     indices = sorted({variant.index for variant, _ in missing})
-    windows = {index: choose_window(found, video, seed=image, index=index) for index in indices}
+    windows = {index: choose_window(found, video, seed=seed, index=index) for index in indices}
     for index, window in windows.items():
-        frames, box = take_frames(footage, found, window, Variant(config.crop.name, index, False), config, image)
+        frames, box = take_frames(footage, found, window, Variant(config.crop.name, index, False), config, seed)
         moved = motion(frames[: window.fresh], video.fps)
         for variant, key in missing:
             if variant.index != index:
@@ -118,6 +127,7 @@ def cut_clips(
                 "width": found.size[0],
                 "height": found.size[1],
                 "box": list(box),
+                "bars": list(found.bars),
                 "start": found.times[window.frames[0]],
                 "motion": moved,
                 "flip": variant.flip,
@@ -131,6 +141,7 @@ def take_frames(
     footage: Footage, found: Survey, window: Window, variant: Variant, config: DatasetConfig, seed: str
 ) -> tuple[np.ndarray, Box]:
     """The frames of a window, all cut alike: uint8 [F, H, W, 3], and where they were cut."""
+    bars = found.bars if config.crop_bars else Bars()
     first = float(found.times[min(window.frames)])
     wanted = {float(found.times[number]) for number in window.frames}
     taken: dict[float, tuple[np.ndarray, Box]] = {}
@@ -138,7 +149,8 @@ def take_frames(
     for since in (first, 0.0):
         for frame in footage.frames(since):
             if frame.time in wanted and frame.time not in taken:
-                taken[frame.time] = cut(frame.picture(), variant, height=config.height, width=config.width, seed=seed)
+                picture = bars.cut(frame.picture())
+                taken[frame.time] = cut(picture, variant, height=config.height, width=config.width, seed=seed)
             if len(taken) == len(wanted) or (frame.time > first and not taken):
                 break
         if len(taken) == len(wanted):

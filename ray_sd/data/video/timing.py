@@ -11,12 +11,15 @@ import numpy as np
 
 from ray_sd.config import DatasetConfig
 from ray_sd.config.video import VideoConfig
+from ray_sd.data.bars import BarMeter, Bars
 from ray_sd.data.video.cuts import SIDE, CutDetector
 from ray_sd.data.video.footage import TRUNCATED, Footage, check_length, check_pixels
 from ray_sd.media.decode import RejectedError
 
 ROUNDING = 1e-3
 """Seconds by which times are off where a file keeps them in milliseconds, as WebM does."""
+FIRST_INTERVAL, LATER_INTERVAL = 0.5, 1 / 8
+"""How far frames are apart that are looked at for bars: so many seconds, or such a share of the time that has passed."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Survey:
     """Frames that begin another scene."""
     size: tuple[int, int]
     """Width and height of the upright frames."""
+    bars: Bars
+    """Of all frames."""
 
     def scenes(self) -> Iterator["Scene"]:
         edges = (0, *self.cuts, len(self.times))
@@ -65,6 +70,7 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
     lengths: list[float] = []
     cuts: list[int] = []
     end, size = 0.0, (0, 0)
+    meter, measured = BarMeter(), 0.0
     for frame in footage.frames():
         check_length(frame.time, config)
         if times and frame.size != size:
@@ -74,6 +80,10 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
         check_pixels(size, config)
         if detector is not None and detector.begins_scene(frame.reduced(SIDE)):
             cuts.append(len(times))
+        # A black frame, or a dark scene, says nothing: frames from all of the video do, at first two a second.
+        if meter.may_have and frame.time >= measured:
+            meter.add(frame.picture())
+            measured = frame.time + max(FIRST_INTERVAL, LATER_INTERVAL * frame.time)
         # Broken files go back in time.
         times.append(max(frame.time, times[-1] if times else 0.0))
         lengths.append(frame.end - frame.time)
@@ -82,7 +92,9 @@ def survey(footage: Footage, config: DatasetConfig) -> Survey:
         raise RejectedError("has a single frame, so nothing moves in it" if times else "has no frames")
     if footage.stated_seconds is not None and end < TRUNCATED * footage.stated_seconds:
         raise RejectedError(f"is truncated: it ends after {end:.2f} of {footage.stated_seconds:.2f} s")
-    return Survey(np.array(times), times[-1] + _last_length(np.array(times), np.array(lengths)), tuple(cuts), size)
+    return Survey(
+        np.array(times), times[-1] + _last_length(np.array(times), np.array(lengths)), tuple(cuts), size, meter.bars()
+    )
 
 
 def _last_length(times: np.ndarray, lengths: np.ndarray) -> float:
