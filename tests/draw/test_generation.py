@@ -78,7 +78,9 @@ def test_a_file_that_does_not_fit_is_told_before_workers_start(base: Path, tmp_p
         {"lora_unet_a.lora_down.weight": torch.ones(1), "lora_unet_a.alpha": torch.ones(1)}, tmp_path / "x.safetensors"
     )
     job = config(base, tmp_path, prompts_file=str(prompts), adapter=str(tmp_path / "x.safetensors"))
-    with pytest.raises(ArtifactError, match="none of its layers is called as tools call the base's, such as lora_unet_a.alpha"):
+    with pytest.raises(
+        ArtifactError, match="none of its layers is called as tools call the base's, such as lora_unet_a.alpha"
+    ):
         generation.draw(job)
 
 
