@@ -54,7 +54,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
         "tune/test_survival.py": 260,
         "tune/test_sweep_processes.py": 320,
         "serve/test_serve_job.py": 40,
-        "serve/test_faults.py": 220,
+        "serve/test_faults.py": 240,
         "export/test_fuse.py": 6,
         "export/test_convert.py": 5,
         "export/test_extract.py": 5,

@@ -1,5 +1,6 @@
 """Tiny real models: random weights, every part small, saved by diffusers and transformers themselves."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -347,6 +348,21 @@ def difference(one: Image.Image, other: Image.Image) -> int:
     otherwise in the last bit by many a processor, which may tip a pixel.
     """
     return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+def all_tensors() -> list[torch.Tensor]:
+    """Those of this process."""
+    gc.collect()
+    return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+
+
+def bytes_beside(tensors: list[torch.Tensor]) -> int:
+    """What all tensors of this process take beside those."""
+    found, others = (
+        {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in some}
+        for some in (all_tensors(), tensors)
+    )
+    return sum(nbytes for place, nbytes in found.items() if place not in others)
 
 
 def draw(pipeline: DiffusionPipeline, prompt: str = "a cat", seed: int = 1, **settings: object) -> Image.Image:

@@ -90,7 +90,7 @@ class ServedModel(Schema):
     """Compile the U-Net's transformer blocks by `torch.compile`, in the first steps, which take minutes then. Needs a C++
     compiler on CPUs."""
     adapter_memory: int = Field(2048, ge=0)
-    """MiB that adapters may take in a replica together."""
+    """MiB that adapters may take in a replica together, with what rows of a step copy of theirs."""
     replicas: Replicas = Replicas()
     """How many there are."""
     batching: BatchingConfig = BatchingConfig()

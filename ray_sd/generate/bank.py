@@ -1,14 +1,18 @@
 """LoRAs of many adapters on one model, of which every row of a batch takes its own.
 
-Updates lie in pages of a few ranks each, one stack of pages a layer. A row takes the pages of its adapters, as many as it
-has: they are gathered when the batch changes, and a step then adds two batched products a layer, whatever is mixed. So a row's
-result does not depend on the rows beside it.
+Each layer has the updates of the adapters that change it. Copies of those that a row takes lie one after another, as one update
+whose rank is the sum of theirs: they are made when the batch changes, and a step then adds two batched products a layer, whatever
+is mixed. So a row's result does not depend on the rows beside it. Where memory has no room for the copies, each layer makes its
+own anew in every step, and lets go of them.
 """
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
+from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +22,6 @@ from ray_sd.methods.lora_names import Layer
 from ray_sd.methods.low_rank import LowRank, Updates
 from ray_sd.requests import Mix
 
-NOTHING = 0
-"""A page of zeros, for rows that have fewer pages than others."""
 _only: ContextVar[Tensor | None] = ContextVar("only_rows", default=None)
 
 
@@ -36,72 +38,76 @@ def only_rows(rows: Tensor) -> Iterator[None]:
 class LoraBank:
     """The adapters of a model's layers.
 
-    One thread may add and remove adapters while another chooses rows and runs a component whose rows are chosen: pages that those
-    rows took are theirs.
+    One thread may add adapters, and remove those that no row has any more, while another chooses rows and runs a component whose
+    rows are chosen.
     """
 
-    def __init__(self, layers: Mapping[Layer, nn.Module], page_rank: int = 8) -> None:
+    def __init__(self, layers: Mapping[Layer, nn.Module]) -> None:
         self._modules = layers
-        self._page_rank = page_rank
         self._banked: dict[Layer, BankedLayer] = {}
-        self._pages: dict[str, list[int]] = {}
         self._touched: dict[str, list[Layer]] = {}
-        self._free: list[int] = []
-        self._made = 1  # the page of zeros
         self._chosen: dict[str, tuple[Mix, ...]] = {}
+        self._room = inf
         self._lock = threading.Lock()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._pages
+        return name in self._touched
 
     @property
     def bytes(self) -> int:
-        """What the pages of all adapters take."""
+        """What all adapters take."""
         with self._lock:
-            return self._bytes()
+            return sum(layer.bytes for layer in self._banked.values())
 
-    def _bytes(self) -> int:
-        return sum(layer.page_bytes for layer in self._banked.values()) * (self._made - len(self._free))
+    @property
+    def copied_bytes(self) -> int:
+        """What the copies of rows take beside them."""
+        with self._lock:
+            return sum(layer.copied_bytes for layer in self._banked.values() if layer.keeps)
 
-    def bytes_with(self, updates: Updates) -> int:
-        """What they would take with one adapter more."""
-        known = sum(layer.page_bytes for layer in self._banked.values())
-        new = sum(
-            BankedLayer.bytes_of_page(self._modules[component, name], self._page_rank)
+    @property
+    def wanted_bytes(self) -> int:
+        """What the copies of all rows that have chosen would take."""
+        with self._lock:
+            return sum(layer.copied_bytes for layer in self._banked.values())
+
+    def bytes_of(self, updates: Updates) -> int:
+        """What one adapter more takes."""
+        return sum(
+            (update.rank + ((component, name) not in self._banked)) * bytes_of_rank(self._modules[component, name])
             for component, of_layers in updates.items()
-            for name in of_layers
-            if (component, name) not in self._banked
+            for name, update in of_layers.items()
         )
-        return (known + new) * (self._made - len(self._free) + self._page_count(updates))
+
+    def keep_within(self, room: float) -> None:
+        """Keep copies only while they and all adapters take no more bytes."""
+        with self._lock:
+            self._room = room
+            self._keep_copies()
 
     def add(self, name: str, updates: Updates) -> None:
         """Keep the LoRA of an adapter. None of its updates may be a DoRA, and no adapter may have the name already."""
         with self._lock:
-            while len(self._free) < self._page_count(updates):
-                self._free.append(self._made)
-                self._made += 1
-            pages = [self._free.pop() for _ in range(self._page_count(updates))]
-            layers = [(component, layer) for component, of_layers in updates.items() for layer in of_layers]
-            for key in layers:
-                if key not in self._banked:
-                    self._banked[key] = BankedLayer(self._modules[key], self._page_rank)
-            for (component, layer), banked in self._banked.items():
-                banked.write(pages, updates.get(component, {}).get(layer), self._made)
-            self._pages[name], self._touched[name] = pages, layers
+            self._keep_copies(self.bytes_of(updates))
+            for component, of_layers in updates.items():
+                for layer, update in of_layers.items():
+                    key = component, layer
+                    if key not in self._banked:
+                        self._banked[key] = BankedLayer(self._modules[key])
+                    self._banked[key].add(name, update)
+                    self._touched.setdefault(name, []).append(key)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; layers that no other has are as they were."""
         with self._lock:
-            self._free += self._pages.pop(name)
-            del self._touched[name]
-            self._chosen = {
-                component: rows
-                for component, rows in self._chosen.items()
-                if all(other != name for row in rows for other, _ in row)
-            }
-            in_use = {layer for layers in self._touched.values() for layer in layers}
-            for key in [key for key in self._banked if key not in in_use]:
-                self._banked.pop(key).take_off()
+            having = {part for part, rows in self._chosen.items() if any(name in dict(row) for row in rows)}
+            for component in having:
+                self._choose(component, ())
+                del self._chosen[component]
+            for key in self._touched.pop(name):
+                self._banked[key].remove(name)
+                if self._banked[key].idle:
+                    self._banked.pop(key).take_off()
 
     def choose(self, component: str, rows: Sequence[Mix]) -> None:
         """Give the rows of a component's next batches their adapters; one mix is for all rows of a text encoder's."""
@@ -109,90 +115,133 @@ class LoraBank:
         with self._lock:
             if self._chosen.get(component) == chosen:
                 return
-            names = {name for row in chosen for name, weight in row if weight}
-            touched = {layer for name in names for layer in self._touched[name]}
-            pages, weights = self._table(chosen)
             self._chosen.pop(component, None)  # in case not all layers come to change
-            for key, banked in self._banked.items():
-                if key[0] == component:
-                    banked.choose(pages if key in touched else None, weights)
+            self._choose(component, chosen)
+            self._keep_copies()
             self._chosen[component] = chosen
 
-    def _page_count(self, updates: Updates) -> int:
-        highest = max((update.rank for of_layers in updates.values() for update in of_layers.values()), default=0)
-        return -(-highest // self._page_rank)
+    def _choose(self, component: str, rows: tuple[Mix, ...]) -> None:
+        chosen = Chosen(rows)
+        touched = {layer for name in chosen.names for layer in self._touched[name]}
+        for key, banked in self._banked.items():
+            if key[0] == component:
+                banked.choose(chosen if key in touched else None)
 
-    def _table(self, rows: Sequence[Mix]) -> tuple[Tensor, Tensor]:
-        """Numbers of the pages that rows take, and their weights, each [B, K]."""
-        of_rows = [[(page, weight) for name, weight in row if weight for page in self._pages[name]] for row in rows]
-        most = max(map(len, of_rows), default=0)
-        filled = [taken + [(NOTHING, 0.0)] * (most - len(taken)) for taken in of_rows]
-        pages = torch.tensor([[page for page, _ in taken] for taken in filled], dtype=torch.long)
-        return pages, torch.tensor([[weight for _, weight in taken] for taken in filled])
+    def _keep_copies(self, more: int = 0) -> None:
+        """more: bytes that adapters are about to take."""
+        layers = self._banked.values()
+        keeps = sum(layer.bytes + layer.copied_bytes for layer in layers) + more <= self._room
+        for layer in layers:
+            layer.keep_copies(keeps)
+
+
+class Chosen:
+    """The adapters of rows, which all layers of a component share."""
+
+    def __init__(self, rows: tuple[Mix, ...]) -> None:
+        self.rows = rows
+        self.names = list(dict.fromkeys(name for row in rows for name, weight in row if weight))
+        self._tables: dict[tuple[int, ...], Table] = {}
+
+    def table(self, ranks: tuple[int, ...], device: torch.device) -> "Table":
+        """ranks: of each name in one layer, which many have in common; 0 where it leaves the layer alone."""
+        if ranks not in self._tables:
+            firsts = dict(zip(self.names, accumulate(ranks, initial=0), strict=False))
+            lengths = dict(zip(self.names, ranks, strict=True))
+            of_rows = [
+                [(firsts[name] + place, weight) for name, weight in row if weight for place in range(lengths[name])]
+                for row in self.rows
+            ]
+            most = max(map(len, of_rows))
+            flat = [one for taken in of_rows for one in taken + [(sum(ranks), 1.0)] * (most - len(taken))]
+            weighted = any(weight != 1 for _, weight in flat)
+            numbers = torch.tensor([number for number, _ in flat], device=device)
+            weights = torch.tensor([[weight] for _, weight in flat], device=device) if weighted else None
+            self._tables[ranks] = Table(most, numbers, weights)
+        return self._tables[ranks]
+
+
+class Table(NamedTuple):
+    """What rows take of the updates of a layer, of which all ranks lie one after another, and then one of zeros."""
+
+    most: int
+    """Ranks of the row that has most, K."""
+    numbers: Tensor  # [B * K], of the ranks that rows take
+    weights: Tensor | None  # [B * K, 1]; None where all are 1
 
 
 class BankedLayer:
-    """The pages of one linear layer or convolution, and what they add to its output."""
+    """What adapters make of one linear layer or convolution, and what rows add of it to the layer's output."""
 
-    def __init__(self, module: nn.Module, page_rank: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._page_rank = page_rank
-        weight = module.weight
-        self._down = weight.new_zeros(1, page_rank, weight[0].numel())  # [P, r, in]
-        self._up = weight.new_zeros(1, page_rank, len(weight))  # [P, r, out]
-        self._rows: tuple[Tensor, Tensor] | None = None  # [B, K * r, in], [B, K * r, out]
+        self._updates: dict[str, tuple[Tensor, Tensor]] = {}  # [r, in], [r, out]
+        self._nothing = tuple(module.weight.new_zeros(1, size) for size in sizes(module))
+        self._chosen: Chosen | None = None
+        self._copies: tuple[Tensor, Tensor] | None = None  # [B, K, in], [B, K, out]
         self._hook = module.register_forward_hook(self._add)
+        self.bytes = bytes_of_rank(module)
+        self.copied_bytes = 0
+        """What copies for the rows that have chosen take, whether they are kept or not."""
 
     @property
-    def page_bytes(self) -> int:
-        return self.bytes_of_page(self._module, self._page_rank)
+    def keeps(self) -> bool:
+        return self._copies is not None
 
-    @staticmethod
-    def bytes_of_page(module: nn.Module, page_rank: int) -> int:
-        weight = module.weight
-        return page_rank * (weight[0].numel() + len(weight)) * weight.element_size()
-
-    @torch.no_grad()
-    def write(self, pages: Sequence[int], update: LowRank | None, made: int) -> None:
-        """Fill pages with an update, and with zeros what it leaves over.
-
-        made: pages of all adapters; rows may take any, also beside rows whose adapters change this layer.
-        """
-        short = made - len(self._down)
-        if short > 0:
-            more = max(short, len(self._down) // 4)  # so that growing is rare, and little of it lies idle
-            self._down, self._up = (functional.pad(stack, (0, 0, 0, 0, 0, more)) for stack in (self._down, self._up))
-        for place, page in enumerate(pages):
-            self._down[page].zero_()
-            self._up[page].zero_()
-            ranks = slice(place * self._page_rank, (place + 1) * self._page_rank)
-            if update is not None and update.rank > ranks.start:
-                down = update.down.flatten(1)[ranks]
-                up = (update.alpha / update.rank * update.up.float()).flatten(1).T[ranks]
-                self._down[page, : len(down)] = down.to(self._down)
-                self._up[page, : len(up)] = up.to(self._up)
+    @property
+    def idle(self) -> bool:
+        """Whether no adapter changes it."""
+        return not self._updates
 
     @torch.no_grad()
-    def choose(self, pages: Tensor | None, weights: Tensor) -> None:
-        """pages: [B, K] numbers of pages, or None for nothing; weights: of each [B, K]."""
-        if pages is None or pages.numel() == 0:
-            self._rows = None
-            return
-        numbers = pages.flatten().to(self._down.device)
-        ups = self._up.index_select(0, numbers) * weights.flatten().to(self._up)[:, None, None]
-        rows = len(pages)
-        self._rows = (
-            self._down.index_select(0, numbers).reshape(rows, -1, self._down.shape[-1]),
-            ups.reshape(rows, -1, self._up.shape[-1]),
-        )
+    def add(self, name: str, update: LowRank) -> None:
+        up = (update.alpha / update.rank * update.up.float()).flatten(1).T
+        parts = (update.down.flatten(1), up)
+        self._updates[name] = tuple(part.to(self._module.weight, copy=True).contiguous() for part in parts)
+        self.bytes += update.rank * bytes_of_rank(self._module)
+
+    def remove(self, name: str) -> None:
+        self.bytes -= len(self._updates.pop(name)[0]) * bytes_of_rank(self._module)
+
+    def choose(self, chosen: Chosen | None) -> None:
+        """chosen: None where no adapter in it changes this layer."""
+        self._chosen, self._copies = chosen, None
+        ranks = 0 if chosen is None else len(chosen.rows) * self._table(chosen).most
+        self.copied_bytes = ranks * bytes_of_rank(self._module)
+
+    def keep_copies(self, keeps: bool) -> None:
+        if not keeps or self._chosen is None:
+            self._copies = None
+        elif self._copies is None:
+            self._copies = self._copy(self._chosen)
 
     def take_off(self) -> None:
         self._hook.remove()
 
+    def _table(self, chosen: Chosen) -> Table:
+        ranks = (len(self._updates[name][0]) if name in self._updates else 0 for name in chosen.names)
+        return chosen.table(tuple(ranks), self._module.weight.device)
+
+    @torch.no_grad()
+    def _copy(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
+        """[B, K, in], [B, K, out] of what rows take."""
+        table = self._table(chosen)
+        updates = [self._updates[name] for name in chosen.names if name in self._updates]
+        down, up = (
+            torch.cat(parts).index_select(0, table.numbers) for parts in zip(*updates, self._nothing, strict=True)
+        )
+        if table.weights is not None:
+            up *= table.weights.to(up)
+        rows = len(chosen.rows)
+        return down.view(rows, table.most, -1), up.view(rows, table.most, -1)
+
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._rows is None:
-            return None
-        down, up = self._rows
+        copies = self._copies
+        if copies is None:
+            if self._chosen is None:
+                return None
+            copies = self._copy(self._chosen)
+        down, up = copies
         only = _only.get()
         if only is not None:
             down, up = down[only], up[only]
@@ -201,6 +250,16 @@ class BankedLayer:
         rows = len(down)
         lowered = torch.bmm(inputs[0].reshape(rows, -1, down.shape[-1]), down.mT)
         return output.reshape(rows, -1, up.shape[-1]).baddbmm_(lowered, up).reshape(output.shape)
+
+
+def bytes_of_rank(module: nn.Module) -> int:
+    """Of one rank of an update of a layer."""
+    return sum(sizes(module)) * module.weight.element_size()
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Numbers of one rank of an update's lower and upper part."""
+    return module.weight[0].numel(), len(module.weight)
 
 
 def _add_convolution(module: nn.Conv2d, x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:

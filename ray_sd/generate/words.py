@@ -33,6 +33,21 @@ class WordBank:
     def __contains__(self, name: str) -> bool:
         return name in self._spelling
 
+    @property
+    def bytes(self) -> int:
+        """What the vectors of all slots take, whether a word has them or not."""
+        return self._made * self._slot_bytes
+
+    def bytes_of(self, embeddings: Mapping[str, Embedding]) -> int:
+        """What one adapter more takes beside the slots that are free."""
+        vectors = sum(len(next(iter(embedding.values()))) for embedding in embeddings.values())
+        return max(0, vectors - len(self._free)) * self._slot_bytes
+
+    @property
+    def _slot_bytes(self) -> int:
+        encoders = [encoder for encoder, _ in self._model.text_encoders().values()]
+        return sum(encoder.config.hidden_size * encoder.dtype.itemsize for encoder in encoders)
+
     @torch.no_grad()
     def add(self, name: str, embeddings: Mapping[str, Embedding]) -> None:
         """Keep an adapter's words, which fit the model. No adapter may have the name already."""

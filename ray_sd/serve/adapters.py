@@ -18,7 +18,7 @@ from ray_sd.methods import check_base
 from ray_sd.methods.contents import Contents, read_contents
 from ray_sd.methods.layer_adapter import PEFT
 from ray_sd.methods.lora_names import LoraNames
-from ray_sd.methods.low_rank import LowRank, Updates
+from ray_sd.methods.low_rank import LowRank
 from ray_sd.methods.weights import read_weights
 from ray_sd.models import DiffusionModel
 from ray_sd.models.tokens import parameters_without_words
@@ -26,6 +26,10 @@ from ray_sd.requests import Mix
 from ray_sd.serve.adapter_folder import AdapterEntry, AdapterError, AdapterFolder, BrokenAdapterError
 
 logger = logging.getLogger(__name__)
+
+
+COPIES = 0.25
+"""Share of the memory for adapters that unused ones leave to what rows of a step copy of those in use."""
 
 
 class AdaptersInUseError(Exception):
@@ -47,6 +51,8 @@ class Loaded:
     """Whether it has a LoRA that stacks with others."""
     changes: dict[str, dict[str, Tensor | LowRank]] = field(default_factory=dict)
     """What an adapter that does not stack makes of parameters, by component: other values, or a DoRA's update."""
+    bytes_alone: int = 0
+    """What these take, and the values of parameters that are made of them."""
     rotates: bool = False
     pins: int = 0
     used: float = 0.0
@@ -61,11 +67,6 @@ class Loaded:
     def alone(self) -> bool:
         """Whether pictures with it are drawn by themselves, since its change does not stack."""
         return bool(self.changes)
-
-    @property
-    def bytes_alone(self) -> int:
-        """What the values of parameters take that it is put in with."""
-        return sum(_numel(change) * 4 for of_names in self.changes.values() for change in of_names.values())
 
     @contextmanager
     def put_in(self, component: str, module: nn.Module, strength: float) -> Iterator[None]:
@@ -91,9 +92,10 @@ def _changed(own: Tensor, change: Tensor | LowRank, strength: float) -> Tensor:
     return change if strength == 1 else torch.lerp(own, change, strength)
 
 
-def _numel(change: Tensor | LowRank) -> int:
-    """Of the parameter that it changes."""
-    return change.numel() if isinstance(change, Tensor) else len(change.up) * change.down[0].numel()
+def _bytes(change: Tensor | LowRank) -> int:
+    if isinstance(change, Tensor):
+        return change.nbytes
+    return sum(part.nbytes for part in (change.down, change.up, change.magnitude) if part is not None)
 
 
 class LoadedAdapters:
@@ -103,7 +105,7 @@ class LoadedAdapters:
     """
 
     def __init__(self, model: DiffusionModel, folder: AdapterFolder, memory_limit: int) -> None:
-        """memory_limit: bytes of all adapters together."""
+        """memory_limit: bytes of all adapters together, and of what rows of a step copy of them."""
         self._model = model
         self._folder = folder
         self._limit = memory_limit
@@ -118,8 +120,13 @@ class LoadedAdapters:
 
     @property
     def bytes(self) -> int:
+        """What they take, with the copies that rows have of them."""
         with self._lock:
-            return self.stacked.loras.bytes + sum(one.bytes_alone for one in self._loaded.values())
+            return self._others() + self.stacked.loras.bytes + self.stacked.loras.copied_bytes
+
+    def _others(self) -> int:
+        """What all but the LoRAs that stack takes."""
+        return self.stacked.words.bytes + sum(one.bytes_alone for one in self._loaded.values())
 
     @property
     def names(self) -> list[str]:
@@ -222,13 +229,12 @@ class LoadedAdapters:
         key = entry.key
         one = Loaded(key, rotates=entry.rotates)
         if stacks(contents):
-            if contents.updates:
-                self._make_room(0, entry.name, contents.updates)
-            self.stacked.add(key, contents)
             one.banked = bool(contents.updates)
+            self._make_room(entry.name, one, contents)
+            self.stacked.add(key, contents)
         else:
-            one.changes = self._changes(contents)
-            self._make_room(one.bytes_alone, entry.name)
+            one.changes, one.bytes_alone = self._changes(contents)
+            self._make_room(entry.name, one, contents)
             self.stacked.words.add(key, contents.embeddings)
         logger.info("loaded adapter %s in %.2f s: %s", entry.name, time.perf_counter() - began, contents.summary())
         return one
@@ -242,39 +248,47 @@ class LoadedAdapters:
             raise ArtifactError(f"it is all weights of the {parts}; serve it as a model of its own")
         return contents
 
-    def _changes(self, contents: Contents) -> dict[str, dict[str, Tensor | LowRank]]:
-        """What an adapter makes of parameters, by component."""
+    def _changes(self, contents: Contents) -> tuple[dict[str, dict[str, Tensor | LowRank]], int]:
+        """What an adapter makes of parameters, by component, and the bytes of that and of the values that come of it."""
         changes: dict[str, dict[str, Tensor | LowRank]] = {}
+        taken = 0
         for component, folder in contents.weights.items():
             module = getattr(self._model, component)
             own = parameters_without_words(module)
             for name, tensor in read_weights(module, folder, own).items():
                 if not torch.equal(own[name].to(tensor), tensor):
-                    changes.setdefault(component, {})[name] = tensor.to(own[name])
+                    change = tensor.to(own[name], copy=True)  # of what is read the rest goes
+                    changes.setdefault(component, {})[name] = change
+                    taken += _bytes(change) + own[name].nbytes
         for component, updates in contents.updates.items():
             for layer, update in updates.items():
                 place = (component, layer)
-                change = update.to(self._names.layers[place].weight.device)
-                changes.setdefault(component, {})[f"{self._names.own(place)}.weight"] = change
-        return changes
+                own = self._names.layers[place].weight
+                low_rank = update.to(own.device)
+                changes.setdefault(component, {})[f"{self._names.own(place)}.weight"] = low_rank
+                taken += _bytes(low_rank) + own.nbytes
+        return changes, taken
 
-    def _make_room(self, more: int, name: str, updates: Updates | None = None) -> None:
+    def _make_room(self, name: str, one: Loaded, contents: Contents) -> None:
         """Forget adapters until there is room for one more. Raises AdaptersInUseError, or ArtifactError where it never fits."""
-        loras = self.stacked.loras
+        loras, words = self.stacked.loras, self.stacked.words
+        updates = contents.updates if one.banked else {}
         while True:
-            alone = sum(one.bytes_alone for one in self._loaded.values())
-            needed = more + alone + (loras.bytes if updates is None else loras.bytes_with(updates))
-            if needed <= self._limit:
-                return
+            others = self._others() + one.bytes_alone + words.bytes_of(contents.embeddings)
+            needed = others + loras.bytes + loras.bytes_of(updates)
+            copies = min(loras.wanted_bytes, int(COPIES * self._limit))
             with self._lock:
-                idle = [one for one in self._loaded.values() if not one.pins]
+                idle = [other for other in self._loaded.values() if not other.pins]
+                if needed <= self._limit and (not idle or needed + copies <= self._limit):
+                    break
                 if not idle:
                     if self._loaded:
-                        raise AdaptersInUseError(sum(one.pins for one in self._loaded.values()))
+                        raise AdaptersInUseError(sum(other.pins for other in self._loaded.values()))
                     raise ArtifactError(
                         f"it takes {needed / 2**20:.0f} MiB, more than the {self._limit / 2**20:.0f} of adapter_memory"
                     )
-                victim = min(idle, key=lambda one: one.used)
+                victim = min(idle, key=lambda other: other.used)
                 del self._loaded[victim.key]
             self.stacked.remove(victim.key)
             logger.info("forgot adapter %s to make room for %s", victim.key, name)
+        loras.keep_within(self._limit - others)

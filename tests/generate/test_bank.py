@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import all_tensors, bytes_beside
 from torch import nn
 
 from ray_sd.generate.bank import LoraBank
@@ -30,7 +31,7 @@ def part() -> Part:
 
 @pytest.fixture
 def bank(part: Part) -> LoraBank:
-    return LoraBank({("unet", name): layer for name, layer in part.named_children()}, page_rank=4)
+    return LoraBank({("unet", name): layer for name, layer in part.named_children()})
 
 
 def inputs(rows: int) -> tuple[torch.Tensor, ...]:
@@ -103,7 +104,7 @@ def test_what_is_removed_leaves_the_layers_as_they_were(part: Part, bank: LoraBa
     assert bank.bytes == 0
 
 
-def test_pages_are_used_again(part: Part, bank: LoraBank):
+def test_what_comes_after_what_was_removed_is_its_own(part: Part, bank: LoraBank):
     for round_number in range(20):
         bank.add("kept" if round_number == 0 else "new", lora(part, 11 - round_number % 3, seed=round_number))
         if round_number:
@@ -112,15 +113,12 @@ def test_pages_are_used_again(part: Part, bank: LoraBank):
             for found, one in zip(part(*inputs(1)), expected, strict=True):
                 torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4)
             bank.remove("new")
-    assert bank._made == 1 + 3 + 3
 
 
-def test_rows_take_pages_beyond_those_of_an_adapter_beside_them(part: Part, bank: LoraBank):
-    bank.add("gone", lora(part, 4, seed=0, layers=("tokens",)))
+def test_rows_whose_adapters_change_other_layers_leave_each_others_alone(part: Part, bank: LoraBank):
     large, small = lora(part, 11, seed=1, layers=("tokens",)), lora(part, 4, seed=2, layers=("vectors",))
     bank.add("large", large)
-    bank.remove("gone")
-    bank.add("small", small)  # takes the page that is free, below those of the large one
+    bank.add("small", small)
     bank.choose("unet", [(("large", 1.0),), (("small", 1.0),)])
     together = part(*inputs(2))
     for row, mix in enumerate(([(large, 1.0)], [(small, 1.0)])):
@@ -128,9 +126,41 @@ def test_rows_take_pages_beyond_those_of_an_adapter_beside_them(part: Part, bank
             torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_memory_is_foreseen(part: Part, bank: LoraBank):
+def test_memory_is_what_is_foreseen_and_what_tensors_take(part: Part, bank: LoraBank):
+    before = all_tensors()
+    bank.add("first", lora(part, 3, seed=1, layers=("tokens",)))
     updates = lora(part, 5, seed=0)
-    foreseen = bank.bytes_with(updates)
+    foreseen = bank.bytes + bank.bytes_of(updates)
     bank.add("a", updates)
-    # two pages and the one of zeros, of four ranks of each layer's inputs and outputs, in four bytes
-    assert bank.bytes == foreseen == 3 * 4 * 4 * ((6 + 5) + (4 + 3) + (2 + 3) + (18 + 4))
+    del updates
+    # five ranks of each layer's inputs and outputs and one of zeros, and three more of one layer, in four bytes
+    assert bank.bytes == foreseen == 4 * (6 * ((6 + 5) + (4 + 3) + (2 + 3) + (18 + 4)) + 3 * (6 + 5))
+    assert bytes_beside(before) == bank.bytes
+    bank.choose("unet", [(("a", 1.0),), (), (("first", 0.5),)])
+    assert bank.copied_bytes == 4 * 3 * 5 * ((6 + 5) + (4 + 3) + (2 + 3) + (18 + 4))
+    assert bank.bytes + bank.copied_bytes <= bytes_beside(before) <= bank.bytes + bank.copied_bytes + 1000  # numbers
+    bank.remove("a")
+    assert (bank.bytes, bank.copied_bytes) == (4 * 4 * (6 + 5), 0)
+    assert bytes_beside(before) == bank.bytes
+
+
+def test_copies_are_kept_only_where_there_is_room_and_rows_are_the_same_without(part: Part, bank: LoraBank):
+    rows = [(("a", 1.0),), (("b", 0.5), ("a", 1.0)), ()]
+    bank.add("a", lora(part, 4, seed=0))
+    bank.add("b", lora(part, 6, seed=1, layers=("tokens", "large")))
+    bank.choose("unet", rows)
+    kept, wanted = part(*inputs(3)), bank.wanted_bytes
+    assert bank.copied_bytes == wanted > 0
+    bank.keep_within(bank.bytes + wanted)
+    assert bank.copied_bytes == wanted
+    bank.add("c", lora(part, 1, seed=2, layers=("vectors",)))
+    assert (bank.copied_bytes, bank.wanted_bytes) == (0, wanted)
+    assert all(map(torch.equal, part(*inputs(3)), kept))
+    bank.choose("unet", rows[::-1])
+    assert bank.copied_bytes == 0
+    for found, expected in zip(part(*inputs(3)), kept, strict=True):
+        assert not torch.equal(found, expected)
+    bank.remove("c")
+    bank.choose("unet", rows)
+    assert bank.copied_bytes == wanted
+    assert all(map(torch.equal, part(*inputs(3)), kept))
