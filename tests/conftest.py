@@ -106,12 +106,12 @@ def _presets_are_composed_once() -> Iterator[None]:
     composed: dict[tuple[Any, ...], Any] = {}
     anew = compose._compose
 
-    def once(root: str, overrides: dict[str, str], searchpath: list[str]) -> Any:
-        if any("file://" in part.replace(f"file://{compose.PRESETS}", "") for part in searchpath):
-            return anew(root, overrides, searchpath)  # a test's own presets, which it may change
-        key = (root, *overrides.items())
+    def once(root: str, overrides: dict[str, str], always: list[str]) -> Any:
+        if any("file://" in part.replace(f"file://{compose.PRESETS}", "") for part in always):
+            return anew(root, overrides, always)  # a test's own presets, which it may change
+        key = (root, *overrides.items(), *always)
         if key not in composed:
-            composed[key] = anew(root, overrides, searchpath)
+            composed[key] = anew(root, overrides, always)
         return deepcopy(composed[key])
 
     with pytest.MonkeyPatch.context() as patch:

@@ -58,6 +58,7 @@ def test_a_sweep_can_be_tried_on_an_experiment_that_ships(name: str):
         ("learning_rate", "demo_short"),
         ("lora", "demo_short"),
         ("schedule", "demo_short"),
+        ("svd_temporal", "svd_temporal"),
         ("tokens", "textual_inversion_short"),
     ],
 )

@@ -40,11 +40,13 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
     """
     groups, defaults = preset_groups(root, folders), _defaults(root)
     empty = ", ".join(group for group, text in choices.items() if text == "null")
-    overrides = {}
+    overrides: dict[str, str] = {}
+    without: list[str] = []
     for group, text in choices.items():
         several = isinstance(defaults.get(group), list)
         if text == "null" and group == "experiment":
-            continue  # nothing chooses one otherwise, and Hydra takes no null for what chooses presets itself
+            without.append("~experiment")  # Hydra takes no null for what chooses presets itself
+            continue
         if text == "null" and several:
             text = "none"
         names = [name.strip() for name in text.strip("[]").split(",") if name.strip()] if several else [text]
@@ -60,7 +62,7 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
         search = ",".join(_quoted(f"file://{folder.resolve()}") for folder in [*reversed(folders), PRESETS])
         with initialize_config_dir(first, version_base="1.3"):
             try:
-                container = _compose(root, overrides, [f"hydra.searchpath=[{search}]"])
+                container = _compose(root, overrides, [f"hydra.searchpath=[{search}]", *without])
             except (TypeError, ValueError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
                 if empty and isinstance(error, (TypeError, ValueError)):
                     raise ConfigError(f"{empty}: null is no choice here; leave it out, or name a preset") from error
@@ -70,13 +72,13 @@ def compose_presets(root: str, choices: dict[str, str], folders: Sequence[Path] 
     return container
 
 
-def _compose(root: str, overrides: dict[str, str], searchpath: list[str]) -> Any:
+def _compose(root: str, overrides: dict[str, str], always: list[str]) -> Any:
     listed = set(overrides)
     if any("/" in group for group in overrides):  # a model need not list every group below it
         chosen = [f"{group}={name}" for group, name in overrides.items() if "/" not in group]
-        listed = set(compose(root, searchpath + chosen, return_hydra_config=True).hydra.runtime.choices)
+        listed = set(compose(root, always + chosen, return_hydra_config=True).hydra.runtime.choices)
     choices = [f"{'' if group in listed else '+'}{group}={name}" for group, name in overrides.items()]
-    return OmegaConf.to_container(compose(root, searchpath + choices), resolve=True, throw_on_missing=True)
+    return OmegaConf.to_container(compose(root, always + choices), resolve=True, throw_on_missing=True)
 
 
 def _places(root: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from ray_sd.config import SweepConfig
 from ray_sd.config.sweep import AshaScheduler, Distribution, MedianScheduler, PbtScheduler, hide_password
 from ray_sd.errors import ConfigError, first_line
 from ray_sd.tune.results import STEP
-from ray_sd.tune.space import Settings, Space, key_of
+from ray_sd.tune.space import Settings, Space
 from ray_sd.tune.study import Ended, describe
 
 SETTINGS, SEED = "settings", "seed"
@@ -45,10 +45,11 @@ MOST_DRAWS = 200
 
 
 class SettingsSearch(OptunaSearch):
-    """Optuna, but for settings that constraints forbid or that were tried, with the experiment's own first, and several seeds.
+    """Optuna, but for settings that constraints forbid or that are like some that were tried.
 
-    With several seeds Optuna is told the mean of what they came to. Trials that were stopped it is told as pruned: what they had
-    reached is no value beside those that came to their end. The study has the sweep's name.
+    The experiment's own settings come first, and each may be run with several seeds, of which Optuna is told the mean.
+    Trials that were stopped it is told as pruned: what they had reached is no value beside those that came to their end. The
+    study has the sweep's name.
 
     artifacts: local folder for what trials drew; None keeps none in the study.
     """
@@ -71,7 +72,7 @@ class SettingsSearch(OptunaSearch):
         self._first_seed, self._num_seeds = config.seed, settings.num_seeds
         self._max_steps = config.trainer.max_steps
         self._left = settings.num_trials
-        self._tried: set[str] = set()
+        self._tried: list[Settings] = []
         self._group: tuple[str, Settings] | None = None
         """The trial that stands for those of the settings under way, and the settings."""
         self._members: dict[str, str] = {}
@@ -136,16 +137,15 @@ class SettingsSearch(OptunaSearch):
         return [trial for trial, of in self._members.items() if of == head]
 
     def _next(self, trial_id: str) -> Settings | None:
-        """Settings that were not tried; None where no more are found."""
+        """Settings like none that were tried; None where no more are found."""
         base, self._base = self._base, None
         if base is not None and not self._settings_space.holds(base):
-            self._tried.add(key_of(base))
             return base  # Optuna is not told: it would not know what to make of them
         for _ in range(MOST_DRAWS):
             settings = self._settings_space.values(super().suggest(trial_id))
-            key = key_of(settings)
-            if key not in self._tried and self._settings_space.allows(settings):
-                self._tried.add(key)
+            tried = any(self._settings_space.alike(settings, one) for one in self._tried)
+            if not tried and self._settings_space.allows(settings):
+                self._tried.append(settings)
                 return settings
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         return None

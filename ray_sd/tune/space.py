@@ -1,6 +1,7 @@
 """What a sweep may try: settings drawn by path, each set of them a configuration that is valid."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -154,6 +155,24 @@ class Space:
             else isinstance(value, (int, float)) and self._space[path].values[0] <= value <= self._space[path].values[1]
             for path, value in settings.items()
         )
+
+    def alike(self, one: Settings, other: Settings) -> bool:
+        """Whether to try both would tell nothing more: all is the same, but for fractions that lie close together.
+
+        Close is a fourth of how far apart all trials would lie at even distances over the range.
+        """
+        return one.keys() == other.keys() and all(
+            value == other[path]
+            if self._is_listed(path) or self._space[path].randint is not None
+            else abs(self._place(path, value) - self._place(path, other[path])) < 1 / (4 * self._num_trials)
+            for path, value in one.items()
+        )
+
+    def _place(self, path: str, value: float) -> float:
+        """Where in its range a number lies: from 0 to 1."""
+        scale = math.log if self._space[path].loguniform is not None else float
+        low, high = map(scale, self._space[path].values)
+        return (scale(value) - low) / (high - low)
 
     def fit(self, settings: Settings) -> Settings:
         """Settings whose numbers may have left their ranges, brought back into them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_sd.config import ExperimentConfig, GenerateConfig
+from ray_sd.config import ExperimentConfig, GenerateConfig, SweepConfig
 from ray_sd.config.load import load_config, run_job, to_dict, to_yaml, validate
 from ray_sd.config.logs import LOG
 from ray_sd.errors import ConfigError, DataError
@@ -34,6 +34,17 @@ def test_command_line_wins_over_the_experiment():
     config = load_config([*DEMO, "method=full", "trainer=cpu", "trainer.max_steps=17", "name=mine"])
     assert (config.method.name, config.trainer.num_workers, config.trainer.max_steps) == ("full", 1, 17)
     assert config.name == "mine"
+
+
+def test_no_experiment_leaves_all_to_those_who_choose_the_rest():
+    chosen = ["dataset=emoji", "model=emoji", "model/vae=emoji", "method=full"]
+    for sweep in ("learning_rate", "tokens"):
+        config = load_config([f"sweep={sweep}", "experiment=null", *chosen], SweepConfig)
+        assert config.method.name == "full"
+        assert config.trainer.max_steps == load_config([*chosen, "name=mine"]).trainer.max_steps
+    assert load_config([*chosen, "name=mine", "experiment=null"]) == load_config([*chosen, "name=mine"])
+    missing = problems("sweep=learning_rate", "experiment=null", schema=SweepConfig)
+    assert [line.split(":")[0] for line in missing] == ["dataset.source", "model", "method"]
 
 
 def test_settings_win_over_presets_wherever_they_stand():

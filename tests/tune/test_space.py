@@ -1,5 +1,6 @@
 """What a sweep may try."""
 
+import itertools
 import math
 import pickle
 import warnings
@@ -164,6 +165,21 @@ def test_the_eighth_learning_rate_lies_where_the_seven_before_were_best(best: fl
         searching.on_trial_complete(str(number), {"validation_loss": loss, "step": config.trainer.max_steps})
     assert searching.suggest("more") == "FINISHED"
     assert abs(math.log(rates[7] / best)) < math.log(30) / 3  # nearer than its neighbours of the seven
+    assert min(abs(math.log(rates[7] / rate)) for rate in rates[:7]) > math.log(900) / 33  # and none of them once more
+
+
+def test_what_is_like_something_tried_is_not_tried_again():
+    space = "sweep.space={method.rank: {choice: [4, 8]}, trainer.learning_rate: {loguniform: [1e-5, 1e-1]}}"
+    config = load(space, "sweep.searcher=random", "sweep.num_trials=40", "sweep.include_base=false")
+    settings = [(one["method.rank"], math.log10(one["trainer.learning_rate"]) / 4) for one in drawn(config, 40)]
+    assert len(settings) == 40
+    for rank in (4, 8):
+        places = sorted(place for one, place in settings if one == rank)
+        assert min(after - before for before, after in itertools.pairwise(places)) > 1 / 161
+    both = [place for _, place in settings]
+    assert (
+        min(after - before for before, after in itertools.pairwise(sorted(both))) < 1 / 161
+    )  # of two ranks it may be the same
 
 
 def test_what_is_tried_is_drawn_by_chance_where_that_is_asked_for_or_more_than_one_range_is_there():
