@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from threading import current_thread, main_thread
 
 import ray
 
@@ -57,6 +59,7 @@ def connect_while_importing(module: str) -> None:
 
 
 def _start() -> None:
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(logging_level=logging.INFO if tells_all() else logging.WARNING)
     except ConnectionError as error:
@@ -70,6 +73,9 @@ def _start() -> None:
         raise RaySdError(
             "Ray did not start within half a minute, which is what it gives itself; is this machine very busy?"
         ) from error
+    # Of a program that says how it is ended. Ray's own handler comes with frames of its core, and an exit in mid-air.
+    if callable(ends) and current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, ends)
 
 
 def names_cluster() -> bool:

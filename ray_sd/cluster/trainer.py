@@ -3,10 +3,13 @@
 Imports no torch, as neither does Ray Train's controller, which unpickles this, before its workers are on their way.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from threading import Thread
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -29,6 +32,17 @@ class Trainer(DataParallelTrainer):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings, backend_config=TorchInWorkers())
+        self._controller: Any = None
+
+    def abort(self) -> None:
+        """End the run and its workers. After an interruption, from which `fit` returns without having done so."""
+        if self._controller is not None:
+            with suppress(RayActorError):  # of a controller that has ended itself
+                ray.get(self._controller.abort.remote())
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray Train's would end the process, without a word."""
+        self._controller = controller
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()

@@ -3,9 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -95,8 +98,11 @@ def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | 
     """Run a job and return its exit code: 0, 2 for wrong input, 1 for other errors in words, 130 when interrupted.
 
     Errors in words are printed as `error: …`, a line a problem; any other exception is a defect and keeps its traceback.
+    What ends services and containers (SIGTERM) interrupts as Ctrl-C does.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         logging.getLogger("ray_sd").setLevel(own_level())
         main(sys.argv[1:] if arguments is None else arguments)
@@ -104,10 +110,17 @@ def run_job(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | 
         for line in _message(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | RequestError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # of a command in a shell's background, which knows no Ctrl-C
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _message(error: BaseException) -> str:

@@ -149,6 +149,9 @@ def fit(
             result = trainer.fit()
     except TrainingFailedError as error:
         raise in_words(error, run) from error
+    except KeyboardInterrupt as error:
+        trainer.abort()
+        raise KeyboardInterrupt(f"interrupted; resume=true goes on from the last checkpoint in {run.path}") from error
     except RayActorError as error:
         give_back_of_dead()
         raise RaySdError(

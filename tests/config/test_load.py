@@ -1,9 +1,12 @@
 """From command lines to configurations."""
 
 import logging
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -273,6 +276,24 @@ def test_interrupted_job_returns_130():
         raise KeyboardInterrupt
 
     assert run_job(main, []) == 130
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_what_ends_a_service_interrupts_as_ctrl_c_does_even_in_a_shells_background(
+    ctrl_c: Any, capsys: pytest.CaptureFixture[str]
+):
+    def main(arguments: Sequence[str]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it went on")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        assert run_job(main, []) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_defect_keeps_its_traceback():

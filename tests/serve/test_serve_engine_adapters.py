@@ -29,8 +29,8 @@ from ray_sd.serve.order import DeadlineError, Drawn, Failed, Order, StoppedError
 from ray_sd.serve.replica import failure_of
 
 PICKLED = "pytorch_lora_weights.bin"
-FEW_BYTES = 100_000
-"""What the last batch was beside its adapters, of which each takes fifteen times as much."""
+FEW_BYTES = 300_000
+"""What the last batch was beside its adapters, of which each takes five times as much."""
 
 
 def test_broken_adapters_are_told_to_who_asks_for_them_and_to_no_other(build, adapter_folder: Path, tmp_path: Path):

@@ -36,6 +36,20 @@ def test_a_run_whose_controller_is_killed_says_so_and_keeps_nothing_of_the_clust
     wait_for(lambda: ray.available_resources().get("CPU") == cpus)
 
 
+def test_a_run_that_is_told_to_end_says_how_it_goes_on(settings, tmp_path):
+    run, log = tmp_path / "runs" / "ended", tmp_path / "log"
+    with log.open("w") as output:
+        command = [sys.executable, "tests/train/interrupted.py", *settings, "name=ended", *LONG, *TWO_WORKERS]
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output)
+        wait_for(lambda: (run / MARK).exists() or driver.poll() is not None)
+        driver.terminate()
+        assert driver.wait(60) == 130, log.read_text()
+    told = log.read_text()
+    assert f"error: interrupted; resume=true goes on from the last checkpoint in {run}\n" in told
+    assert "Traceback" not in told
+    assert "SIGTERM" not in told
+
+
 def test_a_killed_driver_resumes_to_the_same_adapter(settings, tmp_path, undisturbed):
     settings = [*settings, "name=killed", *LONG, *TWO_WORKERS]
     run, log = tmp_path / "runs" / "killed", tmp_path / "log"
