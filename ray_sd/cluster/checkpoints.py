@@ -1,8 +1,9 @@
 """The list of a run's checkpoints that Ray Train keeps."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
@@ -40,8 +41,11 @@ class CheckpointList:
         return listed
 
     @classmethod
-    def of(cls, names: list[str], before: Optional["CheckpointList"]) -> "CheckpointList":
-        """Of these checkpoints, `checkpoint-00000004` and the like, with what was known of them."""
+    def of(cls, measured: Mapping[str, dict[str, Any]], before: Optional["CheckpointList"]) -> "CheckpointList":
+        """Of these checkpoints, with what was known of each, else with what was measured.
+
+        measured: by their names, `checkpoint-00000004` and the like, the oldest first.
+        """
         from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
             _CheckpointManagerState,
             _TrainingResultState,
@@ -49,9 +53,8 @@ class CheckpointList:
 
         known = {} if before is None else {one.checkpoint_dir_name: one for one in before.state.checkpoint_results}
         results = [
-            known.get(name)
-            or _TrainingResultState(checkpoint_dir_name=name, metrics={"step": int(name.partition("-")[2])})
-            for name in names
+            known.get(name) or _TrainingResultState(checkpoint_dir_name=name, metrics=metrics)
+            for name, metrics in measured.items()
         ]
         # Pictures of a checkpoint that were not drawn yet.
         pending = (
@@ -62,7 +65,7 @@ class CheckpointList:
                 for result, spec in zip(
                     before.state.pending_training_results, before.state.pending_validation_specs, strict=True
                 )
-                if result.checkpoint_dir_name in names
+                if result.checkpoint_dir_name in measured
             ]
         )
         return cls(

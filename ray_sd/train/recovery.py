@@ -5,7 +5,8 @@ import logging
 from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import OtherFormatError, check_whole, storage_reason
-from ray_sd.train.storage import RunFolder
+from ray_sd.train.storage import RunFolder, step_of
+from ray_sd.train.trackers import recorded_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -65,5 +66,7 @@ def _mend_list(run: RunFolder, newest: str | None, broken: dict[str, ArtifactErr
     elif listed is None or wrong or broken or listed.last() != newest:
         if not wrong and not broken:
             wrong = [f"{SNAPSHOT} does not end with {newest}"]
-        run.write(SNAPSHOT, CheckpointList.of(names, listed).to_json())
+        # What Ray Train was not told of each, the history knows: a run that was at its end will not report it again.
+        measured = {name: recorded_metrics(run, step_of(name)) for name in names}
+        run.write(SNAPSHOT, CheckpointList.of(measured, listed).to_json())
     return wrong

@@ -10,8 +10,15 @@ from ray_sd.errors import ConfigError, first_line
 from ray_sd.files import Location, check_writable, local
 
 CHECKPOINT = re.compile(r"checkpoint-\d{8,}")
+LOGS = "logs"
+"""Folder of a run for its history and its trackers."""
 DAMAGED = "damaged"
 """Folder of a run for what was damaged and is kept."""
+
+
+def step_of(checkpoint: str) -> int:
+    """Of a checkpoint's name."""
+    return int(checkpoint.removeprefix("checkpoint-"))
 
 
 class RunFolder:

@@ -13,6 +13,7 @@ from ray_sd.config.metrics import PREFIX
 from ray_sd.config.overrides import value_at
 from ray_sd.config.tracker import MlflowConfig, TensorBoardConfig, WandbConfig
 from ray_sd.errors import ConfigError
+from ray_sd.train.storage import LOGS, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class History(Tracker):
 
     def __init__(self, folder: Path, start: int) -> None:
         self._path = folder / HISTORY
-        kept = [line for line, record in _whole_lines(self._path) if record["step"] <= start]
+        kept = [line for line, record in _whole_lines(*_content(self._path)) if record["step"] <= start]
         self._path.write_text("".join(kept))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -72,15 +73,28 @@ class History(Tracker):
 
 def recorded_steps(folder: Path, prefix: str) -> set[int]:
     """Steps of which a run's log folder has a number whose name begins so."""
-    records = [record for _, record in _whole_lines(folder / HISTORY)]
+    records = [record for _, record in _whole_lines(*_content(folder / HISTORY))]
     return {record["step"] for record in records if any(name.startswith(prefix) for name in record)}
 
 
-def _whole_lines(path: Path) -> list[tuple[str, dict]]:
+def recorded_metrics(run: RunFolder, step: int) -> dict[str, float]:
+    """The last value of every metric that a run's history has up to a step, and `step` itself."""
+    name = f"{LOGS}/{HISTORY}"
+    content = (run.read(name) or b"").decode(errors="replace")
+    latest: dict[str, float] = {}
+    for _, record in _whole_lines(content, f"{run.path}/{name}"):
+        if record["step"] <= step:
+            latest |= record
+    return latest | {"step": step}
+
+
+def _content(path: Path) -> tuple[str, str]:
+    return path.read_text(errors="replace") if path.exists() else "", str(path)
+
+
+def _whole_lines(content: str, path: str) -> list[tuple[str, dict]]:
     """The lines that can be read, each with what it says."""
-    if not path.exists():
-        return []
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    lines = content.splitlines(keepends=True)
     read = [(line, _read_line(line)) for line in lines]
     whole = [(line, record) for line, record in read if record is not None]
     # A killed run can leave a last line without its end.

@@ -38,7 +38,7 @@ def test_pictures_are_the_same_in_another_layout_and_compiled(build, tiny: Path,
     finally:
         engine.close()
         torch.compiler.reset()
-    assert min(difference(expected[0], other) for other in expected[1:]) > 5 * SAME
+    assert min(difference(expected[0], other) for other in expected[1:]) > 10 * SAME
     compiled = [part for part in model.unet.modules() if part._compiled_call_impl is not None]
     assert bool(compiled) == (setting == "compile")
     layouts = {part.is_contiguous(memory_format=torch.channels_last) for part in convolutions(model.unet)}

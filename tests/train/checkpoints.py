@@ -11,6 +11,7 @@ from torch import Tensor
 from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.train.checkpoint import FORMAT, INDEX
 from ray_sd.train.optimizers import PARAMETER
+from ray_sd.train.storage import step_of
 
 STATE = "state-00000-of-00001.safetensors"
 
@@ -39,8 +40,8 @@ def write_state(folder: Path, parameters: Mapping[str, Tensor], *, step: int, co
 
 def write_list(run: Path) -> None:
     """Ray Train's list of the checkpoints that are there."""
-    names = sorted(path.name for path in run.glob("checkpoint-*"))
-    (run / SNAPSHOT).write_bytes(CheckpointList.of(names, None).to_json())
+    steps = {path.name: {"step": step_of(path.name)} for path in sorted(run.glob("checkpoint-*"))}
+    (run / SNAPSHOT).write_bytes(CheckpointList.of(steps, None).to_json())
 
 
 def cut_off(file: Path) -> None:

@@ -18,6 +18,7 @@ from ray_sd.errors import ArtifactError, ConfigError
 from ray_sd.train.checkpoint import INDEX
 from ray_sd.train.resume import CONFIG, DATA, END, Beginning, find_beginning, note_data, stored_config, write_config
 from ray_sd.train.storage import RunFolder
+from ray_sd.train.trackers import HISTORY
 
 BEFORE, NEWEST = "checkpoint-00000004", "checkpoint-00000006"
 
@@ -201,8 +202,19 @@ def test_a_mended_list_keeps_what_was_reported_and_what_is_still_to_be_drawn(con
 def test_a_checkpoint_that_ray_was_not_told_of_is_gone_on_from(config, run, caplog):
     """As where a run was killed between storing it and writing it down."""
     write_checkpoint(run, step=8)
+    records = [
+        {"step": 0, "untrained_validation_loss": 2.0},
+        {"step": 6, "loss": 0.7, "validation_loss": 1.5},
+        {"step": 8, "loss": 0.5},
+        {"step": 10, "loss": 0.1},
+    ]
+    (run / "logs").mkdir()
+    (run / "logs" / HISTORY).write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 7')
     assert begin(config, run) == "checkpoint-00000008"
     assert f"{SNAPSHOT} does not end with checkpoint-00000008" in told(caplog)
+    *_, last = json.loads((run / SNAPSHOT).read_text())["checkpoint_results"]
+    metrics = {"step": 8, "loss": 0.5, "validation_loss": 1.5, "untrained_validation_loss": 2.0}
+    assert last["metrics"] == metrics  # of which a run that was at its end makes no other report
 
 
 def test_a_copy_that_somebody_made_of_a_checkpoint_is_not_one(config, run, caplog):
