@@ -233,7 +233,7 @@ class LoadedAdapters:
             self._make_room(entry.name, one, contents)
             self.stacked.add(key, contents)
         else:
-            one.changes, one.bytes_alone = self._changes(contents)
+            one.changes, one.bytes_alone = self._changes(contents, rotates=one.rotates)
             self._make_room(entry.name, one, contents)
             self.stacked.words.add(key, contents.embeddings)
         logger.info("loaded adapter %s in %.2f s: %s", entry.name, time.perf_counter() - began, contents.summary())
@@ -248,7 +248,7 @@ class LoadedAdapters:
             raise ArtifactError(f"it is all weights of the {parts}; serve it as a model of its own")
         return contents
 
-    def _changes(self, contents: Contents) -> tuple[dict[str, dict[str, Tensor | LowRank]], int]:
+    def _changes(self, contents: Contents, *, rotates: bool) -> tuple[dict[str, dict[str, Tensor | LowRank]], int]:
         """What an adapter makes of parameters, by component, and the bytes of that and of the values that come of it."""
         changes: dict[str, dict[str, Tensor | LowRank]] = {}
         taken = 0
@@ -259,7 +259,8 @@ class LoadedAdapters:
                 if not torch.equal(own[name].to(tensor), tensor):
                     change = tensor.to(own[name], copy=True)  # of what is read the rest goes
                     changes.setdefault(component, {})[name] = change
-                    taken += _bytes(change) + own[name].nbytes
+                    # Of one that rotates there is no other strength, and so no other values.
+                    taken += _bytes(change) + (0 if rotates else own[name].nbytes)
         for component, updates in contents.updates.items():
             for layer, update in updates.items():
                 place = (component, layer)

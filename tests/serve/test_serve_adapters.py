@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_models import export_adapter, save_tiny_model, tiny_config
+from tiny_models import bytes_beside, export_adapter, save_tiny_model, tiny_config
 
 from ray_sd.errors import RequestError
 from ray_sd.methods.lora_names import LoraNames
@@ -140,6 +140,19 @@ def test_the_least_recently_used_goes_and_what_is_needed_stays(tiny: Path, adapt
     assert "pet2" in adapters.names
     with pytest.raises(BrokenAdapterError, match="adapter 'pet0' cannot be used: it takes .* MiB, more than the"):
         loaded(tiny, tmp_path, memory_limit=1000).acquire((("pet0", 1.0),))
+
+
+@pytest.mark.parametrize("name", ["lora", "word", "dora", "loha", "oft"])
+def test_what_an_adapter_takes_is_counted_whatever_it_is(tiny: Path, adapter_folder: Path, name: str):
+    adapters = loaded(tiny, adapter_folder)
+    before = (bytes_beside([]), adapters.bytes)
+    [one] = adapters.acquire(((name, 1.0),))
+    for component in one.changes:  # which makes the values of what does not stack
+        with one.put_in(component, getattr(adapters._model, component), 1 if one.rotates else 0.5):
+            pass
+    found, told = bytes_beside([]) - before[0], adapters.bytes - before[1]
+    assert told > 0
+    assert abs(found - told) < 0.02 * told, (found, told)
 
 
 def test_words_of_one_name_are_told_apart(tiny: Path, adapter_folder: Path):
