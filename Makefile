@@ -94,5 +94,5 @@ embedded: $(STAMP)
 	python jobs/train.py experiment=train_upscaler_emoji
 	python jobs/release_emoji.py runs/train_upscaler_emoji/adapter
 	python benchmarks/embedded_quality.py
-	python benchmarks/embedded_video.py
+	python benchmarks/embedded_video_quality.py
 	python benchmarks/motion_learning.py
