@@ -216,7 +216,9 @@ def upscale_gain(sprites: list[Sprite]) -> float:
         large.append(large_picture(sprite, Background("plain", (draw.choice(list(catalogue().colours)),)), draw))
     small = [picture.resize((picture.width // LARGER,) * 2, Image.Resampling.BICUBIC) for picture in large]
     requests = [UpscaleRequest("", image=picture, seed=FIRST_SEED, **settings) for picture in small]
-    drawn = generate(load_model(load_config(["experiment=demo", "model=emoji_upscaler"]).model), requests)
+    drawn = generate(
+        load_model(load_config(["experiment=train_upscaler_emoji", "model=emoji_upscaler"]).model), requests
+    )
     enlarged = [picture.resize(true.size, Image.Resampling.BICUBIC) for picture, true in zip(small, large, strict=True)]
     found, bicubic = (decibels(squared(*pair) for pair in zip(some, large, strict=True)) for some in (drawn, enlarged))
     return found - bicubic
