@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         config = load_config(argv, ExperimentConfig)
         from ray_sd.data import check_class_folder, check_crop, check_masks, list_source, prepare
 
-        # Before models are imported, which takes seconds: the path of the data is what is wrong most often.
+        # As in jobs/train.py: the path of the data is what is wrong most often, and importing models takes seconds.
         listing = list_source(absolute_paths(config).dataset)
         from ray_sd.methods import build_method
 

@@ -1,7 +1,7 @@
 """The list of a run's checkpoints that Ray Train keeps."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -41,10 +41,16 @@ class CheckpointList:
         return listed
 
     @classmethod
-    def of(cls, measured: Mapping[str, dict[str, Any]], before: Optional["CheckpointList"]) -> "CheckpointList":
+    def of(
+        cls,
+        measured: Mapping[str, dict[str, Any]],
+        before: Optional["CheckpointList"],
+        undrawn: Collection[str] = (),
+    ) -> "CheckpointList":
         """Of these checkpoints, with what was known of each, else with what was measured.
 
-        measured: by their names, `checkpoint-00000004` and the like, the oldest first.
+        measured: by their names, `checkpoint-00000004` and the like, the oldest first. undrawn: names of those that have no
+        pictures, which Ray Train has drawn of what was not known before.
         """
         from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
             _CheckpointManagerState,
@@ -57,17 +63,10 @@ class CheckpointList:
             for name, metrics in measured.items()
         ]
         # Pictures of a checkpoint that were not drawn yet.
-        pending = (
-            []
-            if before is None
-            else [
-                (result, spec)
-                for result, spec in zip(
-                    before.state.pending_training_results, before.state.pending_validation_specs, strict=True
-                )
-                if result.checkpoint_dir_name in measured
-            ]
-        )
+        pending = [(one, True) for one in results if one.checkpoint_dir_name in {*undrawn} - known.keys()]
+        if before is not None:
+            pairs = zip(before.state.pending_training_results, before.state.pending_validation_specs, strict=True)
+            pending += [(result, spec) for result, spec in pairs if result.checkpoint_dir_name in measured]
         return cls(
             _CheckpointManagerState(
                 checkpoint_results=results,

@@ -100,6 +100,11 @@ class ValidationConfig(Schema):
     """What is measured on the pictures of the prompts, each reported as `val/` and its label: `subject_similarity`,
     `dino_similarity`, `prompt_similarity`, `base_drift` and `lpips`."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn at checkpoints."""
+        return bool(self.prompts or self.images)
+
     @model_validator(mode="after")
     def _check(self) -> "ValidationConfig":
         keys = [metric.key for metric in self.metrics]

@@ -15,7 +15,7 @@ def in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
     cause = cause_of(failures)
     if isinstance(cause, RaySdError):
         return cause
-    goes_on = f"checkpoints are in {run.path}, and resume=true goes on from the last"
+    goes_on = going_on(run)
     if isinstance(cause, torch.OutOfMemoryError):
         return RaySdError(
             f"a GPU's memory was not enough: {first_line(cause)}; {goes_on}, with trainer.gradient_checkpointing=true, "
@@ -24,6 +24,17 @@ def in_words(error: TrainingFailedError, run: RunFolder) -> RaySdError:
     if isinstance(cause, OSError):
         return ArtifactError(f"{run.path} cannot be written: {storage_reason(cause)}; {goes_on}")
     return RaySdError(f"training stopped: {reason_of(cause)}; {goes_on}")
+
+
+def going_on(run: RunFolder) -> str:
+    """How a run that stopped goes on, in words."""
+    try:
+        begins_again = not run.checkpoints()
+    except OSError:  # what its storage holds is not known
+        begins_again = False
+    if begins_again:
+        return f"no checkpoint was stored in {run.path} yet, so resume=true begins it again"
+    return f"checkpoints are in {run.path}, and resume=true goes on from the last"
 
 
 def cause_of(failures: list[Exception]) -> BaseException:

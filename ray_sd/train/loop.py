@@ -28,7 +28,6 @@ from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Batch, Monitor
 from ray_sd.train.precision import compute_dtype
 from ray_sd.train.quantize import quantize_frozen
-from ray_sd.train.samples import draws
 from ray_sd.train.schedule import learning_rate_factor
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.validation import validation_loss
@@ -168,7 +167,7 @@ def _report(engine: Engine, config: ExperimentConfig, monitor: Monitor, step: in
                 monitor.latest | {"step": step},
                 checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
                 checkpoint_dir_name=name,
-                validation=draws(config),
+                validation=config.trainer.validation.draws,
             )
     monitor.after_checkpoint(step, name)
 

@@ -20,8 +20,7 @@ from ray_sd.generate.metrics import PictureMetrics, check_model, prompts_of_base
 from ray_sd.media.decode import RejectedError, decode
 from ray_sd.media.pictures import read_parameters, save_png
 from ray_sd.models import DiffusionModel, load_model
-from ray_sd.train.monitor import PICTURES
-from ray_sd.train.storage import RunFolder
+from ray_sd.train.storage import PICTURES, RunFolder
 from ray_sd.train.validation import load_untrained
 
 logger = logging.getLogger(__name__)

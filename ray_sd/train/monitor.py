@@ -20,7 +20,7 @@ from ray_sd.config import ExperimentConfig
 from ray_sd.config.metrics import PREFIX
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.memory import GIB
-from ray_sd.train.storage import LOGS, RunFolder
+from ray_sd.train.storage import LOGS, PICTURES, RunFolder
 from ray_sd.train.trackers import open_trackers, recorded_steps
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ WAITING = "data_wait_fraction"
 """Share of the time in which training waited for data."""
 MEMORY = "peak_memory_gib"
 """The most that tensors of rank 0 took of its GPU so far, or that its process took on a CPU."""
-PICTURES = "samples"
 OF_STEP = re.compile(r"step-(\d+)")
 """Name, without its ending, of a file about one step's pictures."""
 

@@ -5,16 +5,17 @@ import logging
 from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import OtherFormatError, check_whole, storage_reason
-from ray_sd.train.storage import RunFolder, step_of
-from ray_sd.train.trackers import recorded_metrics
+from ray_sd.train.storage import PICTURES, RunFolder, pictures_of, step_of
+from ray_sd.train.trackers import latest_metrics, read_history
 
 logger = logging.getLogger(__name__)
 
 
-def recover(run: RunFolder, origin: str | None) -> str | None:
+def recover(run: RunFolder, origin: str | None, *, draws: bool) -> str | None:
     """Make a run go on from its newest whole checkpoint, and return that, else the origin.
 
     What is newer and not whole is moved aside, and Ray Train's list ends with that checkpoint. A warning says what was wrong.
+    draws: whether pictures come with checkpoints; those that Ray Train was not told of are then drawn yet.
     Raises ArtifactError where nothing but checkpoints of another version is left, and where nothing can be mended.
     """
     try:
@@ -23,7 +24,7 @@ def recover(run: RunFolder, origin: str | None) -> str | None:
         if newest is None and other_version is not None:
             raise other_version
         wrong = [f"{error}; it is kept as {run.set_aside(name)}" for name, error in broken.items()]
-        wrong += _mend_list(run, newest, broken)
+        wrong += _mend_list(run, newest, broken, draws=draws)
     except OSError as error:
         raise ArtifactError(f"resume: {run.path} cannot be read or mended: {storage_reason(error)}") from error
     checkpoint = origin if newest is None else f"{run.path}/{newest}"
@@ -48,7 +49,7 @@ def newest_whole(run: RunFolder) -> tuple[str | None, dict[str, ArtifactError]]:
     return None, broken
 
 
-def _mend_list(run: RunFolder, newest: str | None, broken: dict[str, ArtifactError]) -> list[str]:
+def _mend_list(run: RunFolder, newest: str | None, broken: dict[str, ArtifactError], *, draws: bool) -> list[str]:
     """Have Ray Train's list end with the newest whole checkpoint; returns what was wrong beside those that are `broken`."""
     content, names = run.read(SNAPSHOT), run.checkpoints()[::-1]
     if content is None:
@@ -67,6 +68,9 @@ def _mend_list(run: RunFolder, newest: str | None, broken: dict[str, ArtifactErr
         if not wrong and not broken:
             wrong = [f"{SNAPSHOT} does not end with {newest}"]
         # What Ray Train was not told of each, the history knows: a run that was at its end will not report it again.
-        measured = {name: recorded_metrics(run, step_of(name)) for name in names}
-        run.write(SNAPSHOT, CheckpointList.of(measured, listed).to_json())
+        history = read_history(run)
+        measured = {name: latest_metrics(history, step_of(name)) for name in names}
+        drawn = run.names(PICTURES)
+        undrawn = [name for name in names if draws and f"{pictures_of(step_of(name))}.png" not in drawn]
+        run.write(SNAPSHOT, CheckpointList.of(measured, listed, undrawn).to_json())
     return wrong

@@ -55,7 +55,7 @@ def find_beginning(config: ExperimentConfig, run: RunFolder) -> Beginning:
             raise ConfigError(f"resume: there is no run '{config.name}' in {config.storage_path}{reason}")
         check_unchanged(config, stored)
         origin = stored["resume"] if isinstance(stored.get("resume"), str) else None
-        checkpoint = recover(run, origin)
+        checkpoint = recover(run, origin, draws=config.trainer.validation.draws)
         if checkpoint == origin is not None:
             _whole_index(origin)
         return Beginning(origin, checkpoint)

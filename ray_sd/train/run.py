@@ -40,7 +40,7 @@ from ray_sd.errors import ConfigError, RaySdError, first_line
 from ray_sd.files import from_anywhere
 from ray_sd.methods import build_method
 from ray_sd.models import fingerprint
-from ray_sd.train.failures import in_words
+from ray_sd.train.failures import going_on, in_words
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.metrics import check_metrics
 from ray_sd.train.optimizers import check_package
@@ -48,7 +48,7 @@ from ray_sd.train.preflight import check_memory
 from ray_sd.train.quantize import check_quantization
 from ray_sd.train.restarts import Restarts
 from ray_sd.train.resume import find_beginning, note_data, write_config
-from ray_sd.train.samples import check_images, draws
+from ray_sd.train.samples import check_images
 from ray_sd.train.storage import RunFolder
 from ray_sd.train.trackers import check_installed
 from ray_sd.train.validation import load_exported
@@ -151,12 +151,11 @@ def fit(
         raise in_words(error, run) from error
     except KeyboardInterrupt as error:
         trainer.abort()
-        raise KeyboardInterrupt(f"interrupted; resume=true goes on from the last checkpoint in {run.path}") from error
+        raise KeyboardInterrupt(f"interrupted; {going_on(run)}") from error
     except RayActorError as error:
         give_back_of_dead()
         raise RaySdError(
-            f"training stopped: Ray Train's controller was lost ({first_line(error)}); checkpoints are in {run.path}, and "
-            "resume=true goes on from the last"
+            f"training stopped: Ray Train's controller was lost ({first_line(error)}); {going_on(run)}"
         ) from error
     if result.return_value is not None:
         raise result.return_value
@@ -224,7 +223,7 @@ def _drawing(config: ExperimentConfig) -> dict:
     trainer, gpus = config.trainer, ray.cluster_resources().get("GPU", 0)
     left = possible_resources().get("CPU", 0) - trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
     spare = gpus - trainer.num_workers * trainer.gpus_per_worker >= 1
-    if draws(config):
+    if config.trainer.validation.draws:
         logger.info("validation samples are drawn on a %s: the cluster has %g GPUs", "GPU" if spare else "CPU", gpus)
     # In a trial of a sweep it would otherwise have to fit into what the trial's own process takes.
     cpus = min(DRAWING_CPUS, max(0.0, left / 2))

@@ -21,8 +21,7 @@ from ray_sd.media.sheets import clips_sheet, contact_sheet
 from ray_sd.media.videos import save_mp4
 from ray_sd.models import DiffusionModel
 from ray_sd.train.metrics import measure_pictures, picture_name
-from ray_sd.train.monitor import PICTURES
-from ray_sd.train.storage import RunFolder
+from ray_sd.train.storage import PICTURES, RunFolder, pictures_of
 from ray_sd.train.validation import load_trained
 
 logger = logging.getLogger(__name__)
@@ -34,11 +33,6 @@ LAST_CLIPS = "samples.mp4"
 IMAGES = "trainer.validation.images"
 NOISE_LEVEL = 20
 """On small pictures, where the upscaler takes as much."""
-
-
-def draws(config: ExperimentConfig) -> bool:
-    """Whether a run draws anything at its checkpoints."""
-    return bool(config.trainer.validation.prompts or config.trainer.validation.images)
 
 
 def check_images(config: ExperimentConfig) -> None:
@@ -79,7 +73,7 @@ def draw_samples(checkpoint: ray.train.Checkpoint, experiment: ExperimentConfig)
     logger.info("drew %s at step %d: %s", drawn.what, step, where)
     metrics = measure_pictures(experiment, drawn.requests, drawn.pictures, device)
     if metrics:
-        run.write(f"{PICTURES}/{_name(step)}.json", json.dumps({"step": step, **metrics}).encode())
+        run.write(f"{PICTURES}/{pictures_of(step)}.json", json.dumps({"step": step, **metrics}).encode())
         measured = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("measured %s at step %d: %s", drawn.what, step, measured)
     return {"step": step, "samples": where, **metrics}
@@ -104,14 +98,14 @@ def _keep(drawn: _Drawn, step: int, experiment: ExperimentConfig, run: RunFolder
     parameters = {"step": step, "run": experiment.name} | {name: values for name, values in given.items() if values}
     last = step == experiment.trainer.max_steps
     with tempfile.TemporaryDirectory() as scratch:
-        single = Path(scratch) / _name(step)
+        single = Path(scratch) / pictures_of(step)
         for number, (request, picture) in enumerate(zip(drawn.requests, drawn.pictures, strict=True)):
             save_png(
                 picture, single / picture_name(number), request.settings() | {"step": step, "run": experiment.name}
             )
         if drawn.pictures:
             run.upload(single, f"{PICTURES}/{single.name}")
-        sheet, clip = Path(scratch) / f"{_name(step)}.png", Path(scratch) / f"{_name(step)}.mp4"
+        sheet, clip = Path(scratch) / f"{pictures_of(step)}.png", Path(scratch) / f"{pictures_of(step)}.mp4"
         save_png(drawn.sheet, sheet, parameters)
         files = {sheet: LAST_PICTURES}
         if drawn.frames:
@@ -122,11 +116,6 @@ def _keep(drawn: _Drawn, step: int, experiment: ExperimentConfig, run: RunFolder
             if last:
                 run.upload(file, last_name)
     return f"{run.path}/{PICTURES}/{sheet.name}"
-
-
-def _name(step: int) -> str:
-    """What files of a checkpoint's pictures begin with."""
-    return f"step-{step:08d}"
 
 
 def _draw_pictures(model: DiffusionModel, experiment: ExperimentConfig) -> _Drawn:

@@ -12,6 +12,8 @@ from ray_sd.files import Location, check_writable, local
 CHECKPOINT = re.compile(r"checkpoint-\d{8,}")
 LOGS = "logs"
 """Folder of a run for its history and its trackers."""
+PICTURES = "samples"
+"""Folder of a run for what its checkpoints draw."""
 DAMAGED = "damaged"
 """Folder of a run for what was damaged and is kept."""
 
@@ -19,6 +21,11 @@ DAMAGED = "damaged"
 def step_of(checkpoint: str) -> int:
     """Of a checkpoint's name."""
     return int(checkpoint.removeprefix("checkpoint-"))
+
+
+def pictures_of(step: int) -> str:
+    """What the names of files about a step's pictures begin with."""
+    return f"step-{step:08d}"
 
 
 class RunFolder:

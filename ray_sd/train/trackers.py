@@ -3,7 +3,7 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -77,12 +77,17 @@ def recorded_steps(folder: Path, prefix: str) -> set[int]:
     return {record["step"] for record in records if any(name.startswith(prefix) for name in record)}
 
 
-def recorded_metrics(run: RunFolder, step: int) -> dict[str, float]:
-    """The last value of every metric that a run's history has up to a step, and `step` itself."""
+def read_history(run: RunFolder) -> list[dict[str, float]]:
+    """All that a run logged, each with its `step`, the earliest first."""
     name = f"{LOGS}/{HISTORY}"
     content = (run.read(name) or b"").decode(errors="replace")
+    return [record for _, record in _whole_lines(content, f"{run.path}/{name}")]
+
+
+def latest_metrics(history: Sequence[Mapping[str, float]], step: int) -> dict[str, float]:
+    """The last value of every metric that a history has up to a step, and `step` itself."""
     latest: dict[str, float] = {}
-    for _, record in _whole_lines(content, f"{run.path}/{name}"):
+    for record in history:
         if record["step"] <= step:
             latest |= record
     return latest | {"step": step}

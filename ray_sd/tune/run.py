@@ -29,7 +29,6 @@ from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
 from ray_sd.train.resume import differences
 from ray_sd.train.run import ADAPTER, DRAWING_CPUS, check
-from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.limit import LimitedSearch
 from ray_sd.tune.plan import check_plan
@@ -112,7 +111,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     storage = None if is_population else open_storage(_study_url(config, folder))
     if storage is not None and not begun:
         check_study(storage, config.name)
-    if storage is not None and folder.local is None and draws(config):
+    if storage is not None and folder.local is None and config.trainer.validation.draws:
         logger.info("study: without pictures, which it takes from local folders alone; they are in %s", REPORT)
     config = config.without_password()
     folder.write(CONFIG, to_yaml(config).encode())
@@ -209,7 +208,7 @@ def _trials_at_once(config: SweepConfig) -> int:
 
     Where there is room for one alone, its pictures take what it leaves.
     """
-    trainer, found, with_pictures = config.trainer, possible_resources(), draws(config)
+    trainer, found, with_pictures = config.trainer, possible_resources(), config.trainer.validation.draws
     use_gpu = has_gpus() if trainer.use_gpu is None else trainer.use_gpu
     of_trial = TRIAL_CPUS + trainer.num_workers * (trainer.cpus_per_worker + READER_CPUS)
     room = _room(found.get("CPU", 0), of_trial, DRAWING_CPUS if with_pictures else 0)
@@ -326,7 +325,7 @@ def _watching(config: SweepConfig, folder: RunFolder) -> list[tuple[str, str]]:
     if not isinstance(config.sweep.scheduler, PbtScheduler):
         study = config.without_password().sweep.optuna_storage or f"sqlite:///{folder.given}/{STUDY_FILE}"
         command = f"optuna-dashboard {shlex.quote(study)}"
-        if folder.local is not None and draws(config):
+        if folder.local is not None and config.trainer.validation.draws:
             command += f" --artifact-dir {shlex.quote(f'{folder.given}/{ARTIFACTS}')}"
         commands.append(("study", command))
     return commands

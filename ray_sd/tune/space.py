@@ -289,13 +289,13 @@ class Space:
             for path, value in zip(values, drawn, strict=True):
                 if self._space[path].when is None or _applies(self._space[path], self._data(settings)):
                     settings[path] = value
-            key = key_of(settings)
+            key = _key(settings)
             if key not in seen:
                 seen.add(key)
                 yield settings
 
 
-def key_of(settings: Settings) -> str:
+def _key(settings: Settings) -> str:
     """The same text for the same settings."""
     return json.dumps(settings, sort_keys=True, default=list)
 

@@ -25,7 +25,6 @@ from ray_sd.errors import RaySdError
 from ray_sd.methods import build_method
 from ray_sd.train.resume import CONFIG, stored_config
 from ray_sd.train.run import TrainingResult, fit
-from ray_sd.train.samples import draws
 from ray_sd.train.storage import RunFolder
 from ray_sd.tune.reporter import Reporter
 from ray_sd.tune.results import STEP
@@ -160,7 +159,7 @@ def _whole_reports(
 
     Ends with the run, and then tells what is left, whole or not.
     """
-    drawn_too = draws(config)
+    drawn_too = config.trainer.validation.draws
     found: dict[int, dict[str, Any]] = {}
     parts: dict[int, int] = {}
     while True:

@@ -45,7 +45,7 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(settings, tmp_path):
         driver.terminate()
         assert driver.wait(60) == 130, log.read_text()
     told = log.read_text()
-    assert f"error: interrupted; resume=true goes on from the last checkpoint in {run}\n" in told
+    assert f"error: interrupted; checkpoints are in {run}, and resume=true goes on from the last\n" in told
     assert "Traceback" not in told
     assert "SIGTERM" not in told
 

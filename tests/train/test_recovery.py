@@ -217,6 +217,25 @@ def test_a_checkpoint_that_ray_was_not_told_of_is_gone_on_from(config, run, capl
     assert last["metrics"] == metrics  # of which a run that was at its end makes no other report
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_pictures_that_ray_was_not_told_to_draw_are_drawn_yet(configure, run, listed):
+    """Of those that it knew, it knows itself; where its list is lost, pictures that are there are not drawn again."""
+    config = configure("name=run", "resume=true", "trainer.max_steps=8", "trainer.validation.prompts=[an owl]")
+    settings = config.model_copy(update={"resume": False}).model_dump(mode="json")
+    (run / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_checkpoint(run, step=8, config=settings)
+    (run / "samples").mkdir()
+    for step in (2, 4):
+        (run / "samples" / f"step-{step:08d}.png").touch()
+    if not listed:
+        (run / SNAPSHOT).unlink()
+    assert begin(config, run) == "checkpoint-00000008"
+    mended = json.loads((run / SNAPSHOT).read_text())
+    drawn = [result["checkpoint_dir_name"] for result in mended["pending_training_results"]]
+    assert drawn == (["checkpoint-00000008"] if listed else [NEWEST, "checkpoint-00000008"])
+    assert mended["pending_validation_specs"] == [True] * len(drawn)
+
+
 def test_a_copy_that_somebody_made_of_a_checkpoint_is_not_one(config, run, caplog):
     shutil.copytree(run / BEFORE, run / "checkpoint-best")
     shutil.copytree(run / BEFORE, run / f"{NEWEST} (copy)")

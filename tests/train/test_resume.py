@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from checkpoints import cut_off
 from long_run import EVERY_STEPS, LONG, STEPS, TWO_WORKERS, assert_same_adapter
+from PIL import Image
 
-from ray_sd.cluster import SNAPSHOT
+from ray_sd.cluster import SNAPSHOT, CheckpointList
 from ray_sd.errors import ArtifactError
 from ray_sd.train.checkpoint import read_index
 from ray_sd.train.resume import CONFIG
@@ -48,6 +49,21 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(configure, undisturbed, 
     assert [result["checkpoint_dir_name"] for result in listed] == sorted(
         path.name for path in run.glob("checkpoint-*")
     )
+
+
+def test_pictures_that_a_killed_run_had_not_asked_for_are_drawn_by_the_one_that_goes_on(configure, ray_cluster):
+    settings = ("name=drawn", "trainer.max_steps=2", "trainer.checkpoint.every_steps=1",
+                "trainer.validation.prompts=[an owl]", "trainer.validation.num_inference_steps=2")  # fmt: skip
+    run = Path(fit(configure(*settings)).run)
+    sheet = run / "samples" / "step-00000002.png"
+    drawn = Image.open(sheet).tobytes()
+    # As where it was killed between storing its last checkpoint and writing that down.
+    listed = CheckpointList.parse((run / SNAPSHOT).read_bytes())
+    (run / SNAPSHOT).write_bytes(CheckpointList.of({"checkpoint-00000001": {"step": 1}}, listed).to_json())
+    sheet.unlink()
+    (run / "samples.png").unlink()
+    fit(configure(*settings, "resume=true"))
+    assert Image.open(sheet).tobytes() == Image.open(run / "samples.png").tobytes() == drawn
 
 
 def test_a_run_goes_on_with_other_workers_and_stage(configure, undisturbed):

@@ -181,13 +181,21 @@ class _Data:
         ({0: RuntimeError("lost"), 1: ArtifactError("the checkpoint is another")}, "^the checkpoint is another"),
         (
             {0: OSError(errno.ENOSPC, "No space left on device")},
-            "run cannot be written: no space left on the device; checkpoints are in .*resume=true goes on",
+            "run cannot be written: no space left on the device; no checkpoint was stored in .*resume=true begins it again",
         ),
     ],
 )
 def test_the_failure_that_came_first_is_told_and_not_its_consequence(tmp_path, failures, words):
     told = in_words(WorkerGroupError("failed", failures), RunFolder(str(tmp_path), "run"))
     assert re.search(words, str(told))
+
+
+def test_a_run_that_stored_a_checkpoint_goes_on_from_it(tmp_path):
+    (tmp_path / "run" / "checkpoint-00000004").mkdir(parents=True)
+    told = in_words(WorkerGroupError("failed", {0: ValueError("no such thing")}), RunFolder(str(tmp_path), "run"))
+    assert str(told) == (
+        f"training stopped: no such thing; checkpoints are in {tmp_path}/run, and resume=true goes on from the last"
+    )
 
 
 def test_a_worker_that_was_lost_is_told_unless_the_run_ends_with_it(caplog):
