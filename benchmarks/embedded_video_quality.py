@@ -5,9 +5,9 @@ that no embedded model has seen, on plain backgrounds, each of them once moving,
 
 Drawn from their first frames:
 
-- `identity_kept`: share of the clips in every frame of which the figure is still that of the first: nearest to the true frame,
-  among those in which any of 320 sprites moves as it does, by the embedded CLIP; `identity_kept_decoded` is that of the true
-  clips once they were encoded and decoded, as much as this way of telling can find;
+- `identity_kept`: share of the clips in every frame of which the figure is still that of the first: nearest to its own picture,
+  among those of 320 sprites on the same background, by the embedded CLIP; `identity_kept_true` is that of the true clips, as
+  much as this way of telling can find;
 - `last_kept`: the same of the last frames alone;
 - `moves`: share of the clips in which more moves than in a still picture, by optical flow; `moves_true` that of the true clips;
 - `followed`: share of the clips that are less than half as far from the truth, in mean squared error, as a still picture is; `db`
@@ -45,7 +45,7 @@ from ray_sd.embedded.clips import FRAMES, HOME_OF_ONE, SECONDS, Actor, Clip, mov
 from ray_sd.embedded.large import large_picture
 from ray_sd.embedded.motion import Kind, draw_motion
 from ray_sd.embedded.spins import unseen_spinners
-from ray_sd.embedded.sprites import Sprite, catalogue, read_sprites
+from ray_sd.embedded.sprites import Sprite, catalogue, compose, read_sprites
 from ray_sd.generate import ClipRequest, UpscaleRequest, generate, generate_clips
 from ray_sd.generate.decoding import decode_clip, decode_each
 from ray_sd.media.sheets import clips_sheet
@@ -74,18 +74,18 @@ def main() -> None:
     config = load_config(["experiment=temporal_emoji"], ExperimentConfig)
     model, video = load_model(config.model), config.dataset.video
     clips = [Moving(sprite, kind) for sprite in unseen for kind in KINDS]
-    true = [clip.frames(config, video.num_frames) for clip in clips]
+    true = [clip.frames(config, video.fps, video.num_frames) for clip in clips]
     drawn = draw(model, [(clip[0],) for clip in true], video, options)
 
-    among = [*unseen, *evenly(moving_sprites(sprites), SPRITES - len(unseen))]
-    told, told_decoded = tell(
-        model, config, clips, among, drawn, [decode_clip(model, encode(model, clip)) for clip in true]
+    known = Known(model, [*unseen, *evenly(moving_sprites(sprites), SPRITES - len(unseen))])
+    told, told_true = (
+        np.array([known.told(*pair) for pair in zip(some, clips, strict=True)]) for some in (drawn, true)
     )
     errors = [error(*pair) for pair in zip(drawn, true, strict=True)]
     still = [error([clip[0]] * len(clip), clip) for clip in true]
     figures = {
         "identity_kept": told.all(axis=1).mean(),
-        "identity_kept_decoded": told_decoded.all(axis=1).mean(),
+        "identity_kept_true": told_true.all(axis=1).mean(),
         "last_kept": told[:, -1].mean(),
         "moves": np.mean([moves(clip, video.fps) for clip in drawn]),
         "moves_true": np.mean([moves(clip, video.fps) for clip in true]),
@@ -124,30 +124,31 @@ class Moving:
         draw = random.Random(f"{FIRST_SEED} {sprite.code} {kind}")
         self.sprite = sprite
         self._motion = draw_motion(draw, kind, HOME_OF_ONE, 1.0, SECONDS)
-        self._background = Background("plain", (draw.choice(list(catalogue().colours)),))
+        self.colour = draw.choice(list(catalogue().colours))
 
-    def frames(self, config: ExperimentConfig, count: int, sprite: Sprite | None = None) -> Frames:
-        """As training had them, in its size, of this sprite or of another in its place."""
-        shown = sprite or self.sprite
-        clip = Clip(shown.code, (Actor(shown, self._motion),), self._background)
+    def frames(self, config: ExperimentConfig, fps: float, count: int) -> Frames:
+        """As training had them, in its size."""
+        clip = Clip(self.sprite.code, (Actor(self.sprite, self._motion),), Background("plain", (self.colour,)))
         size = (config.dataset.width, config.dataset.height)
-        rendered = render(clip, fps=config.dataset.video.fps, frames=count)
+        rendered = render(clip, fps=fps, frames=count)
         return [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in rendered]
 
 
-def tell(
-    model: DiffusionModel, config: ExperimentConfig, clips: list[Moving], among: list[Sprite], *shown: list[Frames]
-) -> list[np.ndarray]:
-    """For each list of clips whether each frame [N, F] is nearest to that of the clip's own sprite."""
-    told: list[list] = [[] for _ in shown]
-    for number, clip in enumerate(clips):
-        own = [sprite.code for sprite in among].index(clip.sprite.code)
-        moving = [clip.frames(config, config.dataset.video.num_frames, sprite) for sprite in among]
-        known = torch.stack([embed(model, frames) for frames in moving])
-        for some, found in zip(shown, told, strict=True):
-            likeness = torch.einsum("fd,sfd->fs", embed(model, some[number]), known)
-            found.append((likeness.argmax(dim=1) == own).tolist())
-    return [np.array(found) for found in told]
+class Known:
+    """The sprites that a figure is looked for among."""
+
+    def __init__(self, model: DiffusionModel, sprites: list[Sprite]) -> None:
+        self._model = model
+        self._sprites = sprites
+        self._embedded: dict[str, torch.Tensor] = {}
+
+    def told(self, frames: Frames, clip: Moving) -> list[bool]:
+        """Whether each frame's figure is nearest to the clip's own sprite."""
+        if clip.colour not in self._embedded:
+            rgb = catalogue().colours[clip.colour]
+            self._embedded[clip.colour] = embed(self._model, [compose(one.rgba(), rgb) for one in self._sprites])
+        nearest = (embed(self._model, frames) @ self._embedded[clip.colour].T).argmax(dim=1)
+        return [self._sprites[number].code == clip.sprite.code for number in nearest.tolist()]
 
 
 def evenly(sprites: list[Sprite], count: int) -> list[Sprite]:
@@ -186,7 +187,8 @@ def flicker_ratio(model: DiffusionModel, true: list[Frames]) -> float:
     pictures = load_model(load_config(["experiment=demo"]).model)
     apart = np.zeros(2)
     for clip in true:
-        latents = encode(model, clip)
+        latents, _ = model.encode_images(2 * batch(clip) - 1)
+        latents = latents * model.latent_scale
         for place, decoded in enumerate((decode_clip(model, latents), decode_each(pictures, latents, len(clip)))):
             apart[place] += np.abs(changes(decoded) - changes(clip)).mean()
     return apart[0] / apart[1]
@@ -195,7 +197,7 @@ def flicker_ratio(model: DiffusionModel, true: list[Frames]) -> float:
 def interpolation_gain(clips: list[Moving], options: argparse.Namespace) -> float:
     config = load_config(["experiment=svd_interpolation"], ExperimentConfig)
     video = config.dataset.video
-    whole = [clip.frames(config, FRAMES) for clip in clips]
+    whole = [clip.frames(config, video.fps, FRAMES) for clip in clips]
     windows = [clip[start : start + video.num_frames] for clip in whole for start in FIRST_OF_WINDOW]
     ends = [(window[0], window[-1]) for window in windows]
     drawn = draw(load_model(config.model), ends, video, options, key_frames=(0, -1))
@@ -220,12 +222,6 @@ def upscale_gain(sprites: list[Sprite]) -> float:
     enlarged = [picture.resize(true.size, Image.Resampling.BICUBIC) for picture, true in zip(small, large, strict=True)]
     found, bicubic = (decibels(squared(*pair) for pair in zip(some, large, strict=True)) for some in (drawn, enlarged))
     return found - bicubic
-
-
-@torch.no_grad()
-def encode(model: DiffusionModel, clip: Frames) -> torch.Tensor:
-    """Scaled latents [F, C, h, w]."""
-    return model.encode_images(2 * batch(clip) - 1)[0] * model.latent_scale
 
 
 def error(clip: Frames, true: Frames) -> float:
