@@ -24,6 +24,7 @@ from ray_sd.models import DiffusionModel, load_model
 from ray_sd.models.compiler import check_cpu_compiler
 from ray_sd.train import checkpoint
 from ray_sd.train.engine import Engine
+from ray_sd.train.failures import going_on
 from ray_sd.train.job import TrainingJob
 from ray_sd.train.monitor import Batch, Monitor
 from ray_sd.train.precision import compute_dtype
@@ -121,7 +122,7 @@ def _lost(metrics: dict[str, float], step: int, run: RunFolder) -> RaySdError | 
         if not isfinite(metrics.get(name, 0.0)):
             return RaySdError(
                 f"step {step}: {name} is {metrics[name]}, and the weights are lost; lower trainer.learning_rate; "
-                f"resume=true goes on from the last checkpoint before, in {run.path}"
+                f"{going_on(run)}"
             )
     return None
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Restarts(ray.train.UserCallback):
-    """Tells why a run goes on from its last checkpoint. How it ends is told where it was called."""
+    """Tells why a run that goes on had to. How it ends is told where it was called."""
 
     def __init__(self, max_failures: int) -> None:
         self._max_failures = max_failures
@@ -29,7 +29,7 @@ class Restarts(ray.train.UserCallback):
         self._failures += 1
         if self._failures <= self._max_failures:
             logger.warning(
-                "a worker was lost: %s; the run goes on from its last checkpoint (%d of trainer.max_failures=%d)",
+                "a worker was lost: %s; the run goes on from what it has stored (%d of trainer.max_failures=%d)",
                 reason,
                 self._failures,
                 self._max_failures,

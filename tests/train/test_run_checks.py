@@ -205,7 +205,7 @@ def test_a_worker_that_was_lost_is_told_unless_the_run_ends_with_it(caplog):
     for exceptions in (stopped, lost, lost):
         restarts.after_exception(None, exceptions)
     assert caplog.messages == [
-        "a worker was lost: killed by signal 9; the run goes on from its last checkpoint (1 of trainer.max_failures=1)"
+        "a worker was lost: killed by signal 9; the run goes on from what it has stored (1 of trainer.max_failures=1)"
     ]
 
 
