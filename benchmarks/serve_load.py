@@ -11,15 +11,16 @@ model, and all pay for the same hops. Models have one thread each and share one 
 another. All are up at once and are asked in turns, with the same requests in the same order; who is not asked takes nothing.
 
 Loads: `uniform` is 20 steps, guidance 4 and no adapter; `mixed` is 8 to 50 steps, every second request guided, and one of eight
-LoRAs each. Throughput is that of clients who ask again as soon as they are answered, in pictures that the model has finished;
-latency is that of requests which come by chance (Poisson), 0.8 times as many as the better of the others can do. Where a model
-had far less than all of its core under load (`mixed_core_share_ours` and so on), the machine was busy, and the run tells little.
+LoRAs each. Throughput is that of clients who ask again as soon as they are answered, in pictures that the model has finished: the
+median of the turns, of which a busy machine may spoil one. Latency is that of requests which come by chance (Poisson), 0.8 times
+as many as the better of the others can do. Where a model had far less than all of its core under load (`mixed_core_share_ours`
+and so on), the machine was busy, and the run tells little.
 
 - `mixed_throughput_ratio`, `uniform_throughput_ratio`: our images a second over the better of the others'; bars 2.7 and 1;
 - `mixed_p95_ratio`: our 95th percentile of latency over the better of the others'; bar 0.4;
 - `short_wait_ratio`: seconds of a request of 8 steps that comes just after three of 50, ours over the better of the others';
 - `row_rate_over_bare_unet`: rows a second that are denoised under the mixed load, by the clock, over those of the bare U-Net on
-  the same core in batches of our mean; bar 0.85;
+  the same core in batches of our mean, just before and after, in a process as Python starts it; bar 0.85;
 - `mixed_adapter_cost_ratio`: a step's time a row in batches of eight rows, with eight LoRAs over without; bar 1.15;
 - `lone_overhead_ratio`, `lone_overhead_ms`: one request alone, before any adapter is loaded, over the same with `lock`; bars 1.05
   and 20.
@@ -300,7 +301,7 @@ async def measure(
     adapter_cost = await adapter_cost_ratio(clients, replicas["ours"], options.alone // 4)
     short = await short_seconds(clients, options.alone // 4)
     mixed = await saturated(clients, replicas, mixed_requests, model, options)
-    rate = UTILIZATION * max(mixed.works[way].rate for way in OTHERS)
+    rate = UTILIZATION * max(mixed.rates[way] for way in OTHERS)
     requests = list(itertools.islice(mixed_requests("by chance"), options.requests))
     logger.info("%d requests by chance to each, %.2f a second", len(requests), rate)
     latencies = {way: await clients.arrive(way, requests, rate) for way in WAYS}
@@ -388,12 +389,10 @@ async def lone_seconds(clients: Clients, turns: int) -> dict[str, float]:
 @dataclass(frozen=True)
 class Saturated:
     works: dict[str, Work]
+    rates: dict[str, float]
+    """Images a second: medians of the turns, of which a busy machine may spoil one."""
     over_bare: float
-    """Our rows a second over those of the bare U-Net in such batches, measured just after each turn of ours."""
-
-    @property
-    def rates(self) -> dict[str, float]:
-        return {way: work.rate for way, work in self.works.items()}
+    """The same of our rows a second over those of the bare U-Net in such batches, measured just before and after each turn."""
 
     @property
     def core_shares(self) -> dict[str, float]:
@@ -411,11 +410,18 @@ async def saturated(
     over_bare = []
     for turn in range(options.turns):
         for way, found in works.items():
+            before = bare_row_rate(model, options.max_rows) if way == "ours" else None
             work = await clients.saturate(way, requests(f"turn {turn}"), replicas[way].work_within(options.seconds))
             found.append(work)
             logger.info("%s, turn %d: %.2f images/s with %.2f of the core", way, turn, work.rate, work.core_share)
-        over_bare.append(work["rows"] / work["seconds"] / bare_row_rate(model, work.mean_batch))
-    return Saturated({way: Work.total(found) for way, found in works.items()}, statistics.mean(over_bare))
+            if before is not None:
+                bare = statistics.mean([before, bare_row_rate(model, work.mean_batch)])
+                over_bare.append(work["rows"] / work["seconds"] / bare)
+    return Saturated(
+        works={way: Work.total(found) for way, found in works.items()},
+        rates={way: statistics.median(work.rate for work in found) for way, found in works.items()},
+        over_bare=statistics.median(over_bare),
+    )
 
 
 def bare_row_rate(model: DiffusionModel, rows: float) -> float:
@@ -496,7 +502,7 @@ def table_row(what: str, found: Mapping[str, float]) -> list[str]:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=2, help="of each way, under each saturating load")
+    parser.add_argument("--turns", type=int, default=3, help="of each way, under each saturating load")
     parser.add_argument("--seconds", type=float, default=8, help="of a turn, after it has warmed up")
     parser.add_argument("--clients", type=int, default=32, help="who saturate")
     parser.add_argument("--requests", type=int, default=360, help="that come by chance; of fewer, a handful decide")

@@ -1,6 +1,8 @@
 """A model on the device that serves it: in which precision and layout, and how many rows of it the memory holds."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable
 
 import torch
@@ -17,6 +19,10 @@ FEW, MORE = 1, 2
 """Pictures with guidance whose steps are measured."""
 ROWS = 2
 """Of each."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Settings of glibc's `mallopt`, as malloc.h numbers them."""
+KEPT = 2**30
+"""Bytes."""
 
 
 def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
@@ -32,11 +38,23 @@ def place(model: DiffusionModel, settings: ServedModel) -> DiffusionModel:
         model.to("cuda")
     else:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        keep_freed_memory()
     if settings.compile:
         if not on_gpu:
             check_cpu_compiler("compile")
         model.unet.compile_repeated_blocks(dynamic=True)
     return model
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for what it wants next, as torch does on a GPU.
+
+    glibc gives the memory of each step back to the system otherwise, which has to map and clear it anew, page by page.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for setting in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+            libc.mallopt(setting, KEPT)
 
 
 def rows_that_fit(model: DiffusionModel, batching: BatchingConfig, adapter_memory: int) -> int | None:

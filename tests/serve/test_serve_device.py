@@ -1,5 +1,7 @@
 """How a model lies on its device: layout, compiled blocks, and how many rows memory holds."""
 
+import platform
+import resource
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,22 @@ def test_pictures_are_the_same_in_another_layout_and_compiled(build, tiny: Path,
     assert bool(compiled) == (setting == "compile")
     layouts = {part.is_contiguous(memory_format=torch.channels_last) for part in convolutions(model.unet)}
     assert layouts == {setting == "channels_last"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed or not as they like")
+def test_what_a_step_frees_is_there_for_the_next(tiny: Path):
+    served = ServedModel.model_validate({"settings": ["model=any"]})
+    threads = torch.get_num_threads()
+    place(load_model(tiny_config(tiny)), served)
+    torch.set_num_threads(threads)
+    pages = 8 * 2**20 * 16 // resource.getpagesize()  # of what a step takes below
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        _ = [torch.ones(2**20, 4) for _ in range(8)]
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    assert min(faults() for _ in range(4)) < pages / 100  # the first find nothing that was freed, or not enough
 
 
 def convolutions(module: torch.nn.Module) -> list[torch.Tensor]:
