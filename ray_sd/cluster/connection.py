@@ -18,6 +18,7 @@ from ray_sd.errors import RaySdError, first_line
 ADDRESS = "RAY_ADDRESS"
 UV_RUN, HIDES_GPUS = "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 STARTS, FEW_STARTS = "RAY_worker_maximum_startup_concurrency", 4
+IDLE, IDLE_MILLISECONDS = "RAY_idle_worker_killing_time_threshold_ms", 60_000
 STARTS_SLOWLY = "timed out during startup"
 """Words of the plain exception in which Ray says that it did not start in time."""
 
@@ -38,6 +39,9 @@ def connect() -> None:
     # Ray would otherwise warn of four processes for each that it starts at once, which is as many as there are cores.
     if (os.cpu_count() or 1) < FEW_STARTS and not tells_all():
         os.environ.setdefault(STARTS, str(FEW_STARTS))
+    # Ray would otherwise end a process that has been idle for a second. One that draws pictures has imported for ten seconds, and
+    # will be asked for the next before long.
+    os.environ.setdefault(IDLE, str(IDLE_MILLISECONDS))
     quiet_tokens()
     _start()
     quiet_others()

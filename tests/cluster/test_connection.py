@@ -12,13 +12,16 @@ from ray._private.accelerators import RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
 from ray._private.node import Node
 
 from ray_sd.cluster import connect, connect_while_importing, connection, names_cluster
-from ray_sd.cluster.connection import ADDRESS, HIDES_GPUS, STARTS, STARTS_SLOWLY, UV_RUN
+from ray_sd.cluster.connection import ADDRESS, HIDES_GPUS, IDLE, STARTS, STARTS_SLOWLY, UV_RUN
 from ray_sd.errors import RaySdError
+
+RAYLET = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
 
 
 def test_variables_that_are_set_are_read_by_ray():
     assert HIDES_GPUS == RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VAR
     assert UV_RUN in vars(ray_constants)
+    assert {name for name in (STARTS, IDLE) if name.encode() in RAYLET.read_bytes()} == {STARTS, IDLE}
 
 
 def test_a_cluster_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch):
@@ -87,7 +90,6 @@ def test_ray_does_not_warn_of_what_few_cores_have_to_start(
     monkeypatch.delenv(STARTS)
     connect()
     assert os.environ.get(STARTS) == starts
-    assert STARTS.encode() in (Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes()
 
 
 def test_ray_says_that_it_did_not_start_in_time_by_these_words():
