@@ -52,7 +52,7 @@ QUARTERS: tuple[dict[str, int], ...] = (
     {
         "tune/test_population.py": 250,
         "tune/test_stopping.py": 70,
-        "tune/test_survival.py": 260,
+        "tune/test_survival.py": 160,
         "tune/test_sweep_processes.py": 320,
         "serve/test_faults.py": 240,
         "export/test_fuse.py": 6,

@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass
 
+from ray.util.queue import Queue
+
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.rows import RowSpec
 from ray_sd.data import PreparedData
+
+BEGAN = "began"
+"""Of the report of a first step: its number."""
 
 
 @dataclass(frozen=True)
@@ -22,5 +27,5 @@ class TrainingJob:
     """Checkpoint to start from, of this run or another; what Ray Train knows of this run goes before it."""
     estimated_bytes: float | None = None
     """About what a worker's tensors take, as it was told before."""
-    has_bar: bool = True
-    """Whether it has a progress bar; a trial is shown by its sweep."""
+    reports: Queue | None = None
+    """Of a trial, which is shown by its sweep and has no progress bar: is told of its first step."""

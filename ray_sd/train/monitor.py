@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.metrics import PREFIX
-from ray_sd.train.job import TrainingJob
+from ray_sd.train.job import BEGAN, TrainingJob
 from ray_sd.train.memory import GIB
 from ray_sd.train.storage import LOGS, PICTURES, RunFolder
 from ray_sd.train.trackers import open_trackers, recorded_steps
@@ -70,6 +70,7 @@ class Monitor:
         self._steps = 0
         self._latest: dict[str, float] = {}
         self._shows = rank == 0
+        self._reports = job.reports if self._shows else None
         self._bar = None
         if self._shows:
             self._logs = run.local / LOGS if run.local else Path(tempfile.mkdtemp(prefix="ray_sd-logs-"))
@@ -81,7 +82,7 @@ class Monitor:
             self._forget_measurements_after(start)
             # Counts what this start has to do: images done before would make the rate and the time left wrong.
             images = (self._trainer.max_steps - start) * self._trainer.batch_size
-            if job.has_bar:
+            if job.reports is None:
                 self._bar = tqdm_ray.tqdm(desc=config.name, total=images, unit=self._unit)
 
     def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -102,6 +103,9 @@ class Monitor:
     def after_step(self, step: int) -> None:
         """Count a finished step and log when it is due. Collective."""
         self._steps += 1
+        if self._reports is not None:
+            self._reports.put({BEGAN: step})
+            self._reports = None
         if self._bar is not None:
             self._bar.update(self._trainer.batch_size)
         if step % self._trainer.log_every == 0 or step == self._trainer.max_steps:

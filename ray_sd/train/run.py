@@ -92,7 +92,7 @@ def fit(
     listing: Listing | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     resume: bool | str | None = None,
-    drawings: Queue | None = None,
+    reports: Queue | None = None,
 ) -> TrainingResult:
     """Encode the data, train, and export an adapter. Depends on no working folder but that in which `config` was loaded.
 
@@ -100,7 +100,8 @@ def fit(
     listing: of the data's source, where it was listed already.
     callbacks: of Ray Train, called in its controller's process.
     resume: in place of the configuration's; a path leads on from the working folder.
-    drawings: is told what came of drawing at each checkpoint, by its `step`. There is no progress bar then.
+    reports: is told the first step that was taken, as `began`, and what came of drawing at each checkpoint, by its `step`.
+    There is no progress bar then.
     Raises ConfigError before Ray starts where the run's name is taken, storage cannot be written, a run would go on as
     another, or the method does not fit the model, and DataError where there is nothing to read; ConfigError before
     anything is encoded where the cluster is too small; and any other RaySdError for what goes wrong later.
@@ -125,7 +126,7 @@ def fit(
         data = prepare(config, rows, listing)
     write_config(given.model_copy(update={"resume": beginning.origin or False}), run)
     note_data(data, run)
-    job = TrainingJob(config, given, rows, data, beginning.checkpoint, estimated_bytes, has_bar=drawings is None)
+    job = TrainingJob(config, given, rows, data, beginning.checkpoint, estimated_bytes, reports)
     trainer = Trainer(
         train_loop,
         train_loop_config=job,
@@ -140,7 +141,7 @@ def fit(
         ),
         validation_config=ray.train.ValidationConfig(
             draw,
-            ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json"), "reports": drawings}),
+            ray.train.ValidationTaskConfig(fn_kwargs={"config": config.model_dump(mode="json"), "reports": reports}),
             _drawing(config),
         ),
     )

@@ -28,7 +28,7 @@ def train_loop(job: TrainingJob) -> RaySdError | None:
     from ray.train.torch import get_device
 
     # A sweep tells itself how its trials go; what they say would stand between its lines, and not say which says it.
-    logging.getLogger("ray_sd").setLevel(own_level(logging.NOTSET if job.has_bar else logging.WARNING))
+    logging.getLogger("ray_sd").setLevel(own_level(logging.NOTSET if job.reports is None else logging.WARNING))
     quiet_worker()
     if get_device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which takes a GPU if it sees one

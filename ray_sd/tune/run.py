@@ -23,7 +23,7 @@ from ray_sd.config.load import to_dict, to_yaml
 from ray_sd.config.overrides import value_at
 from ray_sd.config.paths import absolute_paths
 from ray_sd.config.sweep import PbtScheduler, hide_password
-from ray_sd.data import READER_CPUS
+from ray_sd.data import READER_CPUS, Listing, list_rows
 from ray_sd.draw.usage import usage
 from ray_sd.errors import ConfigError, RaySdError
 from ray_sd.methods import build_method
@@ -39,6 +39,7 @@ from ray_sd.tune.report import report_html
 from ray_sd.tune.results import Sweep, Trial, trials_table
 from ray_sd.tune.search import SettingsSearch, build_scheduler, check_study, open_storage
 from ray_sd.tune.space import Space
+from ray_sd.tune.starts import take_turns
 from ray_sd.tune.trial import TRIALS, TrialJob, run_trial
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,10 @@ class SweepResult:
         return "\n".join([*lines, *(f"{f'{label}:':<9} {command}" for label, command in self.commands)])
 
 
-def sweep(config: SweepConfig) -> SweepResult:
+def sweep(config: SweepConfig, *, listing: Listing | None = None) -> SweepResult:
     """Try settings of an experiment, and keep the best adapter, a table and a report.
 
+    listing: of the data's source, where it was listed already.
     Raises ConfigError before Ray starts for a space, metrics or an experiment that cannot be run, and where the sweep's name
     is taken, be it in a database; before any trial where the cluster is too small for one. Raises RaySdError where no trial came
     to its end.
@@ -121,8 +123,9 @@ def sweep(config: SweepConfig) -> SweepResult:
     at_once = _trials_at_once(config)
     located = absolute_paths(config)
     preparer = ray.remote(num_cpus=0)(Preparer).remote()
-    _encode(preparer, located.experiment)
-    job = TrialJob(located, f"{folder.path}/{TRIALS}", preparer, _threads(config, at_once))
+    _encode(preparer, located.experiment, listing)
+    starts = take_turns(possible_resources().get("CPU", 0))
+    job = TrialJob(located, f"{folder.path}/{TRIALS}", preparer, starts, _threads(config, at_once))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), {"CPU": TRIAL_CPUS})
     recorder = Recorder(config, space, folder, report=lambda record: _write_report(record, config, folder), show=show)
     state = f"{folder.path}/{TUNE}"
@@ -139,6 +142,9 @@ def sweep(config: SweepConfig) -> SweepResult:
                 scheduler=build_scheduler(config, space),
                 num_samples=1 if is_population else config.sweep.num_trials * config.sweep.num_seeds,
                 max_concurrent_trials=at_once if is_population else None,
+                # A trial's process, which takes ten seconds to start, goes on to the next trial. In a population a trial is
+                # put aside and taken up again, with another's weights, too.
+                reuse_actors=not is_population,
             ),
             run_config=tune.RunConfig(
                 name=TUNE,
@@ -197,9 +203,10 @@ def _check_resume(config: SweepConfig, folder: RunFolder) -> bool:
     return True
 
 
-def _encode(preparer: ActorHandle, config: ExperimentConfig) -> None:
+def _encode(preparer: ActorHandle, config: ExperimentConfig, listing: Listing | None) -> None:
     """Encode what the experiment learns from, so that trials find it and have to encode only what their settings change."""
-    data = ray.get(preparer.prepare.remote(config, build_method(config.method).rows()))
+    rows = build_method(config.method).rows()
+    data = ray.get(preparer.prepare.remote(config, rows, list_rows(config.dataset, rows, listing)))
     logger.info("data: %s", data.summary)
 
 

@@ -23,13 +23,15 @@ from ray_sd.config import ExperimentConfig, SweepConfig
 from ray_sd.data import PreparedData
 from ray_sd.errors import RaySdError
 from ray_sd.methods import build_method
+from ray_sd.train.job import BEGAN
 from ray_sd.train.resume import CONFIG, stored_config
 from ray_sd.train.run import TrainingResult, fit
 from ray_sd.train.storage import RunFolder
-from ray_sd.tune.reporter import Reporter
+from ray_sd.tune.reporter import CONTROLLER, Reporter
 from ray_sd.tune.results import STEP
 from ray_sd.tune.search import METRICS, SEED, SETTINGS
 from ray_sd.tune.space import Space
+from ray_sd.tune.starts import Start
 
 TRIALS = "trials"
 POINTER = "checkpoint.json"
@@ -54,6 +56,8 @@ class TrialJob:
     folder: str
     """Where trials have their runs."""
     preparer: ActorHandle
+    starts: Queue
+    """Turns that trials take."""
     threads: int
     """Of each worker without a GPU."""
 
@@ -94,14 +98,20 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
     config = job.configure(settings, name, resume)
     data = ray.get(job.preparer.prepare.remote(config, build_method(config.method).rows()))
     reports = Queue(actor_options={"num_cpus": 0})
-    began = time.monotonic() - pointer.seconds
-    deadline = began + 60 * (job.config.sweep.trial_time_limit or float("inf"))
-    run = _begin(partial(_fit, config, data, reports))
     last: dict[str, Any] = {}
-    for report in _judged(_whole_reports(run, reports, config, deadline), job.config.metrics):
-        last = report | {"run": RunFolder(job.folder, name).path}
-        if last[STEP] < config.trainer.max_steps:
-            _tell(last, began)
+    with Start(job.starts) as start:
+        began = time.monotonic() - pointer.seconds
+        deadline = began + 60 * (job.config.sweep.trial_time_limit or float("inf"))
+        run = _begin(partial(_fit, config, data, reports))
+        for report in _judged(_whole_reports(run, reports, config, deadline, start), job.config.metrics):
+            controller = report.pop(CONTROLLER)
+            last = report | {"run": RunFolder(job.folder, name).path}
+            if last[STEP] < config.trainer.max_steps:
+                try:
+                    _tell(last, began)
+                except SystemExit:  # so Tune stops a trial, whose process goes on to the next
+                    ray.kill(controller)
+                    raise
     result = run.result()
     if last.get(STEP) != result.step:  # it had come to its end before, and Tune was not told
         last = result.metrics | {STEP: result.step, "checkpoint": result.checkpoint, "run": result.run}
@@ -113,7 +123,7 @@ def run_trial(settings: dict[str, Any], *, job: TrialJob) -> None:
 
 
 def _begin(work: Callable[[], TrainingResult]) -> Future[TrainingResult]:
-    """Work in a thread that nobody waits for: a trial that ends early takes it along with its process."""
+    """Work in a thread that nobody waits for: a trial that fails takes it along with its process."""
     future: Future[TrainingResult] = Future()
 
     def run() -> None:
@@ -148,12 +158,12 @@ def begun_runs(folder: str, trial: str) -> list[RunFolder]:
 
 
 def _fit(config: ExperimentConfig, data: PreparedData, reports: Queue) -> TrainingResult:
-    """reports: are told of every checkpoint, and of what came of drawing."""
-    return fit(config, data=data, callbacks=[Reporter(reports)], drawings=reports)
+    """reports: are told of the first step, of every checkpoint, and of what came of drawing."""
+    return fit(config, data=data, callbacks=[Reporter(reports)], reports=reports)
 
 
 def _whole_reports(
-    run: Future[TrainingResult], reports: Queue, config: ExperimentConfig, deadline: float
+    run: Future[TrainingResult], reports: Queue, config: ExperimentConfig, deadline: float, start: Start
 ) -> Iterator[dict[str, Any]]:
     """Reports in the order of steps, each once both have come: what was trained, and what its checkpoint drew.
 
@@ -171,6 +181,9 @@ def _whole_reports(
                 break
             if time.monotonic() > deadline:
                 raise RaySdError("it took longer than sweep.trial_time_limit") from None
+            continue
+        if BEGAN in part:
+            start.over()
             continue
         step = part[STEP]
         found[step] = found.get(step, {}) | part

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,7 +241,7 @@ def test_a_new_word_is_measured_before_training_as_what_it_begins_as(configure: 
     assert found["eagle"]["untrained_val/subject_similarity"] != found["penguin"]["untrained_val/subject_similarity"]
 
 
-def test_a_run_that_is_shown_elsewhere_has_no_bar(
+def test_a_run_that_is_shown_elsewhere_has_no_bar_and_tells_when_it_steps(
     configure: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = configure("name=watched", "trainer.log_every=10", f"storage_path={tmp_path}/runs")
@@ -256,12 +257,15 @@ def test_a_run_that_is_shown_elsewhere_has_no_bar(
         def close(self) -> None: ...
 
     monkeypatch.setattr("ray_sd.train.monitor.tqdm_ray.tqdm", Bar)
-    for has_bar in (False, True):
-        job = TrainingJob(config, config, None, None, None, has_bar=has_bar)
-        monitor = Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=0, rank=0)
-        monitor.after_step(1)
+    reports: Queue = Queue()
+    for told in (reports, None):
+        job = TrainingJob(config, config, None, None, None, reports=told)
+        monitor = Monitor(SimpleNamespace(device=torch.device("cpu")), job, run, start=4, rank=0)
+        monitor.after_step(5)
+        monitor.after_step(6)
         monitor.close()
-        assert drawn == ["watched"] * has_bar
+        assert drawn == ([] if told else ["watched"])
+    assert list(reports.queue) == [{"began": 5}]  # the first step of this start, once
 
 
 def test_waiting_for_data_and_the_most_memory_are_told(

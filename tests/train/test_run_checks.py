@@ -13,11 +13,11 @@ import yaml
 from checkpoints import write_checkpoint
 from ray.train import WorkerGroupError
 
-from jobs import encode, train
+from jobs import encode, sweep, train
 from ray_sd.cluster import OWNER_IS_GONE
 from ray_sd.config import ExperimentConfig
 from ray_sd.config.identity import is_identity
-from ray_sd.errors import ArtifactError, ConfigError, DataError
+from ray_sd.errors import ArtifactError, ConfigError, DataError, RaySdError
 from ray_sd.train.failures import in_words
 from ray_sd.train.restarts import Restarts
 from ray_sd.train.resume import Beginning, check_unchanged, find_beginning, note_data
@@ -43,6 +43,19 @@ def test_a_path_that_is_not_there_is_told_before_what_takes_seconds(monkeypatch,
     monkeypatch.setattr(dear, lambda module: pytest.fail("too early"))
     with pytest.raises(DataError, match="dataset.source.path: there is no .*/absent"):
         job.main([*settings, "name=absent", f"dataset.source.path={tmp_path / 'absent'}"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("dataset.source.path=absent", "dataset.source.path: there is no .*absent"),
+        ("sweep.space.trainer.learning_rat={choice: [1, 2]}", "sweep.space: trainer.learning_rat: no such setting"),
+    ],
+)
+def test_what_is_wrong_most_often_with_a_sweep_is_told_before_what_takes_seconds(monkeypatch, wrong, words):
+    monkeypatch.setattr("ray_sd.cluster.connect_while_importing", lambda module: pytest.fail("too early"))
+    with pytest.raises(RaySdError, match=words):
+        sweep.main(["sweep=learning_rate", "name=absent", wrong])
 
 
 def test_a_run_goes_on_as_it_was(configure, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ def use_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     def formula(settings: dict[str, Any], *, job: TrialJob) -> None:
         run = RunFolder(job.folder, f"{tune.get_context().get_trial_id()}-0")
         rate, seed, began = settings[SETTINGS][RATE], settings[SEED], time.monotonic()
+        run.write("process", str(os.getpid()).encode())
         for step in range(2, job.config.trainer.max_steps + 1, 2):
             if rate >= LOST:
                 raise RaySdError(f"the weights are lost at step {step}")

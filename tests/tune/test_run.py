@@ -189,7 +189,7 @@ def test_commands_lead_to_folders_of_any_name_and_with_them_to_prompts_of_any_wo
 def test_what_trains_with_the_best_settings_is_no_trial(configure):
     config = configure("tracker=tensorboard", "tracker.group=null")
     best = Trial("first", {"trainer.learning_rate": 0.5}, 7)
-    job = TrialJob(config, "trials", preparer=None, threads=1)
+    job = TrialJob(config, "trials", preparer=None, starts=None, threads=1)
     trial = to_dict(job.configure({SETTINGS: best.settings, SEED: 7}, "first-0", resume=False))
     assert trial["tracker"]["group"] == "learning_rate"
     preset = yaml.safe_load(_preset(best, config))

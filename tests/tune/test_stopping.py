@@ -128,7 +128,7 @@ def test_what_a_killed_process_held_is_given_back_while_its_trial_goes_on(
 
 
 @pytest.mark.slow
-def test_bad_trials_are_stopped_and_good_ones_end(
+def test_bad_trials_are_stopped_and_good_ones_end_in_one_process(
     configure, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     use_formula(monkeypatch)
@@ -146,6 +146,7 @@ def test_bad_trials_are_stopped_and_good_ones_end(
         GOOD, ("finished", 4)
     ) | dict.fromkeys(BAD, ("stopped", 2))
     assert all(ended[rate]["reason"] == "others were better at step 2" for rate in BAD)
+    assert len({path.read_text() for path in (tmp_path / "sweeps" / "learning_rate").glob("trials/*/process")}) == 1
     wait_for(lambda: {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}, 60)
     wait_for(lambda: ray.available_resources()["CPU"] == 4, 60)
 
